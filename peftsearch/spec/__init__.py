@@ -1,0 +1,54 @@
+"""What a study file may say, and the shape of a trial: the words that all other parts share."""
+
+from peftsearch.spec.errors import StudyError
+from peftsearch.spec.facts import Baseline, Direction, DomainFacts, ModelFacts, StudyFacts
+from peftsearch.spec.locations import model_location, package_path
+from peftsearch.spec.space import Range, Scalar, Space
+from peftsearch.spec.study import (
+    ColumnsSpec,
+    DataSpec,
+    DomainSpec,
+    LimitSpec,
+    ModelSpec,
+    ResourcesSpec,
+    SearchSpec,
+    SplitSpec,
+    StudySpec,
+    TrackingSpec,
+    TrainingSpec,
+    check_name,
+)
+from peftsearch.spec.study_file import StudyFile, suggest
+from peftsearch.spec.trial import Confirmed, Rung, TrialRecord, TrialState
+
+__all__ = [
+    "Baseline",
+    "ColumnsSpec",
+    "Confirmed",
+    "DataSpec",
+    "Direction",
+    "DomainFacts",
+    "DomainSpec",
+    "LimitSpec",
+    "ModelFacts",
+    "ModelSpec",
+    "Range",
+    "ResourcesSpec",
+    "Rung",
+    "Scalar",
+    "SearchSpec",
+    "Space",
+    "SplitSpec",
+    "StudyError",
+    "StudyFacts",
+    "StudyFile",
+    "StudySpec",
+    "TrackingSpec",
+    "TrainingSpec",
+    "TrialRecord",
+    "TrialState",
+    "check_name",
+    "model_location",
+    "package_path",
+    "suggest",
+]

@@ -1,0 +1,65 @@
+"""What a study found out before and beside its trials; kept as ``facts.json`` in the study's folder.
+
+Fronts, tables, MLflow and exports are made from the ledger's trials and these facts alone, without the data.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Direction = Literal["maximize", "minimize"]
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Baseline(_Facts):
+    """What one gets without tuning the model, on the validation split."""
+
+    title: str = Field(description="For people, for example 'majority class'")
+    value: float = Field(description="In the domain's metric")
+    scores: dict[str, float] = Field(default_factory=dict)
+    trainable_parameters: int = 0
+    detail: str = Field(default="", description="How it was made, for example the regularisation that was picked")
+
+
+class DomainFacts(_Facts):
+    """One domain as it was prepared."""
+
+    task: str
+    metric: str
+    direction: Direction
+    labels: tuple[str, ...] = ()
+    rows: dict[str, int] = Field(description="Examples per split")
+    max_length: int
+    fingerprint: str = Field(description="Hash of the texts, labels and splits")
+    source: str = Field(description="Where the data came from, as the study file says")
+    warnings: tuple[str, ...] = Field(default=(), description="What a careful reader should know about the data")
+    baselines: dict[str, dict[str, Baseline]] = Field(
+        default_factory=dict, description="By model path, then by name ('majority', 'linear_probe')"
+    )
+
+
+class ModelFacts(_Facts):
+    """One base model as it was loaded."""
+
+    location: str = Field(description="Folder or Hub id")
+    revision: str | None = None
+    architecture: str
+    total_parameters: int
+    fingerprint: str = Field(description="Hash of its weights' files, or the Hub commit")
+
+
+class StudyFacts(_Facts):
+    """Everything beside the trials."""
+
+    study: str
+    description: str | None = None
+    trials_per_cell: int
+    methods: tuple[str, ...]
+    domains: dict[str, DomainFacts]
+    models: dict[str, ModelFacts]
+    provenance: dict[str, str] = Field(description="Package versions, hardware, git commit of the study file, ...")

@@ -1,0 +1,169 @@
+"""From a path, a text or a mapping to a checked `StudySpec`, with errors that name the line and the fix."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from peftsearch.spec.errors import StudyError
+from peftsearch.spec.study import StudySpec
+from peftsearch.spec.yaml_file import Loc, parse_yaml
+
+
+class StudyFile:
+    """A study as it was written: the specification, and where each part of it stands.
+
+    Args:
+        data: The parsed document.
+        where: What to call it in errors: the file's name.
+        lines: Line of each key path, where known.
+        folder: Relative paths in the study are relative to it.
+    """
+
+    def __init__(
+        self, data: Any, where: str = "study", lines: Mapping[Loc, int] | None = None, folder: Path | None = None
+    ):
+        self.where = where
+        self.lines = dict(lines or {})
+        self.folder = folder or Path.cwd()
+        if not isinstance(data, Mapping):
+            raise StudyError(f"{where}: expected a study (keys such as 'name', 'model', 'domains', 'methods')")
+        try:
+            self.spec = StudySpec.model_validate(data)
+        except ValidationError as error:
+            raise self._translate(error) from None
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> StudyFile:
+        """Read and check a study file.
+
+        Args:
+            path: The YAML file.
+            overrides: ``key=value`` settings with dotted keys, for example ``search.trials=4``; values are YAML.
+
+        Raises:
+            StudyError: The file cannot be read, or something in it (or in an override) is wrong.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise StudyError(f"no study file {str(path)!r}: check the path") from None
+        except IsADirectoryError:
+            raise StudyError(f"{str(path)!r} is a folder: name the study's YAML file in it") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise StudyError(f"cannot read the study file {str(path)!r}: {error}") from None
+        return cls.parse(text, where=path.name, folder=path.resolve().parent, overrides=overrides)
+
+    @classmethod
+    def parse(
+        cls, text: str, where: str = "study", folder: Path | None = None, overrides: Iterable[str] = ()
+    ) -> StudyFile:
+        """As `load`, from the file's text."""
+        data, lines = parse_yaml(text, where)
+        if isinstance(data, dict):
+            for override in overrides:
+                _apply_override(data, override)
+        return cls(data, where, lines, folder)
+
+    def explain(self, error: StudyError) -> str:
+        """The error's sentence, with the place in the file in front where the error knows its place."""
+        if not error.loc:
+            return error.message
+        return f"{self._place(error.loc)}: {error.message}"
+
+    def _place(self, loc: Loc) -> str:
+        known = list(loc)
+        while known and tuple(known) not in self.lines:
+            known.pop()
+        line = f", line {self.lines[tuple(known)]}" if known else ""
+        dotted = ".".join(str(part) for part in loc)
+        return f"{self.where}{line}: {dotted}" if dotted else f"{self.where}{line}"
+
+    def _translate(self, error: ValidationError) -> StudyError:
+        problems = error.errors()
+        # One sentence, about the first problem in the order of the file.
+        first = min(problems, key=lambda item: self.lines.get(_visible(item["loc"]), 10**9))
+        loc = _visible(first["loc"])
+        kind, value = first["type"], first.get("input")
+        if kind == "extra_forbidden":
+            message = f"unknown key{suggest(str(loc[-1]), _keys_at(loc[:-1]))}"
+        elif kind == "missing":
+            message = "is missing"
+        elif kind in ("value_error", "assertion_error"):
+            message = str(first.get("ctx", {}).get("error", first["msg"]))
+        elif kind in ("literal_error", "enum"):
+            message = f"{value!r} is not one of {first['ctx']['expected']}"
+        else:
+            message = f"{first['msg'][0].lower()}{first['msg'][1:]}, not {_brief(value)}"
+        return StudyError(f"{self._place(loc)}: {message}")
+
+
+def _visible(loc: tuple[int | str, ...]) -> Loc:
+    """Drop what pydantic adds to a location: names of union members and validators."""
+    parts: list[int | str] = []
+    for part in loc:
+        if isinstance(part, str) and (
+            part.startswith(("function-", "constrained-", "literal[")) or part in ("Range", "int")
+        ):
+            break
+        parts.append(part)
+    if parts[:2] == ["models", 0] and len(parts) > 1:
+        parts = ["model", *[part for part in parts[2:] if part != "path"]]
+    return tuple(parts)
+
+
+def _keys_at(loc: Loc) -> list[str]:
+    model: Any = StudySpec
+    for part in loc:
+        if part == "domains" or part == "methods" or part == "models" or part == "model":
+            model = {"domains": "domain", "methods": None}.get(str(part), "model")
+            continue
+        if model == "domain":
+            from peftsearch.spec.study import DomainSpec
+
+            model = DomainSpec
+            continue
+        if isinstance(model, type) and issubclass(model, BaseModel) and str(part) in model.model_fields:
+            model = model.model_fields[str(part)].annotation
+    if model == "model":
+        from peftsearch.spec.study import ModelSpec
+
+        model = ModelSpec
+    if isinstance(model, type) and issubclass(model, BaseModel):
+        return [*model.model_fields, *(["model"] if model is StudySpec else [])]
+    return []
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` or ``"; known: a, b"``, to end a sentence about an unknown word."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise StudyError(f"--set {override!r}: write key=value, for example --set search.trials=4")
+    value, _ = parse_yaml(text, f"--set {override}")
+    place = data
+    for part in path[:-1]:
+        child = place.setdefault(part, {})
+        if child is None:
+            child = place[part] = {}
+        if not isinstance(child, dict):
+            raise StudyError(f"--set {override!r}: {part!r} holds a value, not a section")
+        place = child
+    place[path[-1]] = value

@@ -1,0 +1,85 @@
+"""A trial as everything outside the ledger sees it: the shape that ``peftsearch trials --json`` prints."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class TrialState(StrEnum):
+    """One meaning each; MLflow shows them as RUNNING, FINISHED, KILLED and FAILED."""
+
+    RUNNING = "RUNNING"
+    COMPLETE = "COMPLETE"
+    """Reached the full budget. Only these can be on a front."""
+    PRUNED = "PRUNED"
+    """Stopped by the scheduler."""
+    FAILED = "FAILED"
+
+
+class Rung(BaseModel):
+    """One evaluation on the validation split."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    step: int = Field(description="Optimiser steps done")
+    epoch: float = Field(description="Passes over the training split done")
+    value: float = Field(description="The domain's metric")
+    loss: float = Field(description="Mean validation loss (breaks ties of value)")
+    train_loss: float = Field(description="Mean training loss since the evaluation before")
+    train_seconds: float = Field(default=0.0, description="Seconds of training in this segment")
+    evaluation_seconds: float = Field(default=0.0, description="Seconds of evaluation in this segment")
+    scores: dict[str, float] = Field(
+        default_factory=dict, description="All scores of the task, per-class ones included"
+    )
+
+
+class Confirmed(BaseModel):
+    """The same configuration with further seeds, and its one reading of the test split."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    seeds: int
+    mean: float
+    std: float
+    test_mean: float
+    test_std: float
+
+
+class TrialRecord(BaseModel):
+    """One (model, domain, method, hyperparameters, seed), as recorded in the ledger."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    number: int = Field(description="Unique within the study, in the order of proposal")
+    model: str
+    domain: str
+    method: str
+    state: TrialState
+    seed: int
+    value: float | None = Field(default=None, description="The metric at the full budget, or at the last evaluation")
+    trainable_parameters: int
+    exported_parameters: int | None = None
+    hyperparameters: dict[str, Any]
+    rungs: list[Rung] = Field(default_factory=list)
+    train_seconds: float = 0.0
+    mlflow_run_id: str | None = None
+    confirmed: Confirmed | None = None
+    error: str | None = None
+
+    evaluation_seconds: float = 0.0
+    total_steps: int = Field(default=0, description="Steps of the full budget")
+    peak_memory_bytes: int | None = Field(
+        default=None, description="Peak of the worker: GPU memory, or resident memory on CPU"
+    )
+    checkpoint: str | None = Field(default=None, description="Where the weights are, relative to the study's folder")
+    started: str | None = Field(default=None, description="ISO 8601, UTC")
+    finished: str | None = Field(default=None, description="ISO 8601, UTC")
+    retries: int = Field(default=0, description="Segments done again because a worker died")
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """All scores at the last evaluation."""
+        return self.rungs[-1].scores if self.rungs else {}
