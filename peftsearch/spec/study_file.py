@@ -23,12 +23,19 @@ class StudyFile:
         where: What to call it in errors: the file's name.
         lines: Line of each key path, where known.
         folder: Relative paths in the study are relative to it.
+        text: The file's text, where there is one.
     """
 
     def __init__(
-        self, data: Any, where: str = "study", lines: Mapping[Loc, int] | None = None, folder: Path | None = None
-    ):
+        self,
+        data: Any,
+        where: str = "study",
+        lines: Mapping[Loc, int] | None = None,
+        folder: Path | None = None,
+        text: str | None = None,
+    ) -> None:
         self.where = where
+        self.text = text
         self.lines = dict(lines or {})
         self.folder = folder or Path.cwd()
         if not isinstance(data, Mapping):
@@ -69,7 +76,7 @@ class StudyFile:
         if isinstance(data, dict):
             for override in overrides:
                 _apply_override(data, override)
-        return cls(data, where, lines, folder)
+        return cls(data, where, lines, folder, text)
 
     def explain(self, error: StudyError) -> str:
         """The error's sentence, with the place in the file in front where the error knows its place."""

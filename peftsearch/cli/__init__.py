@@ -1,0 +1,18 @@
+"""The command line: a thin skin over the Python API."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main() -> None:
+    """Entry point of ``peftsearch``: exit status 0 when what was asked for happened, 2 for a bad file or option."""
+    # Read by libraries when they are imported: no progress bars or notices between our own lines.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from peftsearch.cli.app import run_app
+
+    sys.exit(run_app())

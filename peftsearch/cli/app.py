@@ -1,0 +1,351 @@
+"""The commands. Their names and options are a contract: scripts of other people call them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+
+from peftsearch.spec import StudyError
+
+app = typer.Typer(
+    name="peftsearch",
+    help="Hyperparameter studies for parameter-efficient fine-tuning: accuracy against parameters.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+StorageOption = Annotated[
+    Path | None, typer.Option(help="Storage folder (default: $PEFTSEARCH_STORAGE or ~/peftsearch)")
+]
+StudyFileArgument = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The study file")]
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of a study in the storage")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the study file; repeatable")
+]
+NameOption = Annotated[str | None, typer.Option("--name", help="Another name than the file's")]
+DomainOption = Annotated[str | None, typer.Option(help="Only this domain")]
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def run(
+    study: StudyFileArgument,
+    name: NameOption = None,
+    storage: StorageOption = None,
+    address: Annotated[str | None, typer.Option(help="Address of a Ray cluster (default: this machine)")] = None,
+    settings: SetOption = None,
+) -> None:
+    """Run a study, or continue it; ends with the fronts and where to look.
+
+    Example: `peftsearch run studies/quickstart.yaml --set search.trials=4`
+    """
+    from peftsearch.cli.progress import Progress
+    from peftsearch.study import Study, StudyInterrupted
+
+    chosen = Study.from_file(study, name=name, storage=storage, overrides=settings or ())
+    option = f" --storage {storage}" if storage else ""
+    try:
+        with Progress(err, chosen) as progress:
+            fronts = chosen.run(address=address, events=progress)
+    except StudyInterrupted:
+        err.print(
+            f"Stopped. Everything so far is recorded; continue with:\n  peftsearch run {study}{option}", markup=False
+        )
+        raise typer.Exit(130) from None
+    _print_fronts(chosen, fronts)
+    out.print(f"Trials in MLflow:   peftsearch ui{option}", markup=False)
+    out.print(f"The front as JSON:  peftsearch frontier {chosen.name} --json{option}", markup=False)
+    out.print(f"Export adapters:    peftsearch export {chosen.name} --to adapters{option}", markup=False)
+
+
+@app.command()
+def validate(
+    study: StudyFileArgument,
+    name: NameOption = None,
+    storage: StorageOption = None,
+    settings: SetOption = None,
+) -> None:
+    """Check a study file and print the plan: cells, trials, parameter counts, estimated memory and time.
+
+    Example: `peftsearch validate studies/quickstart.yaml`
+    """
+    from peftsearch.cli.plan import print_plan
+    from peftsearch.study import Study
+
+    chosen = Study.from_file(study, name=name, storage=storage, overrides=settings or ())
+    print_plan(out, chosen, chosen.validate())
+
+
+@app.command(name="list")
+def list_command(storage: StorageOption = None, as_json: JsonOption = False) -> None:
+    """The studies in a storage."""
+    from rich.table import Table
+
+    from peftsearch.storage import list_studies, storage_folder
+    from peftsearch.study import Study
+
+    folder = storage_folder(storage)
+    statuses = [Study.open(name, folder).status() for name in list_studies(folder)]
+    if as_json:
+        _print_json({"storage": str(folder), "studies": statuses})
+        return
+    if not statuses:
+        out.print(f"No study in {folder} yet: start one with 'peftsearch run STUDY.yaml'", markup=False)
+        return
+    table = Table("study", "state", "complete", "pruned", "failed", "running", "planned", title=str(folder))
+    for status in statuses:
+        counts = status["counts"]
+        table.add_row(
+            status["study"],
+            status["state"],
+            *(str(counts[key]) for key in ("complete", "pruned", "failed", "running")),
+            str(status["planned"]),
+        )
+    out.print(table)
+
+
+@app.command()
+def status(name: NameArgument, storage: StorageOption = None, as_json: JsonOption = False) -> None:
+    """Where a study stands."""
+    from peftsearch.study import Study
+
+    found = Study.open(name, storage).status()
+    if as_json:
+        _print_json(found)
+        return
+    counts = ", ".join(f"{number} {state}" for state, number in found["counts"].items())
+    lines = {
+        "study": found["study"],
+        "state": found["state"] + (f" ({found['error']})" if found["error"] else ""),
+        "trials": f"{counts} of {found['planned']} planned",
+        "elapsed": f"{found['elapsed_seconds']:.0f} s",
+        "folder": found["folder"],
+        "ledger": found["ledger"],
+        "MLflow": f"{found['mlflow_tracking_uri'] or 'off'}, experiment {found['mlflow_experiment']}",
+    }
+    for key, value in lines.items():
+        out.print(f"{key:>8}  {value}", markup=False)
+
+
+@app.command()
+def trials(
+    name: NameArgument,
+    storage: StorageOption = None,
+    as_json: JsonOption = False,
+    csv: Annotated[Path | None, typer.Option(help="Write a CSV file")] = None,
+    parquet: Annotated[Path | None, typer.Option(help="Write a Parquet file")] = None,
+) -> None:
+    """Every trial of the ledger, whatever its state."""
+    from peftsearch.frontier import trials_csv, trials_parquet, trials_table
+    from peftsearch.study import Study
+
+    chosen = Study.open(name, storage)
+    records = chosen.trials()
+    if csv:
+        _write(csv, trials_csv(records))
+    if parquet:
+        _write(parquet, trials_parquet(records))
+    if as_json:
+        _print_json({"study": chosen.name, "trials": [record.model_dump(mode="json") for record in records]})
+    elif not (csv or parquet):
+        out.print(trials_table(records))
+
+
+@app.command()
+def frontier(
+    name: NameArgument,
+    domain: DomainOption = None,
+    storage: StorageOption = None,
+    as_json: JsonOption = False,
+    csv: Annotated[Path | None, typer.Option(help="Write the front as CSV")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write one interactive, self-contained page")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write a picture")] = None,
+) -> None:
+    """The front of each domain: on the terminal or to a file.
+
+    Example: `peftsearch frontier quickstart --html front.html`
+    """
+    from peftsearch.frontier import front_html, front_png, frontier_json, trials_csv
+    from peftsearch.study import Study
+
+    chosen = Study.open(name, storage)
+    fronts = chosen.frontier(domain)
+    records, facts = chosen.trials(), chosen.facts()
+    chosen_facts = facts.model_copy(update={"domains": {key: facts.domains[key] for key in fronts}})
+    if csv:
+        _write(csv, trials_csv([record for front in fronts.values() for record in front.front]))
+    if html:
+        _write(html, front_html(records, chosen_facts).encode())
+    if png:
+        _write(png, front_png(records, chosen_facts))
+    if as_json:
+        _print_json(frontier_json(records, chosen_facts))
+    elif not (csv or html or png):
+        _print_fronts(chosen, fronts)
+
+
+@app.command()
+def export(
+    name: NameArgument,
+    to: Annotated[Path, typer.Option(help="Folder for the adapters; one folder each")],
+    domain: DomainOption = None,
+    pick: Annotated[
+        str,
+        typer.Option(help="frontier (all of it), best or knee", click_type=click.Choice(["frontier", "best", "knee"])),
+    ] = "frontier",
+    max_parameters: Annotated[
+        int | None, typer.Option(help="Only trials with at most so many trainable parameters")
+    ] = None,
+    min_metric: Annotated[float | None, typer.Option(help="Only trials with at least this metric")] = None,
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            help="Allowed difference between the reloaded score and the ledger's; 0 on the hardware that trained"
+        ),
+    ] = 1e-6,
+    storage: StorageOption = None,
+) -> None:
+    """Pareto-optimal adapters as PEFT folders, each reloaded in a fresh process and scored again.
+
+    Example: `peftsearch export quickstart --to adapters --domain legal --pick knee`
+    """
+    from peftsearch.study import Study
+
+    chosen = Study.open(name, storage)
+    exported = chosen.export(
+        to,
+        domain=domain,
+        pick=pick,
+        max_parameters=max_parameters,
+        min_metric=min_metric,
+        tolerance=tolerance,
+        told=lambda text: err.print(text, markup=False),
+    )
+    for item in exported:
+        out.print(str(item.folder), markup=False)
+
+
+@app.command()
+def evaluate(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER_DIR", help="An exported adapter")],
+    study: Annotated[Path, typer.Option(help="The study file that describes the data")],
+    domain: Annotated[str, typer.Option(help="Domain of the study to score on")],
+    split: Annotated[
+        str, typer.Option(help="Split", click_type=click.Choice(["train", "validation", "test"]))
+    ] = "test",
+    as_json: JsonOption = False,
+    settings: SetOption = None,
+) -> None:
+    """Score an exported adapter from disk.
+
+    Example: `peftsearch evaluate adapters/legal/00012-lora --study studies/quickstart.yaml --domain legal`
+    """
+    from peftsearch.export import evaluate_adapter
+    from peftsearch.spec import StudyFile
+
+    file = StudyFile.load(study, settings or ())
+    try:
+        result = evaluate_adapter(adapter, file, domain, split)
+    except StudyError as error:
+        raise StudyError(file.explain(error)) from None
+    if as_json:
+        _print_json(result)
+        return
+    for key, value in result["scores"].items():
+        out.print(f"{key:>40}  {value:.4f}", markup=False)
+
+
+@app.command()
+def ui(
+    storage: StorageOption = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; loopback unless you say otherwise")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on")] = 5000,
+) -> None:
+    """The MLflow UI on the storage's studies."""
+    from peftsearch.storage import storage_folder
+    from peftsearch.tracking.ui import serve_ui
+
+    raise typer.Exit(serve_ui(storage_folder(storage), host=host, port=port))
+
+
+@app.command()
+def sync(name: NameArgument, storage: StorageOption = None) -> None:
+    """Bring MLflow up to date from the ledger."""
+    from peftsearch.study import Study
+
+    chosen = Study.open(name, storage)
+    count = chosen.sync()
+    out.print(f"MLflow at {chosen.mlflow_tracking_uri} holds all {count} trials of {chosen.name}", markup=False)
+
+
+@app.command()
+def doctor(storage: StorageOption = None, as_json: JsonOption = False) -> None:
+    """What works on this machine: CPU/GPU, Ray, MLflow, model and data access."""
+    from peftsearch.cli.doctor import examine
+    from peftsearch.storage import storage_folder
+
+    findings = examine(storage_folder(storage))
+    if as_json:
+        _print_json({"ok": all(item.ok for item in findings), "findings": [item.__dict__ for item in findings]})
+    else:
+        for item in findings:
+            out.print(f"{'ok  ' if item.ok else 'FAIL'}  {item.what:<18} {item.detail}", markup=False)
+    if not all(item.ok or item.optional for item in findings):
+        raise typer.Exit(1)
+
+
+def run_app(arguments: list[str] | None = None) -> int:
+    """Run a command line; returns the exit status.
+
+    Bad input is one sentence on standard error and status 2; a defect of ours keeps its traceback.
+    """
+    try:
+        result = app(arguments, standalone_mode=False)
+    except StudyError as error:
+        err.print(f"Error: {error}", style="bold red", markup=False)
+        return 2
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        err.print("Interrupted.")
+        return 130
+    except BrokenPipeError:
+        return 0
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:
+            raise
+        err.print(f"Error: {error}", style="bold red", markup=False)
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def _print_fronts(chosen: Any, fronts: Any) -> None:
+    from peftsearch.frontier import front_renderables
+
+    for renderable in front_renderables(chosen.trials(), chosen.facts(), list(fronts)):
+        out.print(renderable)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error:
+        raise StudyError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
+    err.print(f"Wrote {path}", markup=False)

@@ -1,0 +1,412 @@
+"""From a study's domain to tokenised splits on disk, checked first and made once."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from peftsearch.domains.sources import RawSplit, describe_source, quiet_datasets, read_source
+from peftsearch.domains.splits import cut, limit, shared, take
+from peftsearch.domains.tasks import Metric, Task, get_metric, get_task
+from peftsearch.spec import DataSpec, Direction, DomainFacts, StudyError, StudySpec, suggest
+from peftsearch.spec.yaml_file import Loc
+
+if TYPE_CHECKING:
+    import datasets
+
+# Part of every fingerprint of prepared data: raise it when what is written changes its form or meaning.
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+# The order in which splits are shown.
+SPLITS = ("train", "validation", "test")
+# A share of texts that reach max_length from which a reader should know.
+TRUNCATED = 0.2
+
+
+@dataclass(frozen=True)
+class RawDomain:
+    """A domain's text before tokenisation: checked, split and limited.
+
+    Attributes:
+        task: What is to be done with the text.
+        metric: The objective.
+        labels: Label names; their positions are the label ids.
+        splits: The rows of each split.
+        fingerprint: Hash of texts, labels and splits.
+        source: Where the data came from.
+        warnings: What a careful reader should know about the data.
+    """
+
+    task: Task
+    metric: Metric
+    labels: tuple[str, ...]
+    splits: dict[str, pa.Table]
+    fingerprint: str
+    source: str
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PreparedDomain:
+    """A domain's tokenised splits on disk, and what is known about them. Cheap to pickle: the rows stay on disk.
+
+    Attributes:
+        name: The domain's name in the study.
+        task_name: Its task.
+        metric: The objective: a key of `Task.score`.
+        metric_title: The objective's name in tables and plots.
+        direction: Whether more of the metric is better.
+        labels: Label names; their positions are the label ids.
+        rows: Examples per split. ``train`` and ``validation`` are always there, ``test`` unless the study wants none.
+        max_length: Tokens per text at most.
+        fingerprint: Hash of texts, labels and splits, whatever the tokenizer.
+        source: Where the data came from, as the study file says.
+        warnings: What a careful reader should know about the data.
+        pad_token_id: What batches are padded with (the end token where a tokenizer has no padding token).
+        folder: Where the splits and the manifest are.
+    """
+
+    name: str
+    task_name: str
+    metric: str
+    metric_title: str
+    direction: Direction
+    labels: tuple[str, ...]
+    rows: dict[str, int]
+    max_length: int
+    fingerprint: str
+    source: str
+    warnings: tuple[str, ...]
+    pad_token_id: int
+    folder: Path
+
+    @property
+    def task(self) -> Task:
+        """The domain's task."""
+        return get_task(self.task_name)
+
+    def split(self, name: str) -> datasets.Dataset:
+        """The tokenised rows of a split, memory-mapped.
+
+        Raises:
+            KeyError: The domain has no such split.
+        """
+        import datasets
+
+        if name not in self.rows:
+            raise KeyError(f"domain {self.name!r} has no split {name!r}; its splits: {', '.join(self.rows)}")
+        return datasets.load_from_disk(str(self.folder / name))
+
+    def facts(self) -> DomainFacts:
+        """What the study records about the domain."""
+        return DomainFacts(
+            task=self.task_name,
+            metric=self.metric,
+            direction=self.direction,
+            labels=self.labels,
+            rows=dict(self.rows),
+            max_length=self.max_length,
+            fingerprint=self.fingerprint,
+            source=self.source,
+            warnings=self.warnings,
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> PreparedDomain:
+        """What an earlier `prepare_domain` left in a folder.
+
+        Raises:
+            StudyError: The folder is not complete.
+        """
+        prepared = _load(folder)
+        if prepared is None:
+            raise StudyError(f"the prepared data in {str(folder)!r} is incomplete: delete that folder and run again")
+        return prepared
+
+
+def load_raw(name: str, spec: StudySpec, folder: Path) -> dict[str, pa.Table]:
+    """The text and labels of a domain's splits; as `load_domain`."""
+    return load_domain(name, spec, folder).splits
+
+
+def load_domain(name: str, spec: StudySpec, folder: Path) -> RawDomain:
+    """Read a domain's data, check it, and cut and limit its splits.
+
+    Args:
+        name: The domain's name in the study.
+        spec: The study.
+        folder: The study file's folder; relative paths start there.
+
+    Raises:
+        StudyError: Anything is wrong with the domain's task, metric or data.
+    """
+    if name not in spec.domains:
+        raise StudyError(f"the study has no domain {name!r}{suggest(name, spec.domains)}", ("domains",))
+    domain = spec.domains[name]
+    data, place = domain.data, ("domains", name)
+    loc = (*place, "data")
+    task = get_task(domain.task, (*place, "task"))
+    get_metric(task, domain.metric, (*place, "metric"))
+
+    sources = read_source(data, folder, loc)
+    splits = {split: task.read(raw.table, data, raw.where, loc) for split, raw in sources.items()}
+    _check_group(data, sources["train"], (*loc, "split", "group"))
+    splits, cuts = _cut_missing(task, splits, data, loc)
+    splits = {split: splits[split] for split in SPLITS if split in splits}
+    # Before limits: a study on a few rows of each split keeps the labels of the whole.
+    labels = task.check(splits, data, loc, cut=cuts)
+    metric = get_metric(task, domain.metric, (*place, "metric"), labels)
+    warnings = _group_warnings(splits, data)
+    for split in splits:
+        keep = limit(task.keys(splits[split], data), getattr(data.limit, split), data.split.seed)
+        splits[split] = take(splits[split], keep)
+    warnings += _overlap_warnings({split: task.keys(table, data) for split, table in splits.items()})
+    warnings += task.warnings(splits, data, labels)
+    fingerprint = _digest([split, *row] for split, table in splits.items() for row in ((), *task.content(table, data)))
+    return RawDomain(task, metric, labels, splits, fingerprint, describe_source(data), tuple(warnings))
+
+
+def _check_group(data: DataSpec, train: RawSplit, loc: Loc) -> None:
+    group, known = data.split.group, train.table.column_names
+    if group is not None and group not in known:
+        raise StudyError(f"{train.where} has no column {group!r} to group by{suggest(group, known)}", loc)
+
+
+def _cut_missing(
+    task: Task, splits: dict[str, pa.Table], data: DataSpec, loc: Loc
+) -> tuple[dict[str, pa.Table], tuple[str, ...]]:
+    if "validation" not in splits and data.split.validation == 0:
+        raise StudyError(
+            "the data has no validation split and split.validation is 0: give it a share, trials are compared on it",
+            (*loc, "split", "validation"),
+        )
+    wanted = {"test": data.split.test, "validation": data.split.validation}
+    shares = {split: share for split, share in wanted.items() if split not in splits and share > 0}
+    train, group = splits["train"], data.split.group
+    if not shares:
+        return splits, ()
+    if group is None:
+        groups = task.keys(train, data)
+    else:
+        values = train.column(group).to_pylist()
+        missing = [value is None or value == "" for value in values]
+        if any(missing):
+            raise StudyError(
+                f"the column {group!r} is empty in {sum(missing)} of {len(values)} training rows, first in row "
+                f"{missing.index(True) + 1}: rows without a group cannot be kept together",
+                (*loc, "split", "group"),
+            )
+        groups = [str(value) for value in values]
+    try:
+        rows = cut(groups, shares, data.split.seed)
+    except ValueError:
+        what = "distinct texts" if group is None else f"distinct values in the column {group!r}"
+        raise StudyError(
+            f"{len(set(groups))} {what} cannot be cut into train, {' and '.join(sorted(shares, reverse=True))}: "
+            "each needs at least one",
+            (*loc, "split"),
+        ) from None
+    return {**splits, **{split: take(train, chosen) for split, chosen in rows.items()}}, tuple(shares)
+
+
+def _group_warnings(splits: Mapping[str, pa.Table], data: DataSpec) -> list[str]:
+    group = data.split.group
+    if group is None:
+        return []
+    known = {
+        split: [str(value) for value in table.column(group).to_pylist() if value is not None]
+        for split, table in splits.items()
+        if group in table.column_names
+    }
+    return [
+        f"{count} of {splits[later].num_rows} rows of {later} belong to a {group!r} that {earlier} shows too"
+        for (earlier, later), count in shared(known).items()
+    ]
+
+
+def _overlap_warnings(keys: Mapping[str, list[str]]) -> list[str]:
+    return [
+        f"{count} of {len(keys[later])} texts of {later} stand in {earlier} too, up to case and white space: scores on "
+        f"{later} flatter"
+        for (earlier, later), count in shared(keys).items()
+    ]
+
+
+def prepare_domain(
+    name: str, spec: StudySpec, *, folder: Path, model_location: str, revision: str | None, cache: Path
+) -> PreparedDomain:
+    """Check a domain's data, and tokenise it unless the same was tokenised before.
+
+    Everything is checked before anything is written. Several processes may prepare the same domain at once.
+
+    Args:
+        name: The domain's name in the study.
+        spec: The study.
+        folder: The study file's folder; relative paths start there.
+        model_location: Folder or Hub id whose tokenizer is used.
+        revision: Hub revision of the tokenizer.
+        cache: Where prepared domains are kept, each in a folder named after a hash of all that went into it.
+
+    Raises:
+        StudyError: Anything is wrong with the domain, or the model has no usable tokenizer.
+    """
+    raw = load_domain(name, spec, folder)
+    tokenizer = _load_tokenizer(model_location, revision)
+    max_length = spec.domain_max_length(name)
+    _check_length(max_length, tokenizer, spec, name)
+    facts = {
+        "name": name,
+        "task_name": raw.task.name,
+        "metric": raw.metric.name,
+        "metric_title": raw.metric.title,
+        "direction": raw.metric.direction,
+        "labels": list(raw.labels),
+        "rows": {split: table.num_rows for split, table in raw.splits.items()},
+        "max_length": max_length,
+        "fingerprint": raw.fingerprint,
+        "source": raw.source,
+        "pad_token_id": _pad_token_id(tokenizer, model_location),
+    }
+    columns = spec.domains[name].data.columns.model_dump()
+    key = _digest(
+        [
+            [
+                str(FORMAT_VERSION),
+                json.dumps([facts, columns, raw.warnings], sort_keys=True),
+                _tokenizer_content(tokenizer),
+            ]
+        ]
+    )
+    target = cache.resolve() / key[:32]
+    prepared = _load(target)
+    if prepared is not None:
+        return prepared
+
+    tokenised = {}
+    warnings = list(raw.warnings)
+    for split, table in raw.splits.items():
+        try:
+            tokenised[split] = raw.task.tokenize(table, spec.domains[name].data, raw.labels, tokenizer, max_length)
+        except ValueError as error:
+            raise StudyError(f"{split}: {error}", ("domains", name, "data")) from None
+    full = sum(len(tokens) >= max_length for tokens in tokenised["train"].data.column("input_ids").to_pylist())
+    share = full / raw.splits["train"].num_rows
+    if share >= TRUNCATED:
+        warnings.append(f"{share:.0%} of train fills all {max_length} tokens of max_length: texts are cut off")
+    try:
+        _write(target, tokenised, {**facts, "warnings": warnings})
+    except OSError as error:
+        raise StudyError(f"cannot write prepared data to {str(cache)!r}: {error}") from None
+    return PreparedDomain.load(target)
+
+
+def _load_tokenizer(location: str, revision: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(location, revision=revision)
+    except Exception as error:
+        # Missing files, unknown ids and missing networks all raise differently, by version.
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise StudyError(f"cannot load the tokenizer of {location!r}: {lines[0].rstrip('.')}", ("model",)) from None
+
+
+def _check_length(max_length: int, tokenizer: Any, spec: StudySpec, name: str) -> None:
+    most = tokenizer.model_max_length
+    # Tokenizers without a limit say 1e30.
+    if most < max_length:
+        own = spec.domains[name].max_length is not None
+        raise StudyError(
+            f"{max_length} tokens are more than the {most} that the model takes",
+            ("domains", name, "max_length") if own else ("training", "max_length"),
+        )
+
+
+def _pad_token_id(tokenizer: Any, location: str) -> int:
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise StudyError(f"the tokenizer of {location!r} has neither a padding token nor an end token", ("model",))
+
+
+def _tokenizer_content(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        content = json.loads(backend.to_str())
+        # Set anew by every call, so they say what was tokenised last.
+        del content["truncation"], content["padding"]
+    else:
+        content = {"vocabulary": tokenizer.get_vocab(), "special": tokenizer.special_tokens_map}
+    kind = [type(tokenizer).__name__, tokenizer.truncation_side, tokenizer.model_input_names]
+    return json.dumps([kind, content], sort_keys=True, default=str)
+
+
+def _digest(rows: Iterable[Iterable[str]]) -> str:
+    """SHA-256 of rows of texts, each with its length in front so that no two lists look alike."""
+    digest = hashlib.sha256()
+    for row in rows:
+        values = [value.encode("utf-8", "surrogatepass") for value in row]
+        digest.update(b"%d;" % len(values))
+        for value in values:
+            digest.update(b"%d:" % len(value) + value)
+    return digest.hexdigest()
+
+
+def _write(target: Path, splits: Mapping[str, datasets.Dataset], facts: Mapping[str, Any]) -> None:
+    """Write a cache entry under another name and move it into place, whoever else does the same."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
+    temporary.mkdir()
+    try:
+        with quiet_datasets():
+            for split, dataset in splits.items():
+                dataset.save_to_disk(str(temporary / split))
+        files = {
+            path.relative_to(temporary).as_posix(): path.stat().st_size
+            for path in sorted(temporary.rglob("*"))
+            if path.is_file()
+        }
+        manifest = {"format_version": FORMAT_VERSION, **facts, "files": files}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
+        while True:
+            try:
+                temporary.rename(target)
+                return
+            except OSError:
+                if not target.exists():
+                    raise
+            if _load(target) is not None:
+                # Another process was faster; the content is the same by construction.
+                return
+            discarded = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
+            with contextlib.suppress(FileNotFoundError):
+                target.rename(discarded)
+            shutil.rmtree(discarded, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _load(folder: Path) -> PreparedDomain | None:
+    """The cache entry in a folder, or None where it is absent or damaged."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest.pop("format_version") != FORMAT_VERSION:
+            return None
+        for file, size in manifest.pop("files").items():
+            if os.stat(folder / file).st_size != size:
+                return None
+        for field in ("labels", "warnings"):
+            manifest[field] = tuple(manifest[field])
+        return PreparedDomain(**manifest, folder=folder)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None

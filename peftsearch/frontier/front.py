@@ -1,0 +1,237 @@
+"""The front of a domain: which trials nobody beats, how good that front is as a whole, and which trial to take home.
+
+Two objectives: the domain's metric on the validation split, and trainable parameters (the task head included), fewer
+being better. Only trials that reached the full budget count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from peftsearch.search.pareto import non_dominated
+from peftsearch.spec import Direction, DomainFacts, StudyError, StudyFacts, TrialRecord, TrialState, suggest
+
+Pick = Literal["frontier", "best", "knee"]
+
+
+@dataclass(frozen=True)
+class DomainFront:
+    """One domain's answer.
+
+    Attributes:
+        domain: Name of the domain.
+        facts: The domain as it was prepared.
+        front: The front over all models, by trainable parameters.
+        by_model: The front of each model's trials.
+        hypervolume: Of ``front``, see `hypervolume`.
+        records: All trials of the domain, whatever their state, by number.
+    """
+
+    domain: str
+    facts: DomainFacts
+    front: list[TrialRecord]
+    by_model: dict[str, list[TrialRecord]]
+    hypervolume: float
+    records: list[TrialRecord]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Trials by state: complete, pruned, failed, running."""
+        order = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAILED, TrialState.RUNNING)
+        return {state.value.lower(): sum(record.state is state for record in self.records) for state in order}
+
+    @property
+    def best(self) -> TrialRecord | None:
+        """The trial with the best metric; of several, the one with fewest parameters."""
+        return _best(self.front, self.facts.direction) if self.front else None
+
+
+def complete(records: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """The trials that may stand on a front: COMPLETE, with a finite metric."""
+    return [
+        record
+        for record in records
+        if record.state is TrialState.COMPLETE and record.value is not None and math.isfinite(record.value)
+    ]
+
+
+def front(records: Iterable[TrialRecord], direction: Direction) -> list[TrialRecord]:
+    """The Pareto-optimal trials: no other has a metric at least as good and parameters at most as many, one of them
+    better. Trials that are equal in both are all kept.
+
+    Args:
+        records: Trials of one domain, of one model or of several; those that are not COMPLETE are ignored.
+        direction: Of the domain's metric.
+
+    Returns:
+        By trainable parameters, then number.
+    """
+    candidates = complete(records)
+    if not candidates:
+        return []
+    points = np.array([(-goodness(record, direction), record.trainable_parameters) for record in candidates])
+    chosen = [candidates[index] for index in np.flatnonzero(non_dominated(points))]
+    return sorted(chosen, key=lambda record: (record.trainable_parameters, record.number))
+
+
+def goodness(record: TrialRecord, direction: Direction) -> float:
+    """A finished trial's metric, with the sign that makes more better."""
+    assert record.value is not None
+    return record.value if direction == "maximize" else -record.value
+
+
+def hypervolume(records: Iterable[TrialRecord], direction: Direction, total_parameters: int) -> float:
+    """The share of the unit square that the front dominates: one number for "accurate with few parameters".
+
+    A trial is the point ``(x, y)``, more of both being better; it dominates the rectangle from (0, 0) to (x, y), and
+    the hypervolume is the area of the rectangles' union (Zitzler and Thiele 1998)::
+
+        x = 1 - log10(max(p, 1)) / log10(N)      clipped to [0, 1]
+        y = v        where the metric is maximised, 1 - v where it is minimised; clipped to [0, 1]
+
+    with ``p`` trainable parameters, ``N`` parameters of the base model, and ``v`` the metric, which is supposed to lie
+    in [0, 1]. So x is 0 for a trial that trains as many parameters as the model has (full fine-tuning adds no area),
+    1/2 for one that trains its square root, and 1 for one that trains nothing. The best is 1. Metrics outside [0, 1],
+    such as perplexity, say nothing here.
+
+    Args:
+        records: Trials of one domain; those that are not COMPLETE are ignored.
+        direction: Of the domain's metric.
+        total_parameters: N; with several models the largest one's.
+    """
+    width = math.log10(max(total_parameters, 2))
+    area, reached = 0.0, 0.0
+    for record in front(records, direction):
+        assert record.value is not None
+        x = 1 - math.log10(max(record.trainable_parameters, 1)) / width
+        y = record.value if direction == "maximize" else 1 - record.value
+        x, y = min(max(x, 0.0), 1.0), min(max(y, 0.0), 1.0)
+        # By rising parameters x falls and y rises: each trial adds the strip above those before it.
+        area += x * max(0.0, y - reached)
+        reached = max(reached, y)
+    return area
+
+
+def domain_fronts(records: Iterable[TrialRecord], facts: StudyFacts) -> dict[str, DomainFront]:
+    """Every domain's front, in the order of the study file."""
+    by_domain: dict[str, list[TrialRecord]] = {domain: [] for domain in facts.domains}
+    for record in sorted(records, key=lambda record: record.number):
+        by_domain.setdefault(record.domain, []).append(record)
+    total = max((model.total_parameters for model in facts.models.values()), default=1)
+    fronts = {}
+    for domain, domain_facts in facts.domains.items():
+        mine, direction = by_domain[domain], domain_facts.direction
+        models = list(dict.fromkeys([*facts.models, *(record.model for record in mine)]))
+        fronts[domain] = DomainFront(
+            domain,
+            domain_facts,
+            front(mine, direction),
+            {model: front((record for record in mine if record.model == model), direction) for model in models},
+            hypervolume(mine, direction, total),
+            mine,
+        )
+    return fronts
+
+
+def pick(
+    front: Sequence[TrialRecord],
+    how: Pick | str,
+    direction: Direction = "maximize",
+    *,
+    max_parameters: int | None = None,
+    min_metric: float | None = None,
+) -> list[TrialRecord]:
+    """Choose trials from a front.
+
+    - ``frontier``: all of them.
+    - ``best``: the best metric.
+    - ``knee``: where further parameters stop paying. On the front, put log10 of the trainable parameters and the
+      metric each on a scale from 0 (the cheapest trial) to 1 (the best trial); the knee is the trial furthest above the
+      straight line between those two, as in Kneedle (Satopää et al. 2011, "Finding a 'Kneedle' in a Haystack") and
+      Das 1999 ("On characterizing the knee of the Pareto curve"); Branke et al. 2004 ("Finding Knees in Multi-objective
+      Optimization") compare this with other definitions. Of equals, the cheapest. A front that nowhere rises above the
+      line, such as one of two trials, has no knee: then the best trial is picked.
+
+    Args:
+        front: A domain's front, as `front` returns it.
+        how: One of the above.
+        direction: Of the domain's metric.
+        max_parameters: Only trials with at most so many trainable parameters.
+        min_metric: Only trials whose metric is at least this good (where the metric is minimised: at most this).
+
+    Returns:
+        By trainable parameters; one trial for ``best`` and ``knee``.
+
+    Raises:
+        StudyError: Unknown ``how``, an empty front, or nothing left under the limits; says what comes nearest.
+    """
+    if how not in get_args(Pick):
+        raise StudyError(f"unknown pick {how!r}{suggest(how, get_args(Pick))}")
+    if not front:
+        raise StudyError("there is nothing to pick from: no trial has reached the full budget yet")
+    left = [
+        record
+        for record in front
+        if (max_parameters is None or record.trainable_parameters <= max_parameters)
+        and (min_metric is None or _at_least(record, min_metric, direction))
+    ]
+    if not left:
+        raise StudyError(_nothing_left(front, direction, max_parameters, min_metric))
+    if how == "best":
+        return [_best(left, direction)]
+    if how == "knee":
+        return [_knee(left, direction)]
+    return left
+
+
+def _best(front: Sequence[TrialRecord], direction: Direction) -> TrialRecord:
+    return min(front, key=lambda record: (-goodness(record, direction), record.trainable_parameters, record.number))
+
+
+def _knee(front: Sequence[TrialRecord], direction: Direction) -> TrialRecord:
+    best = _best(front, direction)
+    x = np.log10([max(record.trainable_parameters, 1) for record in front])
+    y = np.array([goodness(record, direction) for record in front])
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return best
+    # The distance to the diagonal is (y - x) / sqrt(2).
+    above = (y - y.min()) / np.ptp(y) - (x - x.min()) / np.ptp(x)
+    index = int(np.argmax(above))
+    return front[index] if above[index] > 1e-9 else best
+
+
+def _at_least(record: TrialRecord, limit: float, direction: Direction) -> bool:
+    return goodness(record, direction) >= (limit if direction == "maximize" else -limit)
+
+
+def _nothing_left(
+    front: Sequence[TrialRecord], direction: Direction, max_parameters: int | None, min_metric: float | None
+) -> str:
+    def named(record: TrialRecord) -> str:
+        return f"trial {record.number} ({record.method})"
+
+    cheapest = min(front, key=lambda record: (record.trainable_parameters, record.number))
+    reach = "reaches" if direction == "maximize" else "gets down to"
+    if max_parameters is not None and cheapest.trainable_parameters > max_parameters:
+        return (
+            f"no trial on the front trains at most {max_parameters:,} parameters: "
+            f"the smallest, {named(cheapest)}, trains {cheapest.trainable_parameters:,}"
+        )
+    assert min_metric is not None
+    affordable = [record for record in front if max_parameters is None or record.trainable_parameters <= max_parameters]
+    best = _best(affordable, direction)
+    if max_parameters is None:
+        return f"no trial on the front {reach} {min_metric:g}: the best, {named(best)}, has {best.value:.4f}"
+    message = (
+        f"no trial on the front with at most {max_parameters:,} parameters {reach} {min_metric:g}: "
+        f"the best of them, {named(best)}, has {best.value:.4f}"
+    )
+    good = [record for record in front if _at_least(record, min_metric, direction)]
+    if good:
+        message += f"; {named(good[0])} {reach} it with {good[0].trainable_parameters:,} parameters"
+    return message

@@ -1,0 +1,555 @@
+"""Pictures of the front: interactive (plotly), as one page that works offline, and as a PNG (matplotlib).
+
+Imports of plotly and matplotlib take a second each, so they wait until a picture is wanted.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from peftsearch.frontier.front import DomainFront, complete, domain_fronts
+from peftsearch.frontier.tables import front_columns, front_rows, verdict
+from peftsearch.spec import StudyError, StudyFacts, TrialRecord, TrialState, suggest
+from peftsearch.tracking.names import configuration_text, shorten
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+    from matplotlib.axes import Axes
+
+# Okabe and Ito 2008, "Color Universal Design": told apart with every common colour vision. Its yellow is too faint for
+# white paper and left out.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+_PLOTLY_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "star", "pentagon", "hexagon")
+_MATPLOTLIB_SYMBOLS = ("o", "s", "D", "^", "*", "p", "h")
+_STEP_COLOUR = "#6b7280"
+_BASELINE_COLOUR = "#6b7280"
+
+
+def front_figure(records: Iterable[TrialRecord], domain: str, facts: StudyFacts) -> go.Figure:
+    """One domain's metric against trainable parameters (logarithmic).
+
+    The front is a step line: at each number of parameters, the best metric that so many can buy. Dominated trials are
+    faint, pruned ones small crosses at their last evaluation; baselines are horizontal lines.
+
+    Raises:
+        StudyError: The study has no such domain.
+    """
+    return _figure(_domain(records, domain, facts), facts)
+
+
+def front_html(records: Iterable[TrialRecord], facts: StudyFacts, domain: str | None = None) -> str:
+    """One self-contained page: for each domain (or one) the plot with its table beside it. It opens offline.
+
+    Equal trials give an equal page, to the byte.
+
+    Raises:
+        StudyError: The study has no such domain.
+    """
+    import plotly.io
+    import plotly.offline
+
+    fronts = list(domain_fronts(records, facts).values())
+    if domain is not None:
+        fronts = [_domain(records, domain, facts)]
+    sections = []
+    for index, front in enumerate(fronts):
+        plot = plotly.io.to_html(
+            _figure(front, facts),
+            full_html=False,
+            include_plotlyjs=False,
+            include_mathjax=False,
+            div_id=f"front-{index}",
+            default_height="460px",
+            config={"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["lasso2d", "select2d"]},
+        )
+        sections.append(_section(front, facts, plot))
+    title = html.escape(f"{facts.study}: metric against trainable parameters")
+    description = f"<p>{html.escape(facts.description)}</p>" if facts.description else ""
+    return _PAGE.format(
+        title=title,
+        study=html.escape(facts.study),
+        description=description,
+        models=html.escape(
+            ", ".join(f"{name} ({model.total_parameters:,} parameters)" for name, model in facts.models.items())
+        ),
+        style=_STYLE,
+        plotly=plotly.offline.get_plotlyjs(),
+        sections="\n".join(sections),
+        script=_SCRIPT,
+    )
+
+
+def front_png(records: Iterable[TrialRecord], facts: StudyFacts, domain: str | None = None) -> bytes:
+    """The fronts as a picture, one panel per domain (or of one domain). Needs neither a display nor a browser.
+
+    Raises:
+        StudyError: The study has no such domain.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = list(records)
+    fronts = list(domain_fronts(records, facts).values()) if domain is None else [_domain(records, domain, facts)]
+    columns = min(2, max(1, len(fronts)))
+    lines = max(1, math.ceil(len(fronts) / columns))
+    with rc_context({"font.family": "DejaVu Sans", "font.size": 10, "text.parse_math": False}):
+        figure = Figure(figsize=(6.6 * columns, 4.3 * lines + 0.5), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(lines, columns, squeeze=False).ravel()
+        for axis in axes[len(fronts) :]:
+            axis.set_axis_off()
+        for axis, front in zip(axes, fronts, strict=False):
+            _draw(axis, front, facts)
+        handles = _legend(fronts, facts)
+        if handles:
+            figure.legend(
+                handles=handles, loc="outside lower center", ncols=min(len(handles), 4 * columns), frameon=False
+            )
+        out = io.BytesIO()
+        # Without the software's version in it, equal fronts give equal files.
+        figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+# --- what both kinds of picture share ---
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Trials that are drawn alike: COMPLETE ones of one method, on the front or dominated."""
+
+    method: str
+    on_front: bool
+    records: list[TrialRecord]
+
+
+def _domain(records: Iterable[TrialRecord], domain: str, facts: StudyFacts) -> DomainFront:
+    fronts = domain_fronts(records, facts)
+    if domain not in fronts:
+        raise StudyError(f"the study {facts.study!r} has no domain {domain!r}{suggest(domain, fronts)}")
+    return fronts[domain]
+
+
+def _methods(fronts: Iterable[DomainFront], facts: StudyFacts) -> list[str]:
+    """In the order of the study file, so that a method looks the same in every picture of the study."""
+    return list(dict.fromkeys([*facts.methods, *(record.method for front in fronts for record in front.records)]))
+
+
+def _groups(front: DomainFront, facts: StudyFacts) -> list[_Group]:
+    chosen = {record.number for record in front.front}
+    groups = []
+    for on_front in (False, True):
+        for method in _methods([front], facts):
+            mine = [
+                record
+                for record in complete(front.records)
+                if record.method == method and (record.number in chosen) == on_front
+            ]
+            if mine:
+                groups.append(_Group(method, on_front, mine))
+    return groups
+
+
+def _pruned(front: DomainFront) -> list[TrialRecord]:
+    return [
+        record
+        for record in front.records
+        if record.state is TrialState.PRUNED and record.value is not None and math.isfinite(record.value)
+    ]
+
+
+def _x(record: TrialRecord) -> int:
+    return max(record.trainable_parameters, 1)
+
+
+def _x_range(front: DomainFront) -> tuple[float, float]:
+    """Ends of the axis, with room beside the outermost trials; at least one decade."""
+    logs = [math.log10(_x(record)) for record in [*complete(front.records), *_pruned(front)]]
+    low, high = (min(logs), max(logs)) if logs else (3.0, 6.0)
+    margin = max(0.07 * (high - low), (1 - (high - low)) / 2, 0.1)
+    return 10 ** (low - margin), 10 ** (high + margin)
+
+
+def _y_range(front: DomainFront) -> tuple[float, float]:
+    values = [record.value for record in [*complete(front.records), *_pruned(front)] if record.value is not None]
+    values += [value for _, value in _baselines(front)]
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    margin = max(0.08 * (high - low), 0.005)
+    return low - margin, high + margin
+
+
+def _steps(front: DomainFront, right: float) -> tuple[list[float], list[float]]:
+    """Corners of the front's step line, up to the right edge."""
+    points: list[tuple[float, float]] = []
+    for record in front.front:
+        assert record.value is not None
+        if points:
+            points.append((_x(record), points[-1][1]))
+        points.append((_x(record), record.value))
+    if points:
+        points.append((right, points[-1][1]))
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _baselines(front: DomainFront) -> list[tuple[str, float]]:
+    """Titles and values; the model's name is added where there are several."""
+    by_model = list(front.facts.baselines.items())
+    found: dict[str, float] = {}
+    for model, named in by_model:
+        for name, baseline in list(named.items()):
+            # What knows only the labels is the same for every model.
+            title = baseline.title if len(by_model) == 1 or name == "majority" else f"{baseline.title}, {model}"
+            if math.isfinite(baseline.value):
+                found.setdefault(title, baseline.value)
+    return list(found.items())
+
+
+def _label_sides(values: Sequence[float], low: float, high: float) -> list[bool]:
+    """For each baseline whether its label stands above its line; of two close lines the lower one's stands below."""
+    above = [True] * len(values)
+    order = sorted(range(len(values)), key=lambda index: values[index])
+    for lower, upper in pairwise(order):
+        if values[upper] - values[lower] < 0.07 * (high - low):
+            above[lower] = False
+    return above
+
+
+def _metric(front: DomainFront) -> str:
+    return front.facts.metric.replace("_", " ")
+
+
+# --- plotly ---
+
+
+def _figure(front: DomainFront, facts: StudyFacts) -> go.Figure:
+    import plotly.graph_objects as go
+
+    methods = _methods([front], facts)
+    low, high = _x_range(front)
+    bottom, top = _y_range(front)
+    figure = go.Figure()
+    pruned = _pruned(front)
+    if pruned:
+        figure.add_trace(
+            go.Scatter(
+                x=[_x(record) for record in pruned],
+                y=[record.value for record in pruned],
+                mode="markers",
+                name=f"pruned ({len(pruned)})",
+                marker={"symbol": "x-thin", "size": 6, "color": "#9ca3af", "line": {"width": 1.2, "color": "#9ca3af"}},
+                opacity=0.6,
+                text=[_hover(record, front, facts) for record in pruned],
+                hovertemplate="%{text}<extra></extra>",
+            )
+        )
+    if front.front:
+        x, y = _steps(front, high)
+        figure.add_trace(
+            go.Scatter(
+                x=x,
+                y=y,
+                mode="lines",
+                name="front",
+                line={"color": _STEP_COLOUR, "width": 1.6},
+                hoverinfo="skip",
+            )
+        )
+    shown: set[str] = set()
+    for group in sorted(_groups(front, facts), key=lambda group: (not group.on_front, methods.index(group.method))):
+        style = methods.index(group.method)
+        figure.add_trace(
+            go.Scatter(
+                x=[_x(record) for record in group.records],
+                y=[record.value for record in group.records],
+                mode="markers",
+                name=html.escape(group.method),
+                legendgroup=group.method,
+                showlegend=group.method not in shown,
+                marker={
+                    "symbol": _PLOTLY_SYMBOLS[style % len(_PLOTLY_SYMBOLS)],
+                    "size": 12 if group.on_front else 8,
+                    "color": _COLOURS[style % len(_COLOURS)],
+                    "opacity": 1.0 if group.on_front else 0.3,
+                    "line": {"width": 1.2 if group.on_front else 0, "color": "white"},
+                },
+                text=[_hover(record, front, facts) for record in group.records],
+                hovertemplate="%{text}<extra></extra>",
+            )
+        )
+        shown.add(group.method)
+    baselines = _baselines(front)
+    sides = _label_sides([value for _, value in baselines], bottom, top)
+    for (title, value), above in zip(baselines, sides, strict=True):
+        figure.add_hline(
+            y=value,
+            line={"color": _BASELINE_COLOUR, "width": 1, "dash": "dot"},
+            annotation={
+                "text": f"{html.escape(title)} {value:.3f}",
+                "font": {"size": 11},
+                "x": 0,
+                "xanchor": "left",
+                "yanchor": "bottom" if above else "top",
+            },
+        )
+    if not front.front and not pruned:
+        figure.add_annotation(
+            text="no finished trial yet", x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False, font={"size": 16}
+        )
+    figure.update_layout(
+        template="plotly_white",
+        title={"text": html.escape(front.domain), "x": 0.01, "font": {"size": 17}},
+        margin={"l": 62, "r": 16, "t": 46, "b": 56},
+        legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "xanchor": "right", "x": 1.0},
+        hoverlabel={"align": "left"},
+        xaxis={
+            "type": "log",
+            "title": {"text": "trainable parameters"},
+            "range": [math.log10(low), math.log10(high)],
+            "dtick": 1,
+            "exponentformat": "SI",
+        },
+        yaxis={"title": {"text": html.escape(_metric(front))}, "range": [bottom, top]},
+    )
+    return figure
+
+
+def _hover(record: TrialRecord, front: DomainFront, facts: StudyFacts) -> str:
+    state = "" if record.state is TrialState.COMPLETE else f" ({record.state.value.lower()})"
+    lines = [
+        f"<b>trial {record.number}: {html.escape(record.method)}</b>{state}",
+        f"{html.escape(_metric(front))} {record.value:.4f}",
+        f"{record.trainable_parameters:,} trainable parameters",
+    ]
+    if record.confirmed:
+        lines.append(f"confirmed {record.confirmed.mean:.4f} ± {record.confirmed.std:.4f}")
+    if len(facts.models) > 1:
+        lines.append(html.escape(shorten(record.model, 80)))
+    lines += [
+        html.escape(shorten(configuration_text({name: value}), 80)) for name, value in record.hyperparameters.items()
+    ]
+    return "<br>".join([*lines, f"trained {record.train_seconds:.1f} s"])
+
+
+# --- the page ---
+
+
+def _section(front: DomainFront, facts: StudyFacts, plot: str) -> str:
+    rows = front_rows(front, facts)
+    columns = front_columns(front, rows)
+    left = {"method", "model", "configuration"}
+    head = "".join(
+        f'<th scope="col"{_align(field in left)}>{html.escape(title)}</th>' for field, title in columns.items()
+    )
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td{_align(field in left)}>{html.escape(getattr(row, field))}</td>" for field in columns)
+        + "</tr>"
+        for row in rows
+    )
+    if not rows:
+        body = f'<tr><td colspan="{len(columns)}">No trial has reached the full budget yet.</td></tr>'
+    counts = ", ".join(f"{count} {state}" for state, count in front.counts.items())
+    fill = {
+        "name": html.escape(front.domain),
+        "verdict": html.escape(verdict(front).sentence),
+        "counts": html.escape(counts),
+        "hypervolume": f"{front.hypervolume:.4f}",
+        "head": head,
+        "body": body,
+        "plot": plot,
+    }
+    return _SECTION.format(**fill)
+
+
+def _align(left: bool) -> str:
+    return ' class="l"' if left else ""
+
+
+_SECTION = """<section aria-label="{name}">
+<h2>{name}</h2>
+<p class="verdict">{verdict}</p>
+<div class="pair">
+<div class="plot">{plot}</div>
+<div class="table"><table>
+<caption>The front: no other trial has a better metric with fewer trainable parameters ({counts}; hypervolume
+{hypervolume})</caption>
+<thead><tr>{head}</tr></thead>
+<tbody>{body}</tbody>
+</table></div>
+</div>
+</section>"""
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<link rel="icon" href="data:,">
+<style>{style}</style>
+<script>{plotly}</script>
+</head>
+<body>
+<header><h1>{study}</h1>{description}<p class="models">{models}</p></header>
+<main>
+{sections}
+</main>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+_STYLE = """
+:root { --paper: #ffffff; --ink: #1f2937; --faint: #6b7280; --line: #e5e7eb; }
+@media (prefers-color-scheme: dark) { :root { --paper: #15181d; --ink: #e5e7eb; --faint: #9ca3af; --line: #333a45; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1500px; padding: 1rem 1.25rem 3rem; background: var(--paper); color: var(--ink);
+  font: 15px/1.45 system-ui, sans-serif; }
+h1 { margin: 0.2rem 0; font-size: 1.5rem; } h2 { margin: 1.6rem 0 0.2rem; font-size: 1.2rem; }
+p { margin: 0.2rem 0; } .models, caption { color: var(--faint); overflow-wrap: anywhere; }
+.pair { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 1.25rem; align-items: start; }
+@media (max-width: 1000px) { .pair { grid-template-columns: minmax(0, 1fr); } }
+.plot { min-width: 0; } .table { overflow-x: auto; padding-top: 0.6rem; }
+table { border-collapse: collapse; width: 100%; font-size: 0.82rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; padding-bottom: 0.5rem; }
+th, td { padding: 0.28rem 0.5rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { font-weight: 600; } .l { text-align: left; } td.l { overflow-wrap: anywhere; min-width: 5.5rem; }
+"""
+
+# Plotly's colours are part of each plot, so the page's light or dark ink is handed to it.
+_SCRIPT = """
+(() => {
+  const dark = matchMedia('(prefers-color-scheme: dark)');
+  const paint = () => document.querySelectorAll('.plotly-graph-div').forEach(plot => {
+    const ink = dark.matches ? '#e5e7eb' : '#1f2937', line = dark.matches ? '#333a45' : '#e5e7eb';
+    Plotly.relayout(plot, {
+      paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)', 'font.color': ink,
+      'xaxis.gridcolor': line, 'yaxis.gridcolor': line, 'xaxis.zerolinecolor': line, 'yaxis.zerolinecolor': line,
+    });
+  });
+  paint();
+  dark.addEventListener('change', paint);
+})();
+"""
+
+
+# --- matplotlib ---
+
+
+def _draw(axis: Axes, front: DomainFront, facts: StudyFacts) -> None:
+    from matplotlib.patheffects import withStroke
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    methods = _methods([front], facts)
+    low, high = _x_range(front)
+    bottom, top = _y_range(front)
+    axis.set_xscale("log")
+    axis.set_xlim(low, high)
+    axis.set_ylim(bottom, top)
+    axis.xaxis.set_major_locator(LogLocator(base=10, numticks=12))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _si(value)))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.grid(color="#e5e7eb", linewidth=0.8)
+    axis.set_axisbelow(True)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axis.spines[side].set_color("#9ca3af")
+    axis.tick_params(colors="#374151", which="both")
+    axis.set_title(f"{front.domain}", loc="left", fontweight="bold")
+    axis.set_xlabel("trainable parameters")
+    axis.set_ylabel(_metric(front))
+
+    baselines = _baselines(front)
+    sides = _label_sides([value for _, value in baselines], bottom, top)
+    for (title, value), above in zip(baselines, sides, strict=True):
+        axis.axhline(value, color=_BASELINE_COLOUR, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
+        axis.annotate(
+            f"{title} {value:.3f}",
+            (0.005, value),
+            xycoords=axis.get_yaxis_transform(),
+            xytext=(0, 2 if above else -2),
+            textcoords="offset points",
+            va="bottom" if above else "top",
+            fontsize=8,
+            color="#374151",
+            zorder=6,
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
+        )
+    pruned = _pruned(front)
+    axis.scatter(
+        [_x(record) for record in pruned],
+        [float(record.value or 0) for record in pruned],
+        marker="x",
+        s=16,
+        linewidths=0.9,
+        color="#9ca3af",
+        alpha=0.6,
+        zorder=2,
+    )
+    if front.front:
+        axis.plot(*_steps(front, high), color=_STEP_COLOUR, linewidth=1.4, zorder=3)
+    elif not pruned:
+        axis.text(0.5, 0.5, "no finished trial yet", transform=axis.transAxes, ha="center", color="#374151")
+    for group in _groups(front, facts):
+        style = methods.index(group.method)
+        marker = _MATPLOTLIB_SYMBOLS[style % len(_MATPLOTLIB_SYMBOLS)]
+        axis.scatter(
+            [_x(record) for record in group.records],
+            [float(record.value or 0) for record in group.records],
+            marker=marker,
+            s=(75 if group.on_front else 30) * (1.9 if marker == "*" else 1),
+            color=_COLOURS[style % len(_COLOURS)],
+            alpha=1.0 if group.on_front else 0.3,
+            edgecolors="white" if group.on_front else "none",
+            linewidths=1.0,
+            zorder=5 if group.on_front else 2,
+        )
+
+
+def _legend(fronts: Sequence[DomainFront], facts: StudyFacts) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    handles: list[Any] = []
+    methods = _methods(fronts, facts)
+    present = {record.method for front in fronts for record in complete(front.records)}
+    for style, method in enumerate(methods):
+        if method in present:
+            handles.append(
+                Line2D(
+                    [],
+                    [],
+                    linestyle="none",
+                    marker=_MATPLOTLIB_SYMBOLS[style % len(_MATPLOTLIB_SYMBOLS)],
+                    color=_COLOURS[style % len(_COLOURS)],
+                    markersize=8,
+                    label=method,
+                )
+            )
+    if any(front.front for front in fronts):
+        handles.append(Line2D([], [], color=_STEP_COLOUR, linewidth=1.4, label="front"))
+        handles.append(
+            Line2D(
+                [], [], linestyle="none", marker="o", color=_STEP_COLOUR, alpha=0.3, markersize=5.5, label="dominated"
+            )
+        )
+    if any(_pruned(front) for front in fronts):
+        handles.append(
+            Line2D([], [], linestyle="none", marker="x", color="#9ca3af", markersize=5, label="pruned (last value)")
+        )
+    return handles
+
+
+def _si(value: float) -> str:
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:g}{suffix}"
+    return f"{value:g}"

@@ -1,0 +1,114 @@
+"""What MLflow shows of a domain: the note that a person reads first, the pictures, and the tables as files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+from peftsearch.frontier.front import DomainFront, domain_fronts, pick
+from peftsearch.frontier.plots import front_html, front_png
+from peftsearch.frontier.tables import (
+    LINEAR_PROBE,
+    MAJORITY,
+    domain_json,
+    escape_markdown,
+    front_markdown,
+    trials_parquet,
+    verdict,
+)
+from peftsearch.spec import StudyError, StudyFacts, TrialRecord, TrialState, suggest
+from peftsearch.tracking.mlflow_tracker import NOTE_LENGTH, DomainReport
+from peftsearch.tracking.names import configuration_text
+
+_NOTE_ROWS = 40
+
+
+def domain_report(records: Iterable[TrialRecord], facts: StudyFacts, domain: str) -> DomainReport:
+    """Render everything that a domain's MLflow run holds beside its trials.
+
+    Args:
+        records: Trials of the whole study.
+        facts: The study.
+        domain: Name of the domain.
+
+    Raises:
+        StudyError: The study has no such domain.
+    """
+    fronts = domain_fronts(records, facts)
+    if domain not in fronts:
+        raise StudyError(f"the study {facts.study!r} has no domain {domain!r}{suggest(domain, fronts)}")
+    front = fronts[domain]
+    content = {"study": facts.study, "domains": {domain: domain_json(front)}}
+    metrics = {"hypervolume": front.hypervolume} | {f"trials_{state}": float(n) for state, n in front.counts.items()}
+    if front.best is not None and front.best.value is not None:
+        metrics[f"best_{front.facts.metric}"] = front.best.value
+    for model, named in list(front.facts.baselines.items()):
+        for name in (MAJORITY, LINEAR_PROBE):
+            if name in named:
+                # One model is the rule, and then the plain name is what people look for.
+                suffix = "" if len(facts.models) == 1 else f"/{model}"
+                metrics[f"baseline_{name}{suffix}"] = named[name].value
+    return DomainReport(
+        note=_note(front, facts),
+        files={
+            "front.html": front_html(front.records, facts, domain).encode(),
+            "front.png": front_png(front.records, facts, domain),
+            "front.json": (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(),
+            "front.parquet": trials_parquet(front.front),
+            "trials.parquet": trials_parquet(front.records),
+        },
+        metrics=metrics,
+        on_front={record.number for record in front.front},
+        step=sum(record.state is not TrialState.RUNNING for record in front.records),
+    )
+
+
+def _note(front: DomainFront, facts: StudyFacts) -> str:
+    rows = _NOTE_ROWS
+    while len(note := _markdown(front, facts, rows)) > NOTE_LENGTH and rows > 1:
+        rows //= 2
+    return note
+
+
+def _markdown(front: DomainFront, facts: StudyFacts, rows: int) -> str:
+    metric = escape_markdown(front.facts.metric)
+    lines = [f"# {escape_markdown(facts.study)}: {escape_markdown(front.domain)}", "", f"**{_text(front)}**", ""]
+    if front.front:
+        lines += [f"## Which configuration to use ({metric} on the validation split)", ""]
+        for how, meaning in (("best", f"best {metric}"), ("knee", "knee: where further parameters stop paying")):
+            record = pick(front.front, how, front.facts.direction)[0]
+            assert record.value is not None
+            lines.append(
+                f"- **{meaning}**: {record.value:.3f} with {record.trainable_parameters:,} trainable parameters: "
+                f"trial {record.number}, {escape_markdown(record.method)}, "
+                f"{escape_markdown(configuration_text(record.hyperparameters))}"
+            )
+        cheapest = front.front[0]
+        assert cheapest.value is not None
+        lines += [
+            f"- **smallest**: {cheapest.value:.3f} with {cheapest.trainable_parameters:,} trainable parameters: "
+            f"trial {cheapest.number}, {escape_markdown(cheapest.method)}",
+            "",
+            "Take the knee home as a PEFT folder (or `--pick best`, `--pick frontier`):",
+            "",
+            f"    peftsearch export {facts.study} --to adapters --domain {front.domain} --pick knee",
+            "",
+            "## The front",
+            "",
+            "No other trial has a better metric with fewer trainable parameters (task head included).",
+            "",
+            front_markdown(front, facts, rows),
+            "",
+            f"Hypervolume {front.hypervolume:.4f}. The interactive picture is the artifact `front.html`, "
+            "as an image `front.png`; tables are `front.json`, `front.parquet` and `trials.parquet`.",
+        ]
+    counts = ", ".join(f"{count} {state}" for state, count in front.counts.items())
+    rows_text = ", ".join(f"{count:,} {split}" for split, count in front.facts.rows.items())
+    lines += ["", "## What this rests on", "", f"- Trials: {counts}", f"- Texts: {rows_text}"]
+    lines.append(f"- Labels: {len(front.facts.labels)}; data: {escape_markdown(front.facts.source)}")
+    lines += [f"- Note: {escape_markdown(warning)}" for warning in front.facts.warnings]
+    return "\n".join(lines) + "\n"
+
+
+def _text(front: DomainFront) -> str:
+    return escape_markdown(verdict(front).sentence)

@@ -1,0 +1,77 @@
+"""Trainable parameters of a configuration, before it is trained: built on the meta device, where it costs no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peftsearch.domains import PreparedDomain
+from peftsearch.methods import METHODS, MethodSpace
+from peftsearch.training.segment import ModelPlace
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of parameters, the task head included."""
+
+    trainable: int
+    exported: int
+
+
+class ParameterCounter:
+    """Counts for the cells of one study; each structure (rank, targets, ...) is built once.
+
+    Args:
+        models: Where each model is.
+        domains: The prepared domains, which decide the heads.
+    """
+
+    def __init__(self, models: Mapping[str, ModelPlace], domains: Mapping[str, PreparedDomain]) -> None:
+        self._models = models
+        self._domains = domains
+        self._bare: dict[tuple[str, str], Any] = {}
+        self._counts: dict[tuple[Any, ...], ParameterCount] = {}
+
+    def count(self, model: str, domain: str, space: MethodSpace, hyperparameters: Mapping[str, Any]) -> ParameterCount:
+        """Parameters of one configuration.
+
+        Raises:
+            ValueError: The configuration does not fit the model.
+        """
+        key = (model, domain, space.method.name, space.structure(hyperparameters))
+        if key not in self._counts:
+            self._counts[key] = self._build(model, domain, space.method.name, hyperparameters)
+        return self._counts[key]
+
+    def total(self, model: str, domain: str) -> int:
+        """Parameters of the whole model with the domain's head."""
+        return sum(parameter.numel() for parameter in self._meta(model, domain).parameters())
+
+    def architecture(self, model: str, domain: str) -> str:
+        """Class of the model."""
+        return type(self._meta(model, domain)).__name__
+
+    def _meta(self, model: str, domain: str) -> Any:
+        from peftsearch.training.base_model import meta_model
+
+        key = (model, domain)
+        if key not in self._bare:
+            place, prepared = self._models[model], self._domains[domain]
+            self._bare[key] = meta_model(place.location, place.revision, prepared.task, prepared.labels)
+        return self._bare[key]
+
+    def _build(self, model: str, domain: str, method: str, hyperparameters: Mapping[str, Any]) -> ParameterCount:
+        import copy
+
+        import torch
+
+        from peftsearch.methods import AttachContext
+        from peftsearch.training.base_model import count_exported, count_trainable
+
+        chosen, prepared = METHODS[method], self._domains[domain]
+        chosen.check(hyperparameters)
+        context = AttachContext(prepared.task.peft_task_type, self._models[model].location, prepared.labels)
+        with torch.device("meta"):
+            attached = chosen.attach(copy.deepcopy(self._meta(model, domain)), hyperparameters, context)
+        return ParameterCount(count_trainable(attached), count_exported(attached))

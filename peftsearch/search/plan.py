@@ -1,0 +1,212 @@
+"""Everything about a study that can be known, and be wrong, before a worker starts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftsearch.domains import PreparedDomain, prepare_domain
+from peftsearch.search.cells import Cell, study_cells
+from peftsearch.search.counts import ParameterCount, ParameterCounter
+from peftsearch.search.run import DomainSearch
+from peftsearch.spec import ModelFacts, Range, Scalar, StudyError, StudyFile, StudySpec, model_location
+from peftsearch.training.budget import Budget
+from peftsearch.training.segment import ModelPlace, WorkerPlan
+
+
+@dataclass(frozen=True)
+class CellPlan:
+    """A cell with what its configurations cost.
+
+    Attributes:
+        cell: The cell.
+        smallest: Parameters of the smallest configuration of the space.
+        largest: Parameters of the largest.
+    """
+
+    cell: Cell
+    smallest: ParameterCount
+    largest: ParameterCount
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """A checked study: its data is prepared, its models can be read, its spaces fit the models."""
+
+    spec: StudySpec
+    cells: tuple[CellPlan, ...]
+    domains: Mapping[str, PreparedDomain]
+    budgets: Mapping[str, Budget]
+    models: Mapping[str, ModelPlace]
+    model_facts: Mapping[str, ModelFacts]
+    counter: ParameterCounter
+
+    def count(self, cell: Cell, hyperparameters: Mapping[str, Any]) -> ParameterCount:
+        """Parameters of a configuration; raises ValueError where it does not fit the model."""
+        return self.counter.count(cell.model, cell.domain, cell.space, hyperparameters)
+
+    def searches(self) -> dict[str, DomainSearch]:
+        """What the search needs to know of each domain."""
+        return {
+            name: DomainSearch(domain.metric, domain.direction, self.budgets[name])
+            for name, domain in self.domains.items()
+        }
+
+    def for_workers(self, study_folder: Path, threads: int) -> WorkerPlan:
+        """What the workers need to know."""
+        return WorkerPlan(
+            study_folder=study_folder,
+            models=dict(self.models),
+            domains={name: domain.folder for name, domain in self.domains.items()},
+            budgets=dict(self.budgets),
+            training=self.spec.training,
+            threads=threads,
+        )
+
+
+def plan_study(file: StudyFile, cache: Path) -> StudyPlan:
+    """Check a study against methods, models and data, and prepare its data.
+
+    Args:
+        file: The study file.
+        cache: Where tokenised data goes.
+
+    Raises:
+        StudyError: The first thing that is wrong, with its place in the file.
+    """
+    spec = file.spec
+    cells = study_cells(spec)
+    models = {model.path: _place(index, spec, file.folder) for index, model in enumerate(spec.models)}
+    # One tokenizer per study would be wrong for models with different ones; each domain is prepared once per model.
+    domains = _prepare(spec, file.folder, models, cache)
+    counter = ParameterCounter(models, domains)
+    for index, path in enumerate(models):
+        for name in domains:
+            try:
+                counter.total(path, name)
+            except StudyError as error:
+                raise StudyError(error.message, _model_loc(spec, index)) from None
+    budgets = {
+        name: Budget.of(domain.rows["train"], spec.training.batch_size, spec.training.epochs, spec.training.evaluations)
+        for name, domain in domains.items()
+    }
+    first = next(iter(domains))
+    facts = {
+        path: ModelFacts(
+            location=place.location,
+            revision=place.revision,
+            architecture=counter.architecture(path, first),
+            total_parameters=max(counter.total(path, name) for name in domains),
+            fingerprint=_fingerprint(place),
+        )
+        for path, place in models.items()
+    }
+    return StudyPlan(spec, tuple(_cell_plan(cell, counter) for cell in cells), domains, budgets, models, facts, counter)
+
+
+def _place(index: int, spec: StudySpec, folder: Path) -> ModelPlace:
+    from peftsearch.training.base_model import model_config
+
+    model = spec.models[index]
+    try:
+        place = ModelPlace(model_location(model.path, folder), model.revision)
+        model_config(place.location, place.revision)
+        _check_weights(place)
+    except StudyError as error:
+        raise StudyError(error.message, _model_loc(spec, index)) from None
+    return place
+
+
+def _check_weights(place: ModelPlace) -> None:
+    """A folder's weights can be read; of a Hub model only the workers know, after downloading it."""
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(place.location)
+    if not folder.is_dir():
+        return
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise StudyError(
+            f"the model folder {place.location!r} holds no model.safetensors: save the model with "
+            "save_pretrained (pickled weights are not loaded)"
+        )
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                opened.keys()
+        except (SafetensorError, OSError) as error:
+            raise StudyError(f"cannot read the weights {str(file)!r}: {error}") from None
+
+
+def _model_loc(spec: StudySpec, index: int) -> tuple[str | int, ...]:
+    return ("model",) if len(spec.models) == 1 else ("models", index)
+
+
+def _prepare(spec: StudySpec, folder: Path, models: Mapping[str, ModelPlace], cache: Path) -> dict[str, PreparedDomain]:
+    place = next(iter(models.values()))
+    return {
+        name: prepare_domain(
+            name,
+            spec,
+            folder=folder,
+            model_location=place.location,
+            revision=place.revision,
+            cache=cache,
+        )
+        for name in spec.domains
+    }
+
+
+def _cell_plan(cell: Cell, counter: ParameterCounter) -> CellPlan:
+    counts = []
+    for corner in _corners(cell):
+        try:
+            counts.append(counter.count(cell.model, cell.domain, cell.space, corner))
+        except ValueError:
+            # A configuration that does not fit is a FAILED trial, not a wrong study, as long as another one fits.
+            continue
+    if not counts:
+        try:
+            counter.count(cell.model, cell.domain, cell.space, _corners(cell)[0])
+        except ValueError as error:
+            raise StudyError(
+                f"no configuration fits the model {cell.model!r}: {error}", ("methods", cell.method)
+            ) from None
+    ordered = sorted(counts, key=lambda count: count.trainable)
+    return CellPlan(cell, ordered[0], ordered[-1])
+
+
+def _corners(cell: Cell) -> list[dict[str, Scalar]]:
+    """Every combination of extremes of the hyperparameters that shape the parameters; the others at their first value."""
+    corners: list[dict[str, Scalar]] = [{}]
+    for name, dimension in cell.space.space.items():
+        kind, shapes = (
+            cell.space.method.hyperparameters[name].kind,
+            cell.space.method.hyperparameters[name].shapes_parameters,
+        )
+        values: list[Scalar]
+        if isinstance(dimension, Range):
+            ends = [dimension.low, dimension.high]
+            values = [int(end) for end in ends] if kind == "int" else list(ends)
+        elif isinstance(dimension, tuple):
+            values = list(dimension)
+        else:
+            values = [dimension]
+        corners = [{**corner, name: value} for corner in corners for value in (values if shapes else values[:1])]
+    return corners
+
+
+def _fingerprint(place: ModelPlace) -> str:
+    """Hash of a folder's configuration and weights; a Hub model is named by its revision."""
+    folder = Path(place.location)
+    if not folder.is_dir():
+        return place.revision or "latest"
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
+        digest.update(file.name.encode())
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,192 @@
+"""A study's trials from first to last: what Ray Tune is told, and what the ledger is told.
+
+Ray Tune calls three thin adapters (searcher, scheduler, callback), which all talk to one `StudyRun`. It decides what is
+tried next, what goes on, and writes the ledger; so there is one account of what happened, in one order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from peftsearch.search.cells import Cell
+from peftsearch.search.counts import ParameterCount
+from peftsearch.search.halving import PRUNERS, Candidate, Pruner
+from peftsearch.search.proposals import fitting_priors, make_sampler, suggest
+from peftsearch.spec import Direction, Rung, SearchSpec, TrialRecord, TrialState
+from peftsearch.training.budget import Budget
+from peftsearch.training.segment import SegmentResult, TrialPlan
+
+
+class TrialLedger(Protocol):
+    """What the search needs of the ledger."""
+
+    @property
+    def records(self) -> list[TrialRecord]: ...
+    def record(self, number: int) -> TrialRecord: ...
+    def started(self, cell: str) -> int: ...
+    def next_number(self) -> int: ...
+    def is_new(self, cell: str) -> bool: ...
+    def enqueue(self, cell: str, hyperparameters: Mapping[str, Any]) -> None: ...
+    def ask(self, cell: str, sampler: Any, suggest: Any, describe: Any) -> TrialRecord: ...
+    def add_rung(self, number: int, rung: Rung, **updates: Any) -> TrialRecord: ...
+    def complete(self, number: int, **updates: Any) -> TrialRecord: ...
+    def prune(self, number: int, **updates: Any) -> TrialRecord: ...
+    def fail(self, number: int, error: str, **updates: Any) -> TrialRecord: ...
+
+
+class Observer(Protocol):
+    """Somebody who wants to know: the progress display, MLflow."""
+
+    def trial_changed(self, record: TrialRecord) -> None:
+        """A trial was started, evaluated or ended."""
+
+
+@dataclass(frozen=True)
+class DomainSearch:
+    """What the search needs to know of a domain."""
+
+    metric: str
+    direction: Direction
+    budget: Budget
+
+
+class StudyRun:
+    """Proposes, prunes and records the trials of one study.
+
+    Args:
+        search: The study file's section.
+        cells: All cells.
+        domains: Metric and budget by domain.
+        count: Parameters of a configuration; raises ValueError where it does not fit the model.
+        ledger: The study's ledger; what it holds already is continued.
+        observers: Told of every change.
+    """
+
+    def __init__(
+        self,
+        search: SearchSpec,
+        cells: Sequence[Cell],
+        domains: Mapping[str, DomainSearch],
+        count: Callable[[Cell, Mapping[str, Any]], ParameterCount],
+        ledger: TrialLedger,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        self.search = search
+        self.cells = list(cells)
+        self.domains = domains
+        self.ledger = ledger
+        self._count = count
+        self._observers = observers
+        self._cell_of = {(cell.model, cell.domain, cell.method): cell for cell in cells}
+        self._pruners = {name: self._pruner(domain) for name, domain in domains.items()}
+        self._interrupted: list[int] = []
+        for cell in self.cells:
+            if ledger.is_new(cell.key):
+                for prior in fitting_priors(cell.space)[: search.trials]:
+                    ledger.enqueue(cell.key, prior)
+        for record in ledger.records:
+            for index, rung in enumerate(record.rungs, start=1):
+                self._pruners[record.domain].record(index, self._candidate(record, rung))
+            if record.state is TrialState.RUNNING:
+                self._interrupted.append(record.number)
+
+    @property
+    def planned(self) -> int:
+        """Number of trials of the whole study."""
+        return self.search.trials * len(self.cells)
+
+    def finished(self) -> bool:
+        """Whether every cell has had its trials and none is running."""
+        return self._next_cell() is None and not any(
+            record.state is TrialState.RUNNING for record in self.ledger.records
+        )
+
+    def next_trial(self) -> TrialRecord | None:
+        """An interrupted trial to continue, or a new one; None when every cell has had its share.
+
+        Cells take turns, so that at any moment they have had (nearly) the same budget.
+        """
+        if self._interrupted:
+            return self.ledger.record(self._interrupted.pop(0))
+        while (cell := self._next_cell()) is not None:
+            record = self._ask(cell)
+            self._tell(record)
+            if record.state is TrialState.RUNNING:
+                return record
+        return None
+
+    def plan(self, record: TrialRecord) -> TrialPlan:
+        """A trial as the slots see it."""
+        return TrialPlan(
+            record.number, record.model, record.domain, record.method, dict(record.hyperparameters), record.seed
+        )
+
+    def evaluated(self, number: int, result: SegmentResult, retries: int, *, final: bool) -> bool:
+        """Record a segment's result; returns whether the trial goes on (never, after the final one)."""
+        before = self.ledger.record(number)
+        domain = self.domains[before.domain]
+        known = len(before.rungs)
+        rung = Rung(
+            step=result.step,
+            epoch=round(domain.budget.epoch(result.step), 6),
+            value=result.scores[domain.metric],
+            loss=result.loss,
+            train_loss=result.train_loss,
+            train_seconds=result.train_seconds,
+            evaluation_seconds=result.evaluation_seconds,
+            scores=result.scores,
+        )
+        record = self.ledger.add_rung(
+            number, rung, peak_memory_bytes=result.peak_memory_bytes, retries=before.retries + retries
+        )
+        if final:
+            record = self.ledger.complete(number, checkpoint=f"trials/{number:05d}")
+        elif len(record.rungs) > known and not self._pruners[record.domain].goes_on(
+            len(record.rungs), self._candidate(record, rung)
+        ):
+            record = self.ledger.prune(number)
+        self._tell(record)
+        return record.state is TrialState.RUNNING
+
+    def failed(self, number: int, error: str, retries: int = 0) -> None:
+        """Record that a trial cannot go on."""
+        self._tell(self.ledger.fail(number, error, retries=self.ledger.record(number).retries + retries))
+
+    def _next_cell(self) -> Cell | None:
+        started = [(self.ledger.started(cell.key), index) for index, cell in enumerate(self.cells)]
+        fewest, index = min(started)
+        return self.cells[index] if fewest < self.search.trials else None
+
+    def _ask(self, cell: Cell) -> TrialRecord:
+        number = self.ledger.next_number()
+
+        def describe(_: int, hyperparameters: dict[str, Any]) -> dict[str, Any]:
+            fields: dict[str, Any] = {
+                "seed": self.search.seed,
+                "total_steps": self.domains[cell.domain].budget.total_steps,
+            }
+            try:
+                count = self._count(cell, hyperparameters)
+            except ValueError as error:
+                return {**fields, "trainable_parameters": 0, "error": str(error)}
+            return {**fields, "trainable_parameters": count.trainable, "exported_parameters": count.exported}
+
+        return self.ledger.ask(
+            cell.key, make_sampler(self.search, number), lambda trial: suggest(trial, cell.space), describe
+        )
+
+    def _pruner(self, domain: DomainSearch) -> Pruner:
+        return PRUNERS[self.search.scheduler](
+            len(domain.budget.evaluation_steps), self.search.eta, self.search.grace, domain.direction
+        )
+
+    def _candidate(self, record: TrialRecord, rung: Rung) -> Candidate:
+        cell = self._cell_of.get((record.model, record.domain, record.method))
+        key = cell.key if cell else f"{record.domain}/{record.method}/{record.model}"
+        return Candidate(record.number, key, rung.value, rung.loss, record.trainable_parameters)
+
+    def _tell(self, record: TrialRecord) -> None:
+        for observer in self._observers:
+            observer.trial_changed(record)

@@ -1,0 +1,59 @@
+"""The Tune trainable: asks the dispatcher for one segment after another. No torch, no CPU, reused for every trial."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import tune
+
+from peftsearch.training.budget import Budget
+from peftsearch.training.segment import Failure, Segment, SegmentResult, TrialPlan
+
+RESULT = "segment"
+FAILED = "failed"
+RETRIES = "retries"
+FINAL = "final"
+
+
+class TrialActor(tune.Trainable):  # type: ignore[misc]
+    """One trial as Ray Tune sees it; the training itself happens in a slot.
+
+    Its config holds ``plan`` (`TrialPlan`), ``budget`` (`Budget`), ``done`` (evaluations that an interrupted run has
+    recorded already) and ``dispatcher`` (handle of the actor).
+    """
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Called by Tune for a new actor."""
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Called by Tune to run another trial in this process."""
+        self._begin(new_config)
+        return True
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        self._plan: TrialPlan = config["plan"]
+        self._budget: Budget = config["budget"]
+        self._evaluation: int = config["done"]
+        self._dispatcher = config["dispatcher"]
+
+    def step(self) -> dict[str, Any]:
+        """Train up to the next evaluation."""
+        import ray
+
+        steps = self._budget.evaluation_steps
+        final = self._evaluation == len(steps) - 1
+        segment = Segment(self._plan, steps[self._evaluation], final)
+        outcome, retries = ray.get(self._dispatcher.submit.remote(segment))
+        if isinstance(outcome, Failure):
+            # Not an exception: Tune would throw this process away, and the trial's fault is not the process's.
+            return {FAILED: outcome.error, RETRIES: retries, FINAL: True, "done": True}
+        assert isinstance(outcome, SegmentResult)
+        self._evaluation += 1
+        return {RESULT: outcome, RETRIES: retries, FINAL: final, "done": final}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing: the slots keep the trial's state in the study's storage."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing, see `save_checkpoint`."""

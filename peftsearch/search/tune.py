@@ -1,0 +1,190 @@
+"""Ray Tune, driven by a `StudyRun`: searcher, scheduler and callback are adapters without a mind of their own."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from peftsearch.search.run import StudyRun
+
+# Read by ray.tune when it is imported or run.
+TUNE_SETTINGS = {
+    # The CSV, JSON and TensorBoard loggers cost more per trial as trials pile up, and nobody reads them here.
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Tune's snapshots would be a second, unsynchronised ledger, and grow with the number of trials.
+    "TUNE_GLOBAL_CHECKPOINT_S": str(10**9),
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_RESULT_BUFFER_LENGTH": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_WARN_THRESHOLD_S": "60",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    # On interruption, trial actors wait in a call that does not return: Tune need not wait for them.
+    "TUNE_FORCE_TRIAL_CLEANUP_S": "2",
+}
+os.environ.update({name: os.environ.get(name, value) for name, value in TUNE_SETTINGS.items()})
+
+import ray  # noqa: E402
+from ray import tune  # noqa: E402
+from ray.tune.schedulers import TrialScheduler  # noqa: E402
+from ray.tune.search import Searcher  # noqa: E402
+
+from peftsearch.search.trainable import FAILED, FINAL, RESULT, RETRIES, TrialActor  # noqa: E402
+
+_ACTOR_MEMORY = 64 * 2**20
+"""A trial's resource request must not be empty, and a trial actor needs no CPU of its own."""
+
+
+def run_trials(run: StudyRun, dispatcher: Any, concurrency: int, stopped: Callable[[], bool]) -> None:
+    """Run a study's remaining trials to their end, or until told to stop.
+
+    Args:
+        run: Decides and records.
+        dispatcher: Handle of the slots' dispatcher.
+        concurrency: Trials at a time; with one slot and one trial at a time the order of events is determined.
+        stopped: Asked often; once true, nothing new is started and the running trials stay RUNNING in the ledger.
+    """
+    with tempfile.TemporaryDirectory(prefix="peftsearch-tune-") as folder:
+        tuner = tune.Tuner(
+            tune.with_resources(TrialActor, tune.PlacementGroupFactory([{"memory": _ACTOR_MEMORY}])),
+            tune_config=tune.TuneConfig(
+                search_alg=_Searcher(run, dispatcher, concurrency, stopped),
+                scheduler=_Scheduler(run, stopped),
+                num_samples=-1,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=folder,
+                verbose=0,
+                callbacks=[_Recorder(run, dispatcher, stopped)],
+                stop=_Interruption(stopped),
+                failure_config=tune.FailureConfig(max_failures=3),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+            ),
+        )
+        tuner.fit()
+
+
+class _Adapter:
+    """Tune pickles searcher, scheduler and callbacks for its own restore, which this project does not use (the ledger
+    is the truth); the live objects behind an adapter stay out of that pickle."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Searcher(_Adapter, Searcher):  # type: ignore[misc]
+    def __init__(self, run: StudyRun, dispatcher: Any, concurrency: int, stopped: Callable[[], bool]) -> None:
+        super().__init__()
+        self.run = run
+        self.dispatcher = dispatcher
+        self.concurrency = concurrency
+        self.stopped = stopped
+        self.live: set[str] = set()
+
+    def suggest(self, trial_id: str) -> Any:
+        if len(self.live) >= self.concurrency:
+            return None
+        record = None if self.stopped() else self.run.next_trial()
+        if record is None:
+            return Searcher.FINISHED
+        self.live.add(trial_id)
+        return {
+            "plan": self.run.plan(record),
+            "budget": self.run.domains[record.domain].budget,
+            "done": len(record.rungs),
+            "dispatcher": self.dispatcher,
+        }
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        self.live.discard(trial_id)
+
+    def save(self, checkpoint_path: str) -> None:
+        pass
+
+    def restore(self, checkpoint_path: str) -> None:
+        pass
+
+
+class _Scheduler(_Adapter, TrialScheduler):  # type: ignore[misc]
+    """Records a result and passes the decision on. Tune asks about every result but a trial's last."""
+
+    def __init__(self, run: StudyRun, stopped: Callable[[], bool]) -> None:
+        super().__init__()
+        self.run = run
+        self.stopped = stopped
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        goes_on = self.run.evaluated(_number(trial), result[RESULT], result[RETRIES], final=False)
+        return TrialScheduler.CONTINUE if goes_on and not self.stopped() else TrialScheduler.STOP  # type: ignore[no-any-return]
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        pass
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        pass
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        pass
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        pass
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        return next((trial for trial in tune_controller.get_live_trials() if trial.status == "PENDING"), None)
+
+    def debug_string(self) -> str:
+        return "peftsearch"
+
+
+class _Recorder(_Adapter, tune.Callback):  # type: ignore[misc]
+    """Records a trial's last result, which Tune does not show to a scheduler, and what broke."""
+
+    def __init__(self, run: StudyRun, dispatcher: Any, stopped: Callable[[], bool]) -> None:
+        self.run = run
+        self.dispatcher = dispatcher
+        self.stopped = stopped
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if not result.get(FINAL):
+            return
+        if FAILED in result:
+            self.run.failed(_number(trial), result[FAILED], result[RETRIES])
+        else:
+            self.run.evaluated(_number(trial), result[RESULT], result[RETRIES], final=True)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.dispatcher.end.remote(_number(trial))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.dispatcher.end.remote(_number(trial))
+        if not self.stopped():
+            error = trial.get_error()
+            self.run.failed(_number(trial), f"its trial actor failed: {_last_line(error)}")
+
+
+class _Interruption(_Adapter, tune.Stopper):  # type: ignore[misc]
+    def __init__(self, stopped: Callable[[], bool]) -> None:
+        self.stopped = stopped
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self.stopped()
+
+
+def _number(trial: Any) -> int:
+    return int(trial.config["plan"].number)
+
+
+def _last_line(error: BaseException | None) -> str:
+    if isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
+        error = error.cause
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__

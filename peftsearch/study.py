@@ -1,0 +1,423 @@
+"""The Python API: everything that the command line does is one call here.
+
+Example:
+    >>> from peftsearch import Study
+    >>> study = Study.from_file("studies/quickstart.yaml")
+    >>> fronts = study.run()
+    >>> study.export("adapters", pick="knee")
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+from peftsearch.spec import StudyError, StudyFacts, StudyFile, StudySpec, TrialRecord, TrialState
+from peftsearch.storage import StudyFolder, read_json, study_folder, write_json
+from peftsearch.tracking.ledger import Ledger, LedgerCell, hide_password
+
+if TYPE_CHECKING:
+    from peftsearch.events import StudyEvents
+    from peftsearch.frontier import DomainFront
+    from peftsearch.search.plan import StudyPlan
+    from peftsearch.tracking.mlflow_tracker import MlflowTracker
+
+log = logging.getLogger(__name__)
+
+
+class Study:
+    """One study: its specification, its folder, and what is done with them.
+
+    Use `from_file` to run a study, `open` to read one.
+
+    Args:
+        spec: The checked specification.
+        folder: Where the study's files are.
+        file: The study file, where there is one at hand.
+    """
+
+    def __init__(self, spec: StudySpec, folder: StudyFolder, file: StudyFile | None = None) -> None:
+        self.spec = spec
+        self.folder = folder
+        self.file = file
+
+    @classmethod
+    def from_file(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        storage: str | os.PathLike[str] | None = None,
+        overrides: Iterable[str] = (),
+    ) -> Study:
+        """A study from its file.
+
+        Args:
+            path: The YAML file.
+            name: Another name than the file's.
+            storage: Storage folder; ``PEFTSEARCH_STORAGE`` or ``~/peftsearch`` where absent.
+            overrides: ``key=value`` settings, as with ``--set``.
+
+        Raises:
+            StudyError: Something in the file is wrong.
+        """
+        settings = [*overrides, *([f"name={name}"] if name else [])]
+        file = StudyFile.load(path, settings)
+        return cls(file.spec, study_folder(file.spec.name, storage), file)
+
+    @classmethod
+    def open(cls, name: str, storage: str | os.PathLike[str] | None = None) -> Study:
+        """A study that was started before.
+
+        Raises:
+            StudyError: There is none of this name.
+        """
+        folder = study_folder(name, storage).require()
+        return cls(StudySpec.model_validate(read_json(folder.spec)["study"]), folder)
+
+    @property
+    def name(self) -> str:
+        """The study's name."""
+        return self.spec.name
+
+    @property
+    def ledger_url(self) -> str:
+        """Where the ledger is."""
+        return self.folder.ledger_url if self.spec.tracking.ledger == "auto" else self.spec.tracking.ledger
+
+    @property
+    def mlflow_tracking_uri(self) -> str | None:
+        """Where MLflow is; None where tracking is off."""
+        from peftsearch.tracking.mlflow_tracker import default_tracking_uri
+
+        wanted = self.spec.tracking.mlflow
+        if wanted == "off":
+            return None
+        return default_tracking_uri(self.folder.storage) if wanted == "auto" else wanted
+
+    # --- before and while it runs ---
+
+    def validate(self) -> StudyPlan:
+        """Check the study against methods, models and data, and prepare its data; nothing is trained.
+
+        Raises:
+            StudyError: The first thing that is wrong.
+        """
+        from peftsearch.search.plan import plan_study
+
+        if self.file is None:
+            raise StudyError("this study was opened by name: load it from its file to validate or run it")
+        _check_storage(self.folder)
+        try:
+            return plan_study(self.file, self.folder.cache)
+        except StudyError as error:
+            raise StudyError(self.file.explain(error)) from None
+
+    def run(self, *, address: str | None = None, events: StudyEvents | None = None) -> dict[str, DomainFront]:
+        """Run the study, or continue it where it stands; what has finished is not run again.
+
+        Args:
+            address: Address of a Ray cluster; a cluster of this machine is started where absent.
+            events: Told of progress.
+
+        Returns:
+            The front of every domain.
+
+        Raises:
+            StudyError: The study file is wrong, has changed since the study began, or another driver runs it.
+            StudyInterrupted: Ctrl-C or SIGTERM; the same call continues the study.
+        """
+        from peftsearch.driver import StopRequest, run_study, stop_on_signals
+        from peftsearch.events import SilentEvents
+
+        events = events or SilentEvents()
+        stopped = StopRequest()
+        with stop_on_signals(stopped, events.stopping):
+            events.phase("checking the study and preparing its data")
+            plan = self.validate()
+            self._check_unchanged()
+            self.folder.create()
+            with self.folder.held():
+                self._write_files()
+                facts = self._facts(plan)
+                self._save_facts(facts)
+                with closing(self._ledger(plan)) as ledger:
+                    self.folder.note_driver(state="running", since=_now(), error=None)
+                    tracker = self._tracker(facts, ledger)
+                    try:
+                        for record in ledger.records:
+                            tracker and tracker.update(record)
+                        observers = [_ToMlflow(tracker)] if tracker else []
+                        run_study(
+                            plan,
+                            ledger,
+                            facts,
+                            self.folder.path,
+                            address,
+                            events,
+                            observers,
+                            self._save_facts,
+                            stopped,
+                        )
+                        if not stopped():
+                            self._discard_dominated_weights(ledger.records, facts)
+                    except BaseException as error:
+                        self.folder.note_driver(state="interrupted", until=_now(), error=str(error) or None)
+                        raise
+                    finally:
+                        records = ledger.records
+                        if tracker is not None:
+                            events.phase("writing MLflow")
+                            self._report(tracker, records, facts)
+                            if not tracker.close(timeout=120.0):
+                                events.warning(
+                                    f"MLflow at {self.mlflow_tracking_uri} could not be brought up to date; "
+                                    f"run 'peftsearch sync {self.name}' when it is back"
+                                )
+                    self.folder.note_driver(state="interrupted" if stopped() else "finished", until=_now())
+        if stopped():
+            raise StudyInterrupted(self.name)
+        return self.frontier()
+
+    # --- afterwards, or from another terminal ---
+
+    def trials(self) -> list[TrialRecord]:
+        """Every trial of the ledger, whatever its state."""
+        with closing(Ledger(self.ledger_url, self.name)) as ledger:
+            return ledger.records
+
+    def facts(self) -> StudyFacts:
+        """What is known beside the trials."""
+        return StudyFacts.model_validate(read_json(self.folder.facts))
+
+    def frontier(self, domain: str | None = None) -> dict[str, DomainFront]:
+        """The front of each domain, or of one.
+
+        Raises:
+            StudyError: The study has no such domain.
+        """
+        from peftsearch.frontier import domain_fronts
+        from peftsearch.spec import suggest
+
+        facts = self.facts()
+        if domain is not None and domain not in facts.domains:
+            raise StudyError(f"the study {self.name!r} has no domain {domain!r}{suggest(domain, facts.domains)}")
+        fronts = domain_fronts(self.trials(), facts)
+        return fronts if domain is None else {domain: fronts[domain]}
+
+    def status(self) -> dict[str, Any]:
+        """Where the study stands, in the shape of ``status --json``."""
+        driver = read_json(self.folder.driver) or {}
+        records = self.trials()
+        counts = {state.value.lower(): sum(r.state is state for r in records) for state in TrialState}
+        held = self.folder.is_held()
+        state = "running" if held else ("finished" if driver.get("state") == "finished" else "interrupted")
+        planned = self.spec.search.trials * len(self.spec.models) * len(self.spec.domains) * len(self.spec.methods)
+        return {
+            "study": self.name,
+            "state": state,
+            "counts": counts,
+            "planned": planned,
+            "elapsed_seconds": _elapsed(driver, held),
+            "ledger": hide_password(self.ledger_url),
+            "mlflow_tracking_uri": self.mlflow_tracking_uri,
+            "mlflow_experiment": self.name,
+            "storage": str(self.folder.storage),
+            "folder": str(self.folder.path),
+            "driver": {"host": driver.get("host"), "pid": driver.get("pid")},
+            "error": driver.get("error"),
+        }
+
+    def sync(self) -> int:
+        """Bring MLflow up to date from the ledger; returns the number of trials.
+
+        Raises:
+            StudyError: Tracking is off, or the server cannot be reached.
+        """
+        from peftsearch.tracking.ledger import Ledger
+
+        if self.mlflow_tracking_uri is None:
+            raise StudyError(f"the study {self.name!r} has tracking.mlflow: off: there is nothing to bring up to date")
+        facts = self.facts()
+        # A running study brings MLflow up to date itself, and its driver is the ledger's only writer.
+        with self.folder.held(), closing(Ledger(self.ledger_url, self.name)) as ledger:
+            tracker = self._tracker(facts, ledger)
+            assert tracker is not None
+            for record in ledger.records:
+                tracker.update(record)
+            self._report(tracker, ledger.records, facts)
+            if not tracker.close(timeout=600.0):
+                raise StudyError(f"MLflow at {self.mlflow_tracking_uri} could not be reached: try again when it is up")
+            return len(ledger.records)
+
+    # --- inside ---
+
+    def _facts(self, plan: StudyPlan) -> StudyFacts:
+        from peftsearch.provenance import provenance
+
+        assert self.file is not None
+        before = read_json(self.folder.facts)
+        facts = StudyFacts(
+            study=self.name,
+            description=self.spec.description,
+            trials_per_cell=self.spec.search.trials,
+            methods=tuple(self.spec.methods),
+            domains={name: domain.facts() for name, domain in plan.domains.items()},
+            models=dict(plan.model_facts),
+            provenance=provenance(self.file.folder),
+        )
+        if before is not None:
+            known = StudyFacts.model_validate(before)
+            for name, domain in facts.domains.items():
+                old = known.domains.get(name)
+                if old is not None and old.fingerprint != domain.fingerprint:
+                    raise StudyError(
+                        f"the data of domain {name!r} has changed since the study {self.name!r} began: "
+                        "restore it, or start a new study with --name"
+                    )
+                if old is not None:
+                    domain.baselines.update(old.baselines)
+        return facts
+
+    def _save_facts(self, facts: StudyFacts) -> None:
+        write_json(self.folder.facts, facts.model_dump(mode="json"))
+
+    def _write_files(self) -> None:
+        assert self.file is not None
+        write_json(
+            self.folder.spec,
+            {"study": self.spec.model_dump(mode="json"), "folder": str(self.file.folder), "file": self.file.where},
+        )
+        if self.file.text is not None:
+            self.folder.study_file.write_text(self.file.text, encoding="utf-8")
+
+    def _check_unchanged(self) -> None:
+        """A study goes on only with the question that it began with.
+
+        Raises:
+            StudyError: Names the first difference, and what to do.
+        """
+        if not self.folder.exists():
+            return
+        before = _flat(StudySpec.model_validate(read_json(self.folder.spec)["study"]).model_dump(mode="json"))
+        now = _flat(self.spec.model_dump(mode="json"))
+        for key in sorted(before.keys() | now.keys()):
+            old, new = before.get(key), now.get(key)
+            if old == new or key.startswith(("resources.", "description")) or key == "tracking.mlflow":
+                continue
+            if key == "search.trials" and isinstance(old, int) and isinstance(new, int) and new > old:
+                continue
+            raise StudyError(
+                f"the study {self.name!r} was begun with {key} = {old!r} and the file now says {new!r}: "
+                "put it back, or start a new study with --name"
+            )
+
+    def _ledger(self, plan: StudyPlan) -> Ledger:
+        cells = [
+            LedgerCell(
+                key=item.cell.key,
+                model=item.cell.model,
+                domain=item.cell.domain,
+                method=item.cell.method,
+                metric=plan.domains[item.cell.domain].metric,
+                direction=plan.domains[item.cell.domain].direction,
+            )
+            for item in plan.cells
+        ]
+        return Ledger(self.ledger_url, self.name, cells)
+
+    def _tracker(self, facts: StudyFacts, ledger: Ledger) -> MlflowTracker | None:
+        from peftsearch.tracking.mlflow_tracker import MlflowTracker, default_artifacts
+
+        uri = self.mlflow_tracking_uri
+        if uri is None:
+            return None
+        artifacts = default_artifacts(self.folder.storage) if self.spec.tracking.mlflow == "auto" else None
+        return MlflowTracker(uri, artifacts, facts, ledger.set_run_id)
+
+    def _report(self, tracker: MlflowTracker, records: list[TrialRecord], facts: StudyFacts) -> None:
+        from peftsearch.frontier import domain_report
+
+        for name in facts.domains:
+            tracker.report(name, domain_report(records, facts, name))
+
+    def _discard_dominated_weights(self, records: list[TrialRecord], facts: StudyFacts) -> None:
+        """Keep the weights of the trials that can be exported: those on the front of their domain and model.
+
+        A trial that is dominated stays so, whatever is tried later; full fine-tuning would otherwise fill the disk.
+        """
+        import shutil
+
+        from peftsearch.frontier import front
+
+        kept: set[int] = set()
+        for name, domain in facts.domains.items():
+            for model in facts.models:
+                own = [record for record in records if record.domain == name and record.model == model]
+                kept |= {record.number for record in front(own, domain.direction)}
+        for record in records:
+            if record.state is not TrialState.RUNNING and record.number not in kept:
+                shutil.rmtree(self.folder.path / "trials" / f"{record.number:05d}", ignore_errors=True)
+
+
+class StudyInterrupted(KeyboardInterrupt):
+    """A study was stopped on request and can be continued.
+
+    Args:
+        study: Its name.
+    """
+
+    def __init__(self, study: str) -> None:
+        super().__init__(f"the study {study!r} was stopped; the same command continues it")
+        self.study = study
+
+
+class _ToMlflow:
+    def __init__(self, tracker: MlflowTracker) -> None:
+        self._tracker = tracker
+
+    def trial_changed(self, record: TrialRecord) -> None:
+        self._tracker.update(record)
+
+
+def _check_storage(folder: StudyFolder) -> None:
+    """The storage can be written, or made; nothing is created in it yet.
+
+    Raises:
+        StudyError: It cannot.
+    """
+    place = folder.storage
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise StudyError(
+            f"cannot write to the storage {folder.storage}: choose another with --storage or PEFTSEARCH_STORAGE"
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
+    return flat or {prefix: {}}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _elapsed(driver: dict[str, Any], held: bool) -> float:
+    """Seconds of the last (or present) run."""
+    if "since" not in driver:
+        return 0.0
+    end = datetime.now(UTC) if held or "until" not in driver else datetime.fromisoformat(driver["until"])
+    return max(0.0, (end - datetime.fromisoformat(driver["since"])).total_seconds())
+
+
+Pick = Literal["frontier", "best", "knee"]

@@ -1,0 +1,301 @@
+"""The ledger: every trial of a study in one Optuna storage. It is the truth; everything else can be rebuilt from it.
+
+One Optuna study per cell, named ``STUDY/DOMAIN/METHOD/MODEL``, with two objectives: the domain's metric, and trainable
+parameters. What Optuna has no field for is a user attribute of the trial; what becomes known after a trial's end (Optuna
+freezes finished trials) is a user attribute of the cell's study.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from peftsearch.spec import Direction, Rung, StudyError, TrialRecord, TrialState
+
+if TYPE_CHECKING:
+    import optuna
+
+_CELL = "peftsearch_cell"
+_TRIAL = "trial"
+_RUNGS = "rungs"
+_ENDED = "ended"
+_RUN_ID = "mlflow_run_id"
+
+
+@dataclass(frozen=True)
+class LedgerCell:
+    """What the ledger keeps of a cell."""
+
+    key: str
+    model: str
+    domain: str
+    method: str
+    metric: str
+    direction: Direction
+
+
+class Ledger:
+    """All trials of a study, by number; the study's driver is its only writer.
+
+    Args:
+        url: SQLAlchemy URL of the Optuna storage.
+        study: Name of the study.
+        cells: The cells to create where they do not exist; empty to read what is there.
+
+    Raises:
+        StudyError: The storage cannot be opened.
+    """
+
+    def __init__(self, url: str, study: str, cells: Iterable[LedgerCell] = ()) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.url = url
+        self.study = study
+        try:
+            self._storage = _open(url)
+        except Exception as error:  # SQLAlchemy's and the drivers' errors have no common base
+            reason = (str(error).splitlines() or [""])[0]
+            raise StudyError(f"cannot open the ledger {hide_password(url)}: {reason}", ("tracking", "ledger")) from None
+        self._studies: dict[str, optuna.Study] = {}
+        self._trials: dict[int, _Entry] = {}
+        self._unstarted: dict[str, list[optuna.trial.FrozenTrial]] = {}
+        existing = set(optuna.get_all_study_names(self._storage))
+        for cell in cells:
+            name = f"{study}/{cell.key}"
+            created = optuna.create_study(
+                storage=self._storage,
+                study_name=name,
+                directions=[cell.direction, "minimize"],
+                load_if_exists=True,
+            )
+            if name not in existing:
+                created.set_metric_names([cell.metric, "trainable_parameters"])
+                created.set_user_attr(_CELL, cell.__dict__)
+                existing.add(name)
+        for name in sorted(existing):
+            if name.startswith(f"{study}/"):
+                loaded = optuna.load_study(study_name=name, storage=self._storage)
+                if _CELL in loaded.user_attrs:
+                    self._studies[loaded.user_attrs[_CELL]["key"]] = loaded
+        self._read()
+
+    @property
+    def records(self) -> list[TrialRecord]:
+        """Every started trial, by number."""
+        return [self._trials[number].record for number in sorted(self._trials)]
+
+    def record(self, number: int) -> TrialRecord:
+        """One trial."""
+        return self._trials[number].record
+
+    def next_number(self) -> int:
+        """The number of the next new trial."""
+        return max(self._trials, default=-1) + 1
+
+    def started(self, cell: str) -> int:
+        """Trials of a cell, whatever their state."""
+        return sum(entry.cell == cell for entry in self._trials.values())
+
+    def is_new(self, cell: str) -> bool:
+        """Whether nothing has ever been asked for or enqueued in a cell."""
+        return not self._studies[cell].get_trials(deepcopy=False)
+
+    def enqueue(self, cell: str, hyperparameters: Mapping[str, Any]) -> None:
+        """Have a configuration (or a part of one) proposed before anything is sampled."""
+        self._studies[cell].enqueue_trial(dict(hyperparameters))
+
+    def ask(
+        self,
+        cell: str,
+        sampler: optuna.samplers.BaseSampler,
+        suggest: Callable[[optuna.Trial], dict[str, Any]],
+        describe: Callable[[int, dict[str, Any]], dict[str, Any]],
+    ) -> TrialRecord:
+        """Have Optuna propose the next trial of a cell, and record it as RUNNING.
+
+        Args:
+            cell: Key of the cell.
+            sampler: Proposes; seeded for this trial.
+            suggest: Draws the hyperparameters from an Optuna trial.
+            describe: Number and hyperparameters to further fields of the trial's record (``seed``,
+                ``trainable_parameters``, ...); an ``error`` in them ends the trial as FAILED at once.
+        """
+        import optuna
+
+        study = self._studies[cell]
+        study.sampler = sampler
+        left = self._unstarted.get(cell)
+        # A driver that died between asking and recording leaves a trial without a number: it is taken up again, so
+        # that the queue of priors and the sampler see what they would have seen without the crash.
+        trial = optuna.Trial(study, left.pop(0)._trial_id) if left else study.ask()
+        hyperparameters = suggest(trial)
+        number = self.next_number()
+        info = study.user_attrs[_CELL]
+        fields = {
+            "number": number,
+            "model": info["model"],
+            "domain": info["domain"],
+            "method": info["method"],
+            "hyperparameters": hyperparameters,
+            "started": _now(),
+            **describe(number, hyperparameters),
+        }
+        error = fields.pop("error", None)
+        record = TrialRecord(state=TrialState.RUNNING, **fields)
+        # One attribute, one transaction: a trial has all of these or is not started.
+        trial.set_user_attr(_TRIAL, fields)
+        self._trials[number] = _Entry(cell, trial._trial_id, record)
+        if error is not None:
+            return self.fail(number, str(error))
+        return record
+
+    def add_rung(self, number: int, rung: Rung, **updates: Any) -> TrialRecord:
+        """Record an evaluation. One that is recorded already (its segment was trained twice) is left as it is."""
+        entry = self._trials[number]
+        before = entry.record
+        if any(known.step >= rung.step for known in before.rungs):
+            return before
+        # Per-class scores are kept for the last evaluation only: they are many.
+        earlier = [
+            known.model_copy(update={"scores": {k: v for k, v in known.scores.items() if "/" not in k}})
+            for known in before.rungs
+        ]
+        rungs = [*earlier, rung]
+        entry.record = before.model_copy(update=_derived(rungs) | updates)
+        self._set(entry, _RUNGS, {"rungs": [item.model_dump() for item in rungs], **updates})
+        return entry.record
+
+    def complete(self, number: int, **updates: Any) -> TrialRecord:
+        """The trial reached the full budget."""
+        return self._end(number, TrialState.COMPLETE, updates)
+
+    def prune(self, number: int, **updates: Any) -> TrialRecord:
+        """The scheduler stopped the trial."""
+        return self._end(number, TrialState.PRUNED, updates)
+
+    def fail(self, number: int, error: str, **updates: Any) -> TrialRecord:
+        """The trial could not go on."""
+        return self._end(number, TrialState.FAILED, {"error": error, **updates})
+
+    def set_run_id(self, number: int, run_id: str) -> None:
+        """Remember a trial's MLflow run."""
+        entry = self._trials[number]
+        if entry.record.mlflow_run_id != run_id:
+            self._studies[entry.cell].set_user_attr(f"{_RUN_ID}:{number}", run_id)
+            entry.record = entry.record.model_copy(update={"mlflow_run_id": run_id})
+
+    def close(self) -> None:
+        """Release the connections."""
+        self._storage.remove_session()
+
+    def _end(self, number: int, state: TrialState, updates: dict[str, Any]) -> TrialRecord:
+        import optuna
+
+        entry = self._trials[number]
+        if entry.record.state is not TrialState.RUNNING:
+            return entry.record
+        updates = {"finished": _now(), **updates}
+        record = entry.record.model_copy(update={"state": state, **updates})
+        self._set(entry, _ENDED, updates)
+        values: list[float] | None = None
+        if state is TrialState.COMPLETE:
+            assert record.value is not None
+            values = [record.value, float(record.trainable_parameters)]
+        optuna_state = {
+            TrialState.COMPLETE: optuna.trial.TrialState.COMPLETE,
+            TrialState.PRUNED: optuna.trial.TrialState.PRUNED,
+            TrialState.FAILED: optuna.trial.TrialState.FAIL,
+        }[state]
+        self._storage.set_trial_state_values(entry.trial_id, optuna_state, values)
+        entry.record = record
+        return record
+
+    def _set(self, entry: _Entry, key: str, value: Any) -> None:
+        self._storage.set_trial_user_attr(entry.trial_id, key, value)
+
+    def _read(self) -> None:
+        import optuna
+
+        states = {
+            optuna.trial.TrialState.RUNNING: TrialState.RUNNING,
+            optuna.trial.TrialState.COMPLETE: TrialState.COMPLETE,
+            optuna.trial.TrialState.PRUNED: TrialState.PRUNED,
+            optuna.trial.TrialState.FAIL: TrialState.FAILED,
+        }
+        self._trials.clear()
+        for cell, study in self._studies.items():
+            late = study.user_attrs
+            self._unstarted[cell] = []
+            for trial in study.get_trials(deepcopy=False):
+                attributes = trial.user_attrs
+                if trial.state not in states:
+                    continue
+                if _TRIAL not in attributes:
+                    if trial.state is optuna.trial.TrialState.RUNNING:
+                        self._unstarted[cell].append(trial)
+                    continue
+                fields = dict(attributes[_TRIAL])
+                kept = dict(attributes.get(_RUNGS, {}))
+                fields |= _derived([Rung(**rung) for rung in kept.pop("rungs", [])])
+                fields |= kept
+                # A driver that died between the two writes of an end leaves the state RUNNING: then it has not ended.
+                if trial.state is not optuna.trial.TrialState.RUNNING:
+                    fields |= attributes.get(_ENDED, {})
+                fields["mlflow_run_id"] = late.get(f"{_RUN_ID}:{fields['number']}")
+                record = TrialRecord(**{**fields, "state": states[trial.state]})
+                self._trials[record.number] = _Entry(cell, trial._trial_id, record)
+
+
+@dataclass
+class _Entry:
+    cell: str
+    trial_id: int
+    record: TrialRecord
+
+
+def _open(url: str) -> optuna.storages.BaseStorage:
+    import optuna
+    from sqlalchemy import event
+
+    rdb = optuna.storages.RDBStorage(url)
+    if rdb.engine.dialect.name == "sqlite":
+        # With the rollback journal every attribute costs two fsyncs (15 to 20 ms here); with a write-ahead log 0.5 ms.
+        # A process that dies loses nothing either way. https://www.sqlite.org/wal.html
+        @event.listens_for(rdb.engine, "connect")
+        def _settings(connection: Any, _: Any) -> None:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=NORMAL")
+
+        rdb.engine.dispose()
+    return optuna.storages.get_storage(rdb)
+
+
+def _derived(rungs: list[Rung]) -> dict[str, Any]:
+    return {
+        "rungs": rungs,
+        "value": rungs[-1].value if rungs else None,
+        "train_seconds": sum(rung.train_seconds for rung in rungs),
+        "evaluation_seconds": sum(rung.evaluation_seconds for rung in rungs),
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def hide_password(url: str) -> str:
+    """The URL fit for people's eyes."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        return "(not a database URL)"
+
+
+warnings.filterwarnings("ignore", message=".*set_metric_names is experimental.*")

@@ -1,0 +1,91 @@
+"""The MLflow UI on a storage folder's studies."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from peftsearch.spec import StudyError
+from peftsearch.tracking.mlflow_tracker import default_artifacts, default_tracking_uri
+
+
+def ui_command(storage: Path, host: str = "127.0.0.1", port: int = 5000) -> list[str]:
+    """The command that serves the storage's MLflow store."""
+    return [
+        *(sys.executable, "-m", "mlflow", "server"),
+        *("--backend-store-uri", default_tracking_uri(storage)),
+        *("--default-artifact-root", default_artifacts(storage)),
+        *("--host", host, "--port", str(port)),
+        # Each worker loads all of MLflow; one serves a person well.
+        *("--workers", "1"),
+    ]
+
+
+def ui_environment() -> dict[str, str]:
+    """The environment for `ui_command`: without the background jobs (evaluation of language models) and telemetry of
+    MLflow's server, which this project has no use for; what the user has set stays.
+    """
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    return quiet | dict(os.environ)
+
+
+def serve_ui(storage: Path, host: str = "127.0.0.1", port: int = 5000, extra: Sequence[str] = ()) -> int:
+    """Serve the MLflow UI until it is stopped (Ctrl-C); returns the server's exit status, 0 after Ctrl-C.
+
+    Args:
+        storage: The storage folder.
+        host: Address to listen on; loopback by default, as MLflow's server asks nobody who they are.
+        port: Port to listen on.
+        extra: Further options of ``mlflow server``.
+
+    Raises:
+        StudyError: The storage holds no MLflow store yet, or the port is in use.
+    """
+    store = Path(default_tracking_uri(storage).removeprefix("sqlite:///"))
+    if not store.is_file():
+        raise StudyError(
+            f"no study in {str(storage)!r} has been recorded in MLflow yet: "
+            "run one, or name another folder with --storage"
+        )
+    check_port(host, port)
+    print(f"MLflow UI: http://{_for_url(host)}:{port}  (Ctrl-C stops it)", file=sys.stderr, flush=True)
+    process = subprocess.Popen([*ui_command(storage, host, port), *extra], env=ui_environment())
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        # The server is in our process group and has been interrupted with us.
+        try:
+            process.wait(timeout=10)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.kill()
+        return 0
+    finally:
+        if process.poll() is None:
+            process.terminate()
+
+
+def check_port(host: str, port: int) -> None:
+    """See that somebody can listen there.
+
+    Raises:
+        StudyError: The port is in use or not allowed, or the address is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # As the server does: a connection that is still closing down does not count as in use.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise StudyError(
+                f"cannot listen on {host} port {port} ({reason}): choose another with --port or --host"
+            ) from None
+
+
+def _for_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

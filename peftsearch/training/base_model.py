@@ -1,0 +1,228 @@
+"""The frozen base: loaded once, shared by every trial of a worker, never written to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from peftsearch.spec import StudyError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from peftsearch.domains import Task
+
+
+class FrozenBase:
+    """A pretrained model in memory, from which trials take models that share its tensors.
+
+    Args:
+        location: Folder or Hub id.
+        revision: Hub revision.
+        device: Where the weights live.
+    """
+
+    def __init__(self, location: str, revision: str | None = None, device: torch.device | None = None) -> None:
+        self.location = location
+        self.revision = revision
+        self.device = device or torch.device("cpu")
+        self._templates: dict[tuple[str, tuple[str, ...]], _Template] = {}
+        self._tensors: dict[str, nn.Parameter] = {}
+
+    def trial_model(self, task: Task, labels: Sequence[str], *, seed: int, copy_weights: bool) -> PreTrainedModel:
+        """A model for one trial: the base's own tensors (frozen), in modules of its own, with a freshly drawn head.
+
+        The modules are the trial's: PEFT may replace them at will and nothing needs to be undone afterwards, which is
+        what makes a warm worker exact. The head is drawn from torch's global generator: seed it before.
+
+        Args:
+            task: Decides the head.
+            labels: The task's labels.
+            seed: Seeds torch's global generator, from which the head (and then the method's own weights) are drawn.
+            copy_weights: Give the trial a copy of the weights, for methods that train them.
+        """
+        template = self._template(task, tuple(labels))
+        # Only now: loading a template, which the first trial of a worker does, draws random numbers itself.
+        torch.manual_seed(seed)
+        model = copy.deepcopy(template.model) if copy_weights else share_tensors(template.model)
+        _draw_anew(model, template.fresh)
+        return model
+
+    def fingerprint(self) -> dict[str, int]:
+        """A hash per pretrained tensor; equal before and after a study, or something wrote to the base."""
+        return {name: _hash(tensor) for name, tensor in self._tensors.items()}
+
+    def _template(self, task: Task, labels: tuple[str, ...]) -> _Template:
+        key = (task.auto_model, labels)
+        if key not in self._templates:
+            model, fresh = _load(self.location, self.revision, task, labels)
+            for name, parameter in list(model.named_parameters()):
+                known = self._tensors.get(name)
+                if name in fresh:
+                    continue
+                if known is not None and known.shape == parameter.shape and known.dtype == parameter.dtype:
+                    _replace(model, name, known)
+                else:
+                    self._tensors[name] = parameter
+            model.requires_grad_(False)
+            model.to(self.device)
+            self._templates[key] = _Template(model, fresh)
+        return self._templates[key]
+
+
+class _Template:
+    def __init__(self, model: PreTrainedModel, fresh: frozenset[str]) -> None:
+        self.model = model
+        self.fresh = fresh
+
+
+def _load(
+    location: str, revision: str | None, task: Task, labels: tuple[str, ...]
+) -> tuple[PreTrainedModel, frozenset[str]]:
+    """The model with its task head, and the names of the parameters that the checkpoint does not hold."""
+    import transformers
+
+    auto = getattr(transformers, task.auto_model)
+    with quiet_loading():
+        model, info = auto.from_pretrained(
+            location,
+            revision=revision,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            use_safetensors=True if Path(location).is_dir() else None,
+            **task.config_kwargs(labels),
+        )
+    mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
+    model.eval()
+    _set_pad_token(model)
+    return model, frozenset(set(info["missing_keys"]) | mismatched)
+
+
+def meta_model(location: str, revision: str | None, task: Task, labels: Sequence[str]) -> PreTrainedModel:
+    """The model without weights, on the meta device: for counting parameters.
+
+    Raises:
+        StudyError: There is no such model, or it cannot do the task.
+    """
+    import transformers
+
+    config = model_config(location, revision, **task.config_kwargs(labels))
+    auto = getattr(transformers, task.auto_model)
+    try:
+        with torch.device("meta"), quiet_loading():
+            model: PreTrainedModel = auto.from_config(config)
+    except ValueError as error:
+        raise StudyError(
+            f"the model {location!r} ({config.model_type}) cannot do {task.name}: {str(error).splitlines()[0]}"
+        ) from None
+    model.requires_grad_(False)
+    _set_pad_token(model)
+    return model
+
+
+def model_config(location: str, revision: str | None, **kwargs: Any) -> Any:
+    """A model's configuration.
+
+    Raises:
+        StudyError: There is no such model, or its configuration cannot be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(location, revision=revision, **kwargs)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, hub errors, JSON errors, ...
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise StudyError(
+            f"cannot load the model {location!r}: {reason} (name a folder with config.json and model.safetensors, "
+            "package:NAME/FOLDER, or a Hub id that this machine can reach)"
+        ) from None
+
+
+def share_tensors(model: nn.Module) -> Any:
+    """A deep copy of the module tree around the very same parameter and buffer tensors."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        memo[id(tensor)] = tensor
+    return copy.deepcopy(model, memo)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name; tied ones once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def count_trainable(model: nn.Module) -> int:
+    """Number of trainable parameters, the task head included."""
+    return sum(parameter.numel() for parameter in trainable(model).values())
+
+
+def count_exported(model: nn.Module) -> int:
+    """Number of parameters in the exported adapter, the task head included."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        # PEFT computes the exported prompt, which the meta device cannot; prompt tuning saves just what it trains.
+        return count_trainable(model)
+    if isinstance(model, PeftModel):
+        return sum(tensor.numel() for tensor in get_peft_model_state_dict(model).values())
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _set_pad_token(model: PreTrainedModel) -> None:
+    """Decoders classify at the last token before the padding, so the model must know the padding."""
+    config = model.config
+    if getattr(config, "pad_token_id", None) is None:
+        eos = getattr(config, "eos_token_id", None)
+        config.pad_token_id = eos[0] if isinstance(eos, list) else eos
+
+
+def _draw_anew(model: PreTrainedModel, names: frozenset[str]) -> None:
+    """Give the trial its own, freshly initialised parameters for everything that the checkpoint does not hold."""
+    for path, module in model.named_modules():
+        own = [name for name, _ in module.named_parameters(recurse=False) if _join(path, name) in names]
+        if not own:
+            continue
+        for name in own:
+            old = getattr(module, name)
+            setattr(module, name, nn.Parameter(torch.zeros_like(old), requires_grad=False))
+        # transformers' own initialisation of the architecture, as from_pretrained applies it to missing weights.
+        model._init_weights(module)
+
+
+def _replace(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    path, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(path), attribute, parameter)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _hash(tensor: torch.Tensor) -> int:
+    """XOR of the tensor's 8-byte words, computed where it lives; the bytes of an odd tail are hashed by themselves."""
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    whole = data.numel() // 8 * 8
+    words = int(torch.hash_tensor(data[:whole].view(torch.int64)).item()) if whole else 0
+    tail = int(torch.hash_tensor(data[whole:]).item()) if whole < data.numel() else 0
+    return words ^ (tail << 1)
+
+
+class quiet_loading:
+    """Keeps transformers from reporting missing heads and drawing bars: a missing head is what we expect."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self._verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging
+
+        logging.set_verbosity(self._verbosity)

@@ -1,0 +1,86 @@
+"""AdamW, its parameter groups, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftsearch.spec import TrainingSpec
+from peftsearch.training.base_model import trainable
+
+
+def learning_rate_factor(step: int, total_steps: int, training: TrainingSpec) -> float:
+    """Share of the peak learning rate at step ``step`` (from 0): linear warm-up, then the schedule."""
+    warmup = round(total_steps * training.warmup)
+    if step < warmup:
+        return (step + 1) / warmup
+    if training.schedule == "constant":
+        return 1.0
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    if training.schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    return 1.0 - progress
+
+
+def make_optimizer(
+    model: nn.Module, head: frozenset[int], learning_rate: float, training: TrainingSpec, device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) over the trainable parameters.
+
+    Biases and norms (vectors) are not decayed. The task head has a learning rate of its own where the study says so:
+    it starts from random weights for every method, however small a rate the method itself wants.
+
+    Args:
+        model: The model to train.
+        head: ``id`` of each parameter of the task head.
+        learning_rate: Peak rate of the method's parameters.
+        training: Weight decay and the head's rate.
+        device: Decides whether the fused kernel is used.
+    """
+    head_rate = training.head_learning_rate or learning_rate
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in trainable(model).values():
+        rate = head_rate if id(parameter) in head else learning_rate
+        decay = training.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((rate, decay), []).append(parameter)
+    options: list[dict[str, Any]] = [
+        {"params": parameters, "lr": rate, "weight_decay": decay, "peak": rate}
+        for (rate, decay), parameters in groups.items()
+    ]
+    return torch.optim.AdamW(options, lr=learning_rate, fused=device.type in ("cuda", "cpu"))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Scale every group's peak rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, torch.Tensor]:
+    """The optimiser's state as flat tensors named ``<entry>/<parameter>``.
+
+    Args:
+        optimizer: The optimiser.
+        names: Parameter name by ``id`` of the parameter.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for parameter, state in optimizer.state.items():
+        for entry, value in state.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{entry}/{names[id(parameter)]}"] = value
+    return tensors
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor]
+) -> None:
+    """The reverse of `optimizer_tensors`."""
+    for key, tensor in tensors.items():
+        entry, _, name = key.partition("/")
+        parameter = parameters[name]
+        # AdamW's step counter lives with the parameters only for the fused kernels.
+        device = parameter.device if entry != "step" or optimizer.defaults.get("fused") else torch.device("cpu")
+        optimizer.state[parameter][entry] = tensor.to(device)

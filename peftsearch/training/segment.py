@@ -1,0 +1,109 @@
+"""What is sent to a slot and what comes back: small, picklable, free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peftsearch.spec import TrainingSpec
+from peftsearch.training.budget import Budget
+
+
+@dataclass(frozen=True)
+class ModelPlace:
+    """Where a base model is loaded from."""
+
+    location: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """All that a worker needs to know of a study, once."""
+
+    study_folder: Path
+    models: Mapping[str, ModelPlace]
+    domains: Mapping[str, Path]
+    """Folder of each prepared domain."""
+    budgets: Mapping[str, Budget]
+    training: TrainingSpec
+    threads: int
+    """CPU threads per worker."""
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """One trial: everything that decides its result, given the `WorkerPlan`."""
+
+    number: int
+    model: str
+    domain: str
+    method: str
+    hyperparameters: Mapping[str, Any]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Train a trial up to ``to_step`` and evaluate it; the unit of work that a slot is handed."""
+
+    trial: TrialPlan
+    to_step: int
+    final: bool = False
+    """Whether ``to_step`` is the full budget: the weights are then kept for export."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Score a domain without tuning the model: majority class, and a linear probe on frozen features."""
+
+    model: str
+    domain: str
+
+
+@dataclass(frozen=True)
+class SegmentResult:
+    """What a segment found.
+
+    Attributes:
+        step: Steps done in all.
+        loss: Mean validation loss.
+        train_loss: Mean training loss over the segment.
+        scores: All of the task's scores on the validation split.
+        train_seconds: Time in training steps.
+        evaluation_seconds: Time in evaluation.
+        checkpoint_seconds: Time to build or restore the trial and to write its state.
+        peak_memory_bytes: Peak GPU memory of the trial so far, or resident memory of the worker on CPU.
+    """
+
+    step: int
+    loss: float
+    train_loss: float
+    scores: dict[str, float]
+    train_seconds: float
+    evaluation_seconds: float
+    checkpoint_seconds: float
+    peak_memory_bytes: int
+    worker: str = ""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The trial cannot go on, for a reason of its own."""
+
+    error: str
+
+
+@dataclass
+class ProbeResult:
+    """Baselines of a domain: scores by name, and how each was made."""
+
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    details: dict[str, str] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+
+
+Work = Segment | Probe
+Outcome = SegmentResult | ProbeResult | Failure

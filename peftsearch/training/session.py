@@ -1,0 +1,278 @@
+"""One trial in a worker's memory: built from its plan or its checkpoint, trained segment by segment."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from peftsearch.domains import PreparedDomain
+from peftsearch.methods import METHODS, AttachContext
+from peftsearch.spec import TrainingSpec
+from peftsearch.training.base_model import FrozenBase, count_trainable, trainable
+from peftsearch.training.budget import Budget
+from peftsearch.training.checkpoint import STATE, WEIGHTS, read_checkpoint, trial_folder, write_checkpoint
+from peftsearch.training.data_order import DataOrder
+from peftsearch.training.distributed import WorkerGroup
+from peftsearch.training.evaluate import Evaluation, evaluate
+from peftsearch.training.optimizer import (
+    learning_rate_factor,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+    set_learning_rate,
+)
+from peftsearch.training.precision import training_autocast
+from peftsearch.training.segment import SegmentResult, TrialPlan
+
+
+class DivergedError(RuntimeError):
+    """The training loss is not a finite number any more."""
+
+
+def build_model(
+    base: FrozenBase, domain: PreparedDomain, method: str, hyperparameters: Mapping[str, Any], seed: int
+) -> nn.Module:
+    """The model of a trial before its first step, on the base's device.
+
+    Args:
+        base: The frozen base.
+        domain: Decides task and labels.
+        method: Name of the method.
+        hyperparameters: Its configuration.
+        seed: Seeds the head's and the adapter's initialisation; torch's global generator is left advanced.
+
+    Raises:
+        ValueError: The configuration does not fit the model.
+    """
+    chosen = METHODS[method]
+    chosen.check(hyperparameters)
+    model = base.trial_model(domain.task, domain.labels, seed=seed, copy_weights=chosen.trains_copy)
+    context = AttachContext(domain.task.peft_task_type, base.location, domain.labels)
+    attached = chosen.attach(model, hyperparameters, context)
+    if count_trainable(attached) == 0:
+        raise ValueError(f"{method} found nothing to train in {type(model).__name__}")
+    return attached.to(base.device)
+
+
+def load_trained(model: nn.Module, path: Path) -> dict[str, Any]:
+    """Put a finished trial's trained weights into a freshly built model; returns the checkpoint's metadata.
+
+    Raises:
+        FileNotFoundError, CorruptCheckpointError: There are none, or they are damaged.
+        ValueError: They belong to another configuration.
+    """
+    tensors, meta = read_checkpoint(path)
+    _load_parameters(trainable(model), tensors)
+    return meta
+
+
+class TrialSession:
+    """A trial between its segments.
+
+    A trial's result depends on its plan alone: head, adapter, data order, dropout and schedule derive from its seed and
+    step, so it does not matter which worker trains which segment, nor what that worker trained before.
+
+    Args:
+        plan: The trial.
+        base: The frozen base of the trial's model.
+        domain: Its data.
+        training: What all trials of the study share.
+        budget: Its full budget.
+        group: The workers that train it.
+        study_folder: Where checkpoints go.
+
+    Raises:
+        ValueError: The configuration does not fit the model.
+    """
+
+    def __init__(
+        self,
+        plan: TrialPlan,
+        base: FrozenBase,
+        domain: PreparedDomain,
+        training: TrainingSpec,
+        budget: Budget,
+        group: WorkerGroup,
+        study_folder: Path,
+    ) -> None:
+        self.plan = plan
+        self.domain = domain
+        self.training = training
+        self.budget = budget
+        self.group = group
+        self.folder = trial_folder(study_folder, plan.number)
+        self.step = 0
+        if group.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(group.device)
+        self.model = build_model(base, domain, plan.method, plan.hyperparameters, plan.seed)
+        self.parameters = trainable(self.model)
+        self.optimizer = make_optimizer(
+            self.model,
+            _head_parameters(self.model),
+            float(plan.hyperparameters["learning_rate"]),
+            training,
+            group.device,
+        )
+        self.wrapped = group.wrap(self.model)
+        self.order = DataOrder(domain.rows["train"], training.batch_size, plan.seed)
+        # Ranks draw different dropout masks; rank 0's stream is that of a single worker.
+        torch.manual_seed(plan.seed * 65_537 + 1 + group.rank)
+        self._random_state = _random_state(group.device)
+
+    def resume(self) -> None:
+        """Continue from the checkpoint of the trial, where there is one.
+
+        Raises:
+            CorruptCheckpointError: It is damaged.
+        """
+        try:
+            tensors, meta = read_checkpoint(self.folder / STATE)
+        except FileNotFoundError:
+            return
+        _load_parameters(self.parameters, _strip(tensors, "model/"))
+        load_optimizer_tensors(self.optimizer, self.parameters, _strip(tensors, "optimizer/"))
+        self._random_state = _strip(tensors, f"random/{self.group.rank}/")
+        self.step = int(meta["step"])
+
+    def run(self, to_step: int, *, final: bool) -> SegmentResult:
+        """Train up to a step, evaluate on the validation split, and write the state.
+
+        Args:
+            to_step: Steps done afterwards.
+            final: This is the full budget: keep the trained weights and drop the rest.
+
+        Raises:
+            DivergedError: The loss is not finite.
+        """
+        began = time.perf_counter()
+        _set_random_state(self._random_state, self.group.device)
+        train_loss = self._train(to_step)
+        self._random_state = _random_state(self.group.device)
+        trained = time.perf_counter()
+        evaluation = self._evaluate()
+        evaluated = time.perf_counter()
+        self._write(final)
+        written = time.perf_counter()
+        return SegmentResult(
+            step=self.step,
+            loss=evaluation.loss,
+            train_loss=train_loss,
+            scores=evaluation.scores,
+            train_seconds=trained - began,
+            evaluation_seconds=evaluated - trained,
+            checkpoint_seconds=written - evaluated,
+            peak_memory_bytes=_peak_memory(self.group.device),
+        )
+
+    def _train(self, to_step: int) -> float:
+        group, task, data = self.group, self.domain.task, self.domain.split("train")
+        self.wrapped.train()
+        total = torch.zeros((), dtype=torch.float64, device=group.device)
+        examples = 0
+        parameters = list(self.parameters.values())
+        for step in range(self.step, to_step):
+            indices = self.order.batch(step)
+            mine = indices[group.rank :: group.size] or indices[:1]
+            # A rank without examples of its own still takes part in the collectives, with weight zero.
+            weight = group.size / len(indices) if len(indices) > group.rank else 0.0
+            batch = task.collate(data[mine], self.domain.pad_token_id)
+            batch = {name: tensor.to(group.device, non_blocking=True) for name, tensor in batch.items()}
+            with training_autocast(self.training.precision, group.device):
+                output = self.wrapped(**{name: tensor for name, tensor in batch.items() if name != "labels"})
+            losses = task.losses(output, batch)
+            # DDP averages over ranks: scaled so that the average is the mean over the whole batch.
+            loss = losses.sum() * weight
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, self.training.max_grad_norm)
+            set_learning_rate(self.optimizer, learning_rate_factor(step, self.budget.total_steps, self.training))
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            # Summed on the device: reading it every step would make the host wait for the GPU.
+            total += loss.detach().double() * len(indices) / group.size
+            examples += len(indices)
+        self.step = to_step
+        mean = float(group.sum(total).item()) / max(1, examples)
+        if not math.isfinite(mean):
+            rate = self.plan.hyperparameters["learning_rate"]
+            raise DivergedError(f"the training loss became {mean} before step {to_step} (learning rate {rate:g})")
+        return mean
+
+    def _evaluate(self) -> Evaluation:
+        evaluation = evaluate(self.model, self.domain, "validation", self.training.evaluation_batch_size, self.group)
+        if not math.isfinite(evaluation.loss):
+            raise DivergedError(f"the validation loss is {evaluation.loss} after step {self.step}")
+        return evaluation
+
+    def _write(self, final: bool) -> None:
+        random_states = self.group.gather(self._random_state)
+        if self.group.rank != 0:
+            return
+        meta = {"number": self.plan.number, "step": self.step}
+        weights = {name: parameter.data for name, parameter in self.parameters.items()}
+        if final:
+            write_checkpoint(self.folder / WEIGHTS, weights, meta)
+            (self.folder / STATE).unlink(missing_ok=True)
+            return
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        tensors = {f"model/{name}": tensor for name, tensor in weights.items()}
+        tensors |= {f"optimizer/{k}": v for k, v in optimizer_tensors(self.optimizer, names).items()}
+        for rank, state in enumerate(random_states):
+            tensors |= {f"random/{rank}/{name}": tensor for name, tensor in state.items()}
+        write_checkpoint(self.folder / STATE, tensors, meta)
+
+
+def _head_parameters(model: nn.Module) -> frozenset[int]:
+    """The task head: what PEFT saves beside the adapter, or the modules outside the backbone of a plain model."""
+    from peft import PeftModel
+    from peft.utils import ModulesToSaveWrapper
+
+    if isinstance(model, PeftModel):
+        return frozenset(
+            id(parameter)
+            for module in model.modules()
+            if isinstance(module, ModulesToSaveWrapper)
+            for parameter in module.parameters()
+            if parameter.requires_grad
+        )
+    backbone: nn.Module = model.base_model  # type: ignore[assignment]
+    inside = {id(parameter) for parameter in backbone.parameters()}
+    return frozenset(id(parameter) for parameter in model.parameters() if id(parameter) not in inside)
+
+
+def _load_parameters(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
+    if parameters.keys() != tensors.keys():
+        raise ValueError("the weights belong to another configuration than the trial's")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def _strip(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_random_state(state: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

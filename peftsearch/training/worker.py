@@ -1,0 +1,134 @@
+"""A worker's memory across trials: frozen bases, data, and the trials in progress."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable
+
+import torch
+
+from peftsearch.domains import PreparedDomain
+from peftsearch.training.base_model import FrozenBase
+from peftsearch.training.checkpoint import CorruptCheckpointError
+from peftsearch.training.distributed import WorkerGroup
+from peftsearch.training.probe import probe
+from peftsearch.training.segment import Failure, Outcome, Probe, Segment, Work, WorkerPlan
+from peftsearch.training.session import DivergedError, TrialSession
+
+log = logging.getLogger(__name__)
+
+_SESSIONS_KEPT = 2
+"""Trials kept in memory; any other is restored from its checkpoint when its turn comes."""
+
+
+class Worker:
+    """Does segments, one after another, for one rank of a slot.
+
+    Args:
+        plan: The study as workers see it.
+        group: This worker's rank and device.
+    """
+
+    def __init__(self, plan: WorkerPlan, group: WorkerGroup) -> None:
+        self.plan = plan
+        self.group = group
+        torch.set_num_threads(plan.threads)
+        self._bases: dict[str, FrozenBase] = {}
+        self._domains: dict[str, PreparedDomain] = {}
+        self._sessions: OrderedDict[int, TrialSession] = OrderedDict()
+
+    def warm_up(self) -> None:
+        """Load what the first segment would wait for: the first model with each domain's head, and the data."""
+        first = next(iter(self.plan.models))
+        for name in self.plan.domains:
+            domain = self.domain(name)
+            self.base(first).trial_model(domain.task, domain.labels, seed=0, copy_weights=False)
+
+    def base(self, model: str) -> FrozenBase:
+        """The frozen base of a model, loaded at first use."""
+        if model not in self._bases:
+            place = self.plan.models[model]
+            self._bases[model] = FrozenBase(place.location, place.revision, self.group.device)
+        return self._bases[model]
+
+    def domain(self, name: str) -> PreparedDomain:
+        """A domain's tokenised data, memory-mapped at first use."""
+        if name not in self._domains:
+            self._domains[name] = PreparedDomain.load(self.plan.domains[name])
+        return self._domains[name]
+
+    def do(self, work: Work) -> Outcome:
+        """Do one piece of work. What is the trial's own fault comes back as a `Failure`; the worker stays usable."""
+        try:
+            if isinstance(work, Probe):
+                return probe(
+                    self.base(work.model),
+                    self.domain(work.domain),
+                    self.plan.training.evaluation_batch_size,
+                    self.group,
+                )
+            return self._segment(work)
+        except (DivergedError, ValueError) as error:
+            self._drop(work)
+            return Failure(str(error))
+        except torch.OutOfMemoryError as error:
+            self._drop(work)
+            torch.cuda.empty_cache()
+            return Failure(f"out of GPU memory: {str(error).splitlines()[0]}")
+        except Exception as error:
+            self._drop(work)
+            # With several workers the others may wait in a collective: only a new worker group is safe then.
+            if self.group.size > 1 or isinstance(error, OSError):
+                raise
+            log.exception("trial failed")
+            return Failure(f"{type(error).__name__}: {error}")
+
+    def forget(self, numbers: Iterable[int]) -> None:
+        """Drop ended trials from memory."""
+        for number in numbers:
+            self._sessions.pop(number, None)
+
+    def _drop(self, work: Work) -> None:
+        if isinstance(work, Segment):
+            self._sessions.pop(work.trial.number, None)
+
+    def _segment(self, segment: Segment) -> Outcome:
+        session = self._session(segment)
+        result = session.run(segment.to_step, final=segment.final)
+        if segment.final:
+            self._drop(segment)
+        return result
+
+    def _session(self, segment: Segment) -> TrialSession:
+        number = segment.trial.number
+        session = self._sessions.get(number)
+        if session is not None and session.step < segment.to_step:
+            self._sessions.move_to_end(number)
+            return session
+        session = self._new_session(segment)
+        try:
+            session.resume()
+        except CorruptCheckpointError as error:
+            log.warning("%s; the trial begins anew", error)
+            session = self._new_session(segment)
+        if session.step >= segment.to_step:
+            # The segment had been trained when its answer was lost. Training it again from the start of the trial is
+            # the price of keeping a single checkpoint, and gives the same numbers.
+            session = self._new_session(segment)
+        self._sessions[number] = session
+        while len(self._sessions) > _SESSIONS_KEPT:
+            self._sessions.popitem(last=False)
+        return session
+
+    def _new_session(self, segment: Segment) -> TrialSession:
+        trial = segment.trial
+        return TrialSession(
+            trial,
+            self.base(trial.model),
+            self.domain(trial.domain),
+            self.plan.training,
+            self.plan.budgets[trial.domain],
+            self.group,
+            self.plan.study_folder,
+        )

@@ -1,0 +1,231 @@
+"""The dispatcher: one async Ray actor that hands segments to slots and answers back to whoever asked.
+
+It holds the only queue of the study. Slots come and take; nobody is ever killed to end a trial.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from peftsearch.training.segment import Failure, Outcome, Segment, Work
+
+_POLL_SECONDS = 5.0
+"""A slot's call returns after this long without work, so that a group never waits in a collective for minutes."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """The dispatcher's answer to a slot that asks for work."""
+
+    lease: int | None = None
+    work: Work | None = None
+    ended: tuple[int, ...] = ()
+    """Trials that have ended since the slot last asked: their state can be dropped."""
+    stop: bool = False
+
+
+@dataclass
+class _Job:
+    work: Work
+    answer: asyncio.Future[tuple[Outcome, int]]
+    attempts: int = 0
+    last_error: str = ""
+    queued_at: float = field(default_factory=time.monotonic)
+
+
+@dataclass
+class _Slot:
+    incarnation: str
+    ready: bool = False
+    seen: float = field(default_factory=time.monotonic)
+    leased: dict[int, _Job] = field(default_factory=dict)
+    holds: set[int] = field(default_factory=set)
+    ended: list[int] = field(default_factory=list)
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+class Dispatcher:
+    """See the module. Runs as a Ray actor; all methods run on one event loop, so no locks are needed.
+
+    Args:
+        max_retries: How often work is handed out again after a slot broke over it.
+        lease_seconds: A slot that is silent for longer has lost its work.
+    """
+
+    def __init__(self, max_retries: int, lease_seconds: float = 60.0) -> None:
+        self.max_retries = max_retries
+        self.lease_seconds = lease_seconds
+        self._queue: deque[_Job] = deque()
+        self._slots: dict[int, _Slot] = {}
+        self._leases = itertools.count()
+        self._changed = asyncio.Event()
+        self._stopping = False
+        self._fatal: str | None = None
+        self._watch: asyncio.Task[None] | None = None
+
+    # --- asked by trial actors and the driver ---
+
+    async def submit(self, work: Work) -> tuple[Outcome, int]:
+        """Queue work and wait for its outcome, and how often it had to be handed out again."""
+        if self._watch is None:
+            self._watch = asyncio.create_task(self._watch_leases())
+        job = _Job(work, asyncio.get_running_loop().create_future())
+        self._queue.append(job)
+        self._wake()
+        return await job.answer
+
+    async def end(self, number: int) -> None:
+        """A trial has ended: whoever holds its state may drop it. Its queued work is withdrawn."""
+        for slot in self._slots.values():
+            slot.holds.discard(number)
+            slot.ended.append(number)
+        for job in [job for job in self._queue if isinstance(job.work, Segment) and job.work.trial.number == number]:
+            self._queue.remove(job)
+            job.answer.cancel()
+
+    async def wait_ready(self, slots: int = 1) -> str | None:
+        """Return when so many slots are warm; the reason where no slot can work."""
+        while self._fatal is None and sum(slot.ready for slot in self._slots.values()) < slots:
+            await self._wait()
+        return self._fatal
+
+    async def status(self) -> dict[str, Any]:
+        """Counts for the progress display: warm slots, busy slots, queued work."""
+        return {
+            "ready": sum(slot.ready for slot in self._slots.values()),
+            "busy": sum(bool(slot.leased) for slot in self._slots.values()),
+            "queued": len(self._queue),
+            "fatal": self._fatal,
+            "slots": {number: slot.info for number, slot in self._slots.items()},
+        }
+
+    async def stop(self) -> None:
+        """Tell every slot to finish what it is doing and leave."""
+        self._stopping = True
+        self._wake()
+
+    # --- asked by slots ---
+
+    async def join(self, slot: int, incarnation: str) -> None:
+        """A slot's worker group has started, or started anew: what it had leased before is handed out again."""
+        before = self._slots.get(slot)
+        self._slots[slot] = _Slot(incarnation)
+        if before is not None:
+            self._requeue(before, "its worker died")
+
+    async def warm(self, slot: int, incarnation: str, info: dict[str, Any]) -> None:
+        """The slot has loaded model and data."""
+        if (mine := self._mine(slot, incarnation)) is not None:
+            mine.ready, mine.info = True, info
+            self._wake()
+
+    async def unusable(self, slot: int, reason: str) -> None:
+        """The slot cannot load model or data: the study cannot run."""
+        self._fatal = reason
+        for job in self._queue:
+            if not job.answer.done():
+                job.answer.set_result((Failure(reason), job.attempts))
+        self._queue.clear()
+        self._wake()
+
+    async def beat(self, slot: int, incarnation: str) -> None:
+        """The slot is alive."""
+        if (mine := self._mine(slot, incarnation)) is not None:
+            mine.seen = time.monotonic()
+
+    async def take(self, slot: int, incarnation: str) -> Order:
+        """Wait for work. Trials whose state the slot holds come first, then whatever waits longest."""
+        deadline = time.monotonic() + _POLL_SECONDS
+        while True:
+            mine = self._mine(slot, incarnation)
+            if mine is None or self._stopping:
+                return Order(stop=True)
+            mine.seen, mine.ready = time.monotonic(), True
+            job = self._choose(mine)
+            if job is not None:
+                return self._lease(mine, job)
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                ended, mine.ended = tuple(mine.ended), []
+                return Order(ended=ended)
+            await self._wait(remaining)
+
+    async def finish(self, slot: int, incarnation: str, lease: int, outcome: Outcome) -> None:
+        """The outcome of leased work. An answer to a lease that was given up is dropped: another slot has the work."""
+        mine = self._mine(slot, incarnation)
+        job = mine.leased.pop(lease, None) if mine is not None else None
+        if job is not None and not job.answer.done():
+            job.answer.set_result((outcome, job.attempts))
+
+    async def crashed(self, slot: int, incarnation: str, lease: int, error: str) -> None:
+        """The worker group is about to break over its work, and why; it will `join` again."""
+        mine = self._mine(slot, incarnation)
+        if mine is not None and lease in mine.leased:
+            mine.leased[lease].last_error = error
+
+    # --- inside ---
+
+    def _mine(self, slot: int, incarnation: str) -> _Slot | None:
+        mine = self._slots.get(slot)
+        return mine if mine is not None and mine.incarnation == incarnation else None
+
+    def _choose(self, slot: _Slot) -> _Job | None:
+        for job in self._queue:
+            if isinstance(job.work, Segment) and job.work.trial.number in slot.holds:
+                return job
+        held_elsewhere = {number for other in self._slots.values() if not other.leased for number in other.holds}
+        for job in self._queue:
+            # A free slot that holds the trial's state in memory is about to ask for it.
+            if not (isinstance(job.work, Segment) and job.work.trial.number in held_elsewhere):
+                return job
+        return None
+
+    def _lease(self, slot: _Slot, job: _Job) -> Order:
+        self._queue.remove(job)
+        lease = next(self._leases)
+        slot.leased[lease] = job
+        if isinstance(job.work, Segment):
+            for other in self._slots.values():
+                other.holds.discard(job.work.trial.number)
+            slot.holds.add(job.work.trial.number)
+        ended, slot.ended = tuple(slot.ended), []
+        return Order(lease=lease, work=job.work, ended=ended)
+
+    def _requeue(self, slot: _Slot, reason: str) -> None:
+        for job in slot.leased.values():
+            if job.answer.done():
+                continue
+            job.attempts += 1
+            if job.attempts > self.max_retries:
+                error = f"{reason} {job.attempts} times over it"
+                job.answer.set_result(
+                    (Failure(f"{error}: {job.last_error}" if job.last_error else error), job.attempts)
+                )
+            else:
+                self._queue.appendleft(job)
+        slot.leased.clear()
+        slot.holds.clear()
+        self._wake()
+
+    async def _watch_leases(self) -> None:
+        while not self._stopping:
+            await asyncio.sleep(self.lease_seconds / 10)
+            for slot in self._slots.values():
+                if slot.leased and time.monotonic() - slot.seen > self.lease_seconds:
+                    slot.ready = False
+                    self._requeue(slot, "its slot was lost")
+
+    def _wake(self) -> None:
+        self._changed.set()
+
+    async def _wait(self, seconds: float | None = None) -> None:
+        self._changed.clear()
+        try:
+            await asyncio.wait_for(self._changed.wait(), seconds)
+        except TimeoutError:
+            return
