@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-import click
 import typer
 from rich.console import Console
 
@@ -201,8 +200,8 @@ def export(
     to: Annotated[Path, typer.Option(help="Folder for the adapters; one folder each")],
     domain: DomainOption = None,
     pick: Annotated[
-        str,
-        typer.Option(help="frontier (all of it), best or knee", click_type=click.Choice(["frontier", "best", "knee"])),
+        Literal["frontier", "best", "knee"],
+        typer.Option(help="All of the front, its best metric, or where further parameters stop paying"),
     ] = "frontier",
     max_parameters: Annotated[
         int | None, typer.Option(help="Only trials with at most so many trainable parameters")
@@ -242,7 +241,7 @@ def evaluate(
     study: Annotated[Path, typer.Option(help="The study file that describes the data")],
     domain: Annotated[str, typer.Option(help="Domain of the study to score on")],
     split: Annotated[
-        str, typer.Option(help="Split", click_type=click.Choice(["train", "validation", "test"]))
+        Literal["train", "validation", "test"], typer.Option(help="Split of the domain's data")
     ] = "test",
     as_json: JsonOption = False,
     settings: SetOption = None,
@@ -311,14 +310,13 @@ def run_app(arguments: list[str] | None = None) -> int:
     Bad input is one sentence on standard error and status 2; a defect of ours keeps its traceback.
     """
     try:
-        result = app(arguments, standalone_mode=False)
+        result = app(arguments, standalone_mode=False, prog_name="peftsearch")
     except StudyError as error:
         err.print(f"Error: {error}", style="bold red", markup=False)
         return 2
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except typer.TyperException as error:
+        return _usage_error(error)
+    except (typer.Abort, KeyboardInterrupt):
         err.print("Interrupted.")
         return 130
     except BrokenPipeError:
@@ -329,6 +327,16 @@ def run_app(arguments: list[str] | None = None) -> int:
         err.print(f"Error: {error}", style="bold red", markup=False)
         return 1
     return result if isinstance(result, int) else 0
+
+
+def _usage_error(error: typer.TyperException) -> int:
+    """A wrong command or option, in one sentence; without any command, the help (which typer has printed)."""
+    context = getattr(error, "ctx", None)
+    # Typer names what was asked for in the exception's context, and says nothing where nothing was asked for.
+    if sentence := " ".join(error.format_message().split()):
+        command = context.command_path if context else "peftsearch"
+        err.print(f"Error: {sentence.rstrip('.')}: see '{command} --help'", style="bold red", markup=False)
+    return 2
 
 
 def _print_fronts(chosen: Any, fronts: Any) -> None:

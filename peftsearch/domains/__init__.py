@@ -1,14 +1,24 @@
 """Text in, tokenised Arrow splits out: sources, splits, tasks and metrics."""
 
-from peftsearch.domains.prepare import PreparedDomain, RawDomain, load_domain, load_raw, prepare_domain
+from peftsearch.domains.prepare import (
+    CheckedDomain,
+    PreparedDomain,
+    RawDomain,
+    check_domain,
+    load_domain,
+    load_raw,
+    prepare_domain,
+)
 from peftsearch.domains.tasks import TASKS, Metric, Task, get_metric, get_task
 
 __all__ = [
     "TASKS",
+    "CheckedDomain",
     "Metric",
     "PreparedDomain",
     "RawDomain",
     "Task",
+    "check_domain",
     "get_metric",
     "get_task",
     "load_domain",

@@ -242,12 +242,96 @@ def _overlap_warnings(keys: Mapping[str, list[str]]) -> list[str]:
     ]
 
 
-def prepare_domain(
-    name: str, spec: StudySpec, *, folder: Path, model_location: str, revision: str | None, cache: Path
-) -> PreparedDomain:
-    """Check a domain's data, and tokenise it unless the same was tokenised before.
+@dataclass(frozen=True)
+class CheckedDomain:
+    """A domain that is known to be sound; nothing of it has been written yet.
 
-    Everything is checked before anything is written. Several processes may prepare the same domain at once.
+    Attributes:
+        name: The domain's name in the study.
+        raw: Its text.
+        data: Where the text came from, as the study file says.
+        tokenizer: The model's tokenizer.
+        model_location: Folder or Hub id of the tokenizer.
+        max_length: Tokens per text at most.
+    """
+
+    name: str
+    raw: RawDomain
+    data: DataSpec
+    tokenizer: Any
+    model_location: str
+    max_length: int
+
+    @property
+    def task(self) -> Task:
+        """The domain's task."""
+        return self.raw.task
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Label names; their positions are the label ids."""
+        return self.raw.labels
+
+    def prepare(self, cache: Path) -> PreparedDomain:
+        """Tokenise the domain, unless the same was tokenised before. Several processes may do so at once.
+
+        Args:
+            cache: Where prepared domains are kept, each in a folder named after a hash of all that went into it.
+
+        Raises:
+            StudyError: A text cannot be tokenised, or the cache cannot be written.
+        """
+        raw = self.raw
+        facts = {
+            "name": self.name,
+            "task_name": raw.task.name,
+            "metric": raw.metric.name,
+            "metric_title": raw.metric.title,
+            "direction": raw.metric.direction,
+            "labels": list(raw.labels),
+            "rows": {split: table.num_rows for split, table in raw.splits.items()},
+            "max_length": self.max_length,
+            "fingerprint": raw.fingerprint,
+            "source": raw.source,
+            "pad_token_id": _pad_token_id(self.tokenizer, self.model_location),
+        }
+        columns = self.data.columns.model_dump()
+        key = _digest(
+            [
+                [
+                    str(FORMAT_VERSION),
+                    json.dumps([facts, columns, raw.warnings], sort_keys=True),
+                    _tokenizer_content(self.tokenizer),
+                ]
+            ]
+        )
+        target = cache.resolve() / key[:32]
+        prepared = _load(target)
+        if prepared is not None:
+            return prepared
+
+        tokenised = {}
+        warnings = list(raw.warnings)
+        for split, table in raw.splits.items():
+            try:
+                tokenised[split] = raw.task.tokenize(table, self.data, raw.labels, self.tokenizer, self.max_length)
+            except ValueError as error:
+                raise StudyError(f"{split}: {error}", ("domains", self.name, "data")) from None
+        full = sum(len(tokens) >= self.max_length for tokens in tokenised["train"].data.column("input_ids").to_pylist())
+        share = full / raw.splits["train"].num_rows
+        if share >= TRUNCATED:
+            warnings.append(f"{share:.0%} of train fills all {self.max_length} tokens of max_length: texts are cut off")
+        try:
+            _write(target, tokenised, {**facts, "warnings": warnings})
+        except OSError as error:
+            raise StudyError(f"cannot write prepared data to {str(cache)!r}: {error}") from None
+        return PreparedDomain.load(target)
+
+
+def check_domain(
+    name: str, spec: StudySpec, *, folder: Path, model_location: str, revision: str | None
+) -> CheckedDomain:
+    """Check all that can be wrong with a domain, and write nothing.
 
     Args:
         name: The domain's name in the study.
@@ -255,7 +339,6 @@ def prepare_domain(
         folder: The study file's folder; relative paths start there.
         model_location: Folder or Hub id whose tokenizer is used.
         revision: Hub revision of the tokenizer.
-        cache: Where prepared domains are kept, each in a folder named after a hash of all that went into it.
 
     Raises:
         StudyError: Anything is wrong with the domain, or the model has no usable tokenizer.
@@ -264,50 +347,19 @@ def prepare_domain(
     tokenizer = _load_tokenizer(model_location, revision)
     max_length = spec.domain_max_length(name)
     _check_length(max_length, tokenizer, spec, name)
-    facts = {
-        "name": name,
-        "task_name": raw.task.name,
-        "metric": raw.metric.name,
-        "metric_title": raw.metric.title,
-        "direction": raw.metric.direction,
-        "labels": list(raw.labels),
-        "rows": {split: table.num_rows for split, table in raw.splits.items()},
-        "max_length": max_length,
-        "fingerprint": raw.fingerprint,
-        "source": raw.source,
-        "pad_token_id": _pad_token_id(tokenizer, model_location),
-    }
-    columns = spec.domains[name].data.columns.model_dump()
-    key = _digest(
-        [
-            [
-                str(FORMAT_VERSION),
-                json.dumps([facts, columns, raw.warnings], sort_keys=True),
-                _tokenizer_content(tokenizer),
-            ]
-        ]
-    )
-    target = cache.resolve() / key[:32]
-    prepared = _load(target)
-    if prepared is not None:
-        return prepared
+    _pad_token_id(tokenizer, model_location)
+    return CheckedDomain(name, raw, spec.domains[name].data, tokenizer, model_location, max_length)
 
-    tokenised = {}
-    warnings = list(raw.warnings)
-    for split, table in raw.splits.items():
-        try:
-            tokenised[split] = raw.task.tokenize(table, spec.domains[name].data, raw.labels, tokenizer, max_length)
-        except ValueError as error:
-            raise StudyError(f"{split}: {error}", ("domains", name, "data")) from None
-    full = sum(len(tokens) >= max_length for tokens in tokenised["train"].data.column("input_ids").to_pylist())
-    share = full / raw.splits["train"].num_rows
-    if share >= TRUNCATED:
-        warnings.append(f"{share:.0%} of train fills all {max_length} tokens of max_length: texts are cut off")
-    try:
-        _write(target, tokenised, {**facts, "warnings": warnings})
-    except OSError as error:
-        raise StudyError(f"cannot write prepared data to {str(cache)!r}: {error}") from None
-    return PreparedDomain.load(target)
+
+def prepare_domain(
+    name: str, spec: StudySpec, *, folder: Path, model_location: str, revision: str | None, cache: Path
+) -> PreparedDomain:
+    """Check a domain's data, and tokenise it unless the same was tokenised before.
+
+    As `check_domain` and `CheckedDomain.prepare`: everything is checked before anything is written.
+    """
+    checked = check_domain(name, spec, folder=folder, model_location=model_location, revision=revision)
+    return checked.prepare(cache)
 
 
 def _load_tokenizer(location: str, revision: str | None) -> Any:

@@ -60,13 +60,14 @@ def front_html(records: Iterable[TrialRecord], facts: StudyFacts, domain: str | 
     sections = []
     for index, front in enumerate(fronts):
         plot = plotly.io.to_html(
-            _figure(front, facts),
+            # The section's heading names the domain already.
+            _figure(front, facts).update_layout(title=None, margin={"t": 30}),
             full_html=False,
             include_plotlyjs=False,
             include_mathjax=False,
             div_id=f"front-{index}",
             default_height="460px",
-            config={"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["lasso2d", "select2d"]},
+            config={"displayModeBar": False, "responsive": True},
         )
         sections.append(_section(front, facts, plot))
     title = html.escape(f"{facts.study}: metric against trainable parameters")
@@ -245,6 +246,7 @@ def _figure(front: DomainFront, facts: StudyFacts) -> go.Figure:
                 name=f"pruned ({len(pruned)})",
                 marker={"symbol": "x-thin", "size": 6, "color": "#9ca3af", "line": {"width": 1.2, "color": "#9ca3af"}},
                 opacity=0.6,
+                legendrank=3000,
                 text=[_hover(record, front, facts) for record in pruned],
                 hovertemplate="%{text}<extra></extra>",
             )
@@ -259,6 +261,7 @@ def _figure(front: DomainFront, facts: StudyFacts) -> go.Figure:
                 name="front",
                 line={"color": _STEP_COLOUR, "width": 1.6},
                 hoverinfo="skip",
+                legendrank=2000,
             )
         )
     shown: set[str] = set()
@@ -271,12 +274,13 @@ def _figure(front: DomainFront, facts: StudyFacts) -> go.Figure:
                 mode="markers",
                 name=html.escape(group.method),
                 legendgroup=group.method,
+                legendrank=1000 + style,
                 showlegend=group.method not in shown,
                 marker={
                     "symbol": _PLOTLY_SYMBOLS[style % len(_PLOTLY_SYMBOLS)],
                     "size": 12 if group.on_front else 8,
                     "color": _COLOURS[style % len(_COLOURS)],
-                    "opacity": 1.0 if group.on_front else 0.3,
+                    "opacity": 1.0 if group.on_front else 0.4,
                     "line": {"width": 1.2 if group.on_front else 0, "color": "white"},
                 },
                 text=[_hover(record, front, facts) for record in group.records],
@@ -349,7 +353,7 @@ def _section(front: DomainFront, facts: StudyFacts, plot: str) -> str:
     )
     body = "".join(
         "<tr>"
-        + "".join(f"<td{_align(field in left)}>{html.escape(getattr(row, field))}</td>" for field in columns)
+        + "".join(f"<td{_align(field in left)}>{_cell(field, getattr(row, field))}</td>" for field in columns)
         + "</tr>"
         for row in rows
     )
@@ -368,6 +372,12 @@ def _section(front: DomainFront, facts: StudyFacts, plot: str) -> str:
     return _SECTION.format(**fill)
 
 
+def _cell(field: str, text: str) -> str:
+    if field != "configuration":
+        return html.escape(text)
+    return " ".join(f"<span>{html.escape(part)}</span>" for part in text.split())
+
+
 def _align(left: bool) -> str:
     return ' class="l"' if left else ""
 
@@ -377,9 +387,10 @@ _SECTION = """<section aria-label="{name}">
 <p class="verdict">{verdict}</p>
 <div class="pair">
 <div class="plot">{plot}</div>
-<div class="table"><table>
-<caption>The front: no other trial has a better metric with fewer trainable parameters ({counts}; hypervolume
-{hypervolume})</caption>
+<div class="table">
+<p class="caption">The front: no other trial has a better metric with fewer trainable parameters. Trials: {counts}.
+Hypervolume {hypervolume}.</p>
+<table aria-label="Front of {name}">
 <thead><tr>{head}</tr></thead>
 <tbody>{body}</tbody>
 </table></div>
@@ -411,17 +422,17 @@ _STYLE = """
 :root { --paper: #ffffff; --ink: #1f2937; --faint: #6b7280; --line: #e5e7eb; }
 @media (prefers-color-scheme: dark) { :root { --paper: #15181d; --ink: #e5e7eb; --faint: #9ca3af; --line: #333a45; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1500px; padding: 1rem 1.25rem 3rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; max-width: 1700px; padding: 1rem 1.25rem 3rem; background: var(--paper); color: var(--ink);
   font: 15px/1.45 system-ui, sans-serif; }
 h1 { margin: 0.2rem 0; font-size: 1.5rem; } h2 { margin: 1.6rem 0 0.2rem; font-size: 1.2rem; }
-p { margin: 0.2rem 0; } .models, caption { color: var(--faint); overflow-wrap: anywhere; }
-.pair { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 1.25rem; align-items: start; }
-@media (max-width: 1000px) { .pair { grid-template-columns: minmax(0, 1fr); } }
+p { margin: 0.2rem 0; } .models, .caption { color: var(--faint); overflow-wrap: anywhere; }
+.pair { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 1.25rem; align-items: start; }
+@media (max-width: 1150px) { .pair { grid-template-columns: minmax(0, 1fr); } }
 .plot { min-width: 0; } .table { overflow-x: auto; padding-top: 0.6rem; }
 table { border-collapse: collapse; width: 100%; font-size: 0.82rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding-bottom: 0.5rem; }
-th, td { padding: 0.28rem 0.5rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { font-weight: 600; } .l { text-align: left; } td.l { overflow-wrap: anywhere; min-width: 5.5rem; }
+.caption { font-size: 0.85rem; padding-bottom: 0.5rem; }
+th, td { padding: 0.28rem 0.35rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { font-weight: 600; } .l { text-align: left; } td span { white-space: nowrap; }
 """
 
 # Plotly's colours are part of each plot, so the page's light or dark ink is handed to it.
@@ -508,7 +519,7 @@ def _draw(axis: Axes, front: DomainFront, facts: StudyFacts) -> None:
             marker=marker,
             s=(75 if group.on_front else 30) * (1.9 if marker == "*" else 1),
             color=_COLOURS[style % len(_COLOURS)],
-            alpha=1.0 if group.on_front else 0.3,
+            alpha=1.0 if group.on_front else 0.35,
             edgecolors="white" if group.on_front else "none",
             linewidths=1.0,
             zorder=5 if group.on_front else 2,

@@ -18,7 +18,7 @@ from peftsearch.frontier.tables import (
 )
 from peftsearch.spec import StudyError, StudyFacts, TrialRecord, TrialState, suggest
 from peftsearch.tracking.mlflow_tracker import NOTE_LENGTH, DomainReport
-from peftsearch.tracking.names import configuration_text
+from peftsearch.tracking.names import configuration_text, shorten
 
 _NOTE_ROWS = 40
 
@@ -67,7 +67,7 @@ def _note(front: DomainFront, facts: StudyFacts) -> str:
     rows = _NOTE_ROWS
     while len(note := _markdown(front, facts, rows)) > NOTE_LENGTH and rows > 1:
         rows //= 2
-    return note
+    return shorten(note, NOTE_LENGTH)
 
 
 def _markdown(front: DomainFront, facts: StudyFacts, rows: int) -> str:

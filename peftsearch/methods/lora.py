@@ -56,4 +56,9 @@ class Lora(Method):
             lora_dropout=hyperparameters["dropout"],
             target_modules=target_modules,
         )
-        return get_peft_model(model, config)  # type: ignore[no-any-return]
+        try:
+            return get_peft_model(model, config)  # type: ignore[no-any-return]
+        except ValueError as error:
+            if target_modules is None or targets == "all-linear":
+                raise
+            raise ValueError(f"{type(model).__name__} has no linear layer named {targets!r}: {error}") from None

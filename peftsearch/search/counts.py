@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peftsearch.domains import PreparedDomain
+from peftsearch.domains import CheckedDomain, PreparedDomain
 from peftsearch.methods import METHODS, MethodSpace
 from peftsearch.training.segment import ModelPlace
 
@@ -24,10 +24,12 @@ class ParameterCounter:
 
     Args:
         models: Where each model is.
-        domains: The prepared domains, which decide the heads.
+        domains: The domains, which decide the heads.
     """
 
-    def __init__(self, models: Mapping[str, ModelPlace], domains: Mapping[str, PreparedDomain]) -> None:
+    def __init__(
+        self, models: Mapping[str, ModelPlace], domains: Mapping[str, CheckedDomain] | Mapping[str, PreparedDomain]
+    ) -> None:
         self._models = models
         self._domains = domains
         self._bare: dict[tuple[str, str], Any] = {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftsearch.domains import PreparedDomain, prepare_domain
+from peftsearch.domains import CheckedDomain, PreparedDomain, check_domain
 from peftsearch.search.cells import Cell, study_cells
 from peftsearch.search.counts import ParameterCount, ParameterCounter
 from peftsearch.search.run import DomainSearch
@@ -68,7 +68,7 @@ class StudyPlan:
 
 
 def plan_study(file: StudyFile, cache: Path) -> StudyPlan:
-    """Check a study against methods, models and data, and prepare its data.
+    """Check a study against methods, models and data, and prepare its data once nothing was found wrong.
 
     Args:
         file: The study file.
@@ -80,15 +80,17 @@ def plan_study(file: StudyFile, cache: Path) -> StudyPlan:
     spec = file.spec
     cells = study_cells(spec)
     models = {model.path: _place(index, spec, file.folder) for index, model in enumerate(spec.models)}
-    # One tokenizer per study would be wrong for models with different ones; each domain is prepared once per model.
-    domains = _prepare(spec, file.folder, models, cache)
-    counter = ParameterCounter(models, domains)
+    # Everything is checked before anything is written: a mistake in the last domain leaves nothing of the first.
+    checked = _check_domains(spec, file.folder, models)
+    counter = ParameterCounter(models, checked)
     for index, path in enumerate(models):
-        for name in domains:
+        for name in checked:
             try:
                 counter.total(path, name)
             except StudyError as error:
                 raise StudyError(error.message, _model_loc(spec, index)) from None
+    cell_plans = tuple(_cell_plan(cell, counter) for cell in cells)
+    domains = {name: domain.prepare(cache) for name, domain in checked.items()}
     budgets = {
         name: Budget.of(domain.rows["train"], spec.training.batch_size, spec.training.epochs, spec.training.evaluations)
         for name, domain in domains.items()
@@ -104,7 +106,7 @@ def plan_study(file: StudyFile, cache: Path) -> StudyPlan:
         )
         for path, place in models.items()
     }
-    return StudyPlan(spec, tuple(_cell_plan(cell, counter) for cell in cells), domains, budgets, models, facts, counter)
+    return StudyPlan(spec, cell_plans, domains, budgets, models, facts, counter)
 
 
 def _place(index: int, spec: StudySpec, folder: Path) -> ModelPlace:
@@ -145,17 +147,10 @@ def _model_loc(spec: StudySpec, index: int) -> tuple[str | int, ...]:
     return ("model",) if len(spec.models) == 1 else ("models", index)
 
 
-def _prepare(spec: StudySpec, folder: Path, models: Mapping[str, ModelPlace], cache: Path) -> dict[str, PreparedDomain]:
+def _check_domains(spec: StudySpec, folder: Path, models: Mapping[str, ModelPlace]) -> dict[str, CheckedDomain]:
     place = next(iter(models.values()))
     return {
-        name: prepare_domain(
-            name,
-            spec,
-            folder=folder,
-            model_location=place.location,
-            revision=place.revision,
-            cache=cache,
-        )
+        name: check_domain(name, spec, folder=folder, model_location=place.location, revision=place.revision)
         for name in spec.domains
     }
 

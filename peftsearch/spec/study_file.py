@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from peftsearch.spec.errors import StudyError
+from peftsearch.spec.space import Range
 from peftsearch.spec.study import StudySpec
 from peftsearch.spec.yaml_file import Loc, parse_yaml
 
@@ -89,14 +90,17 @@ class StudyFile:
         while known and tuple(known) not in self.lines:
             known.pop()
         line = f", line {self.lines[tuple(known)]}" if known else ""
-        dotted = ".".join(str(part) for part in loc)
+        dotted = ".".join(" ".join(str(part).split())[:80] for part in loc)
         return f"{self.where}{line}: {dotted}" if dotted else f"{self.where}{line}"
 
     def _translate(self, error: ValidationError) -> StudyError:
         problems = error.errors()
-        # One sentence, about the first problem in the order of the file.
-        first = min(problems, key=lambda item: self.lines.get(_visible(item["loc"]), 10**9))
-        loc = _visible(first["loc"])
+        # One sentence, about the first problem in the order of the file. That a list came out too short only follows
+        # from what is wrong with its items, where there is such a thing.
+        first = min(
+            problems, key=lambda item: (item["type"] == "too_short", self.lines.get(self._visible(item["loc"]), 10**9))
+        )
+        loc = self._visible(first["loc"])
         kind, value = first["type"], first.get("input")
         if kind == "extra_forbidden":
             message = f"unknown key{suggest(str(loc[-1]), _keys_at(loc[:-1]))}"
@@ -105,27 +109,56 @@ class StudyFile:
         elif kind in ("value_error", "assertion_error"):
             message = str(first.get("ctx", {}).get("error", first["msg"]))
         elif kind in ("literal_error", "enum"):
-            message = f"{value!r} is not one of {first['ctx']['expected']}"
+            message = f"{_brief(value)} is not one of {first['ctx']['expected']}"
+        elif kind in ("too_short", "string_too_short"):
+            message = "must not be empty"
         else:
-            message = f"{first['msg'][0].lower()}{first['msg'][1:]}, not {_brief(value)}"
+            message = f"must be {_expected(kind, first['msg'])}, not {_brief(value)}"
         return StudyError(f"{self._place(loc)}: {message}")
 
+    def _visible(self, loc: tuple[int | str, ...]) -> Loc:
+        """Drop what pydantic adds to a location: names of union members and validators."""
+        parts: list[int | str] = []
+        for part in loc:
+            if isinstance(part, str) and (
+                part.startswith(("function-", "constrained-", "literal[")) or part in ("Range", "int", "[key]")
+            ):
+                break
+            parts.append(part)
+        if parts[:2] == ["models", 0] and ("models",) not in self.lines:
+            parts = ["model", *parts[2:]]
+        if parts[-1:] == ["path"] and tuple(parts[:-1]) in self.lines and not self._is_section(tuple(parts[:-1])):
+            # A model that was written as a plain string.
+            parts.pop()
+        return tuple(parts)
 
-def _visible(loc: tuple[int | str, ...]) -> Loc:
-    """Drop what pydantic adds to a location: names of union members and validators."""
-    parts: list[int | str] = []
-    for part in loc:
-        if isinstance(part, str) and (
-            part.startswith(("function-", "constrained-", "literal[")) or part in ("Range", "int")
-        ):
-            break
-        parts.append(part)
-    if parts[:2] == ["models", 0] and len(parts) > 1:
-        parts = ["model", *[part for part in parts[2:] if part != "path"]]
-    return tuple(parts)
+    def _is_section(self, loc: Loc) -> bool:
+        return any(len(known) > len(loc) and known[: len(loc)] == loc for known in self.lines)
+
+
+def _expected(kind: str, message: str) -> str:
+    """What pydantic wanted, in the words of a study file."""
+    words = {
+        "model_type": "a section of keys and values",
+        "model_attributes_type": "a section of keys and values",
+        "dict_type": "a section of keys and values",
+        "list_type": "a list",
+        "tuple_type": "a list",
+        "string_type": "a text",
+        "bool_type": "true or false",
+        "bool_parsing": "true or false",
+        "int_type": "a whole number",
+        "int_parsing": "a whole number",
+        "int_from_float": "a whole number",
+        "float_type": "a number",
+        "float_parsing": "a number",
+    }
+    return words.get(kind, message.removeprefix("Input should be "))
 
 
 def _keys_at(loc: Loc) -> list[str]:
+    if loc[:1] == ("methods",):
+        return list(Range.model_fields) if len(loc) == 3 else []
     model: Any = StudySpec
     for part in loc:
         if part == "domains" or part == "methods" or part == "models" or part == "model":
@@ -150,11 +183,20 @@ def _keys_at(loc: Loc) -> list[str]:
 def suggest(word: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` or ``"; known: a, b"``, to end a sentence about an unknown word."""
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
+    if not names:
+        return ""
+    # Letter case is the likeliest slip: "LoRA".
+    lower = {name.casefold(): name for name in reversed(names)}
+    close = difflib.get_close_matches(word.casefold(), lower, n=1)
+    if close:
+        return f"; did you mean {lower[close[0]]!r}?"
+    listed = ", ".join(names[:25])
+    return f"; known: {listed}" + (f" and {len(names) - 25} more" if len(names) > 25 else "")
 
 
 def _brief(value: Any) -> str:
+    if value is None:
+        return "empty"
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -11,6 +11,10 @@ from peftsearch.spec.errors import StudyError
 
 Loc = tuple[str | int, ...]
 
+MERGE = "tag:yaml.org,2002:merge"
+# Aliases can make a short text arbitrarily large.
+MOST_KEYS = 100_000
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's numbers and booleans.
@@ -49,18 +53,25 @@ def parse_yaml(text: str, where: str) -> tuple[Any, dict[Loc, int]]:
     Raises:
         StudyError: The text is not YAML, or a key stands twice.
     """
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise StudyError(f"{where}, line {line}: not valid YAML: {error.reason}") from None
     try:
         node = loader.get_single_node()
         if node is None:
             return None, {}
         lines: dict[Loc, int] = {}
-        _index(node, (), lines, where, set())
+        _index(loader, node, (), lines, where, set())
         return loader.construct_document(node), lines
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{where}, line {mark.line + 1}" if mark else where
-        raise StudyError(f"{place}: not valid YAML: {error.problem or error.context}") from None
+        problem = error.problem or error.context
+        if error.context and str(problem).startswith("but "):
+            problem = f"{error.context}, {problem}"
+        raise StudyError(f"{place}: not valid YAML: {problem}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, StudyError):
             raise
@@ -69,7 +80,9 @@ def parse_yaml(text: str, where: str) -> tuple[Any, dict[Loc, int]]:
         loader.dispose()
 
 
-def _index(node: yaml.Node, loc: Loc, lines: dict[Loc, int], where: str, open_nodes: set[int]) -> None:
+def _index(loader: _Loader, node: yaml.Node, loc: Loc, lines: dict[Loc, int], where: str, open_nodes: set[int]) -> None:
+    if len(lines) > MOST_KEYS:
+        raise StudyError(f"{where}: more than {MOST_KEYS} entries: no study is that large (look at its aliases)")
     if id(node) in open_nodes:
         raise StudyError(f"{where}, line {node.start_mark.line + 1}: an alias contains itself")
     open_nodes.add(id(node))
@@ -79,13 +92,25 @@ def _index(node: yaml.Node, loc: Loc, lines: dict[Loc, int], where: str, open_no
             if not isinstance(key_node, yaml.ScalarNode):
                 raise StudyError(f"{where}, line {key_node.start_mark.line + 1}: a key must be a plain word")
             key_loc = (*loc, str(key_node.value))
-            if key_loc in lines and key_node.tag != "tag:yaml.org,2002:merge":
+            if key_loc in lines and key_node.tag != MERGE:
                 raise StudyError(
                     f"{where}, line {key_node.start_mark.line + 1}: {key_node.value!r} stands twice; keep one of them"
                 )
             lines[key_loc] = key_node.start_mark.line + 1
-            _index(value_node, key_loc, lines, where, open_nodes)
+            if key_node.tag != MERGE:
+                # A key is a name, also where it looks like a number or a truth value: a domain may be called 2024.
+                key_node.tag = "tag:yaml.org,2002:str"
+            _index(loader, value_node, key_loc, lines, where, open_nodes)
     elif isinstance(node, yaml.SequenceNode):
         for position, item in enumerate(node.value):
-            _index(item, (*loc, position), lines, where, open_nodes)
+            _index(loader, item, (*loc, position), lines, where, open_nodes)
+    elif isinstance(node, yaml.ScalarNode):
+        try:
+            loader.construct_object(node)
+        except yaml.YAMLError:
+            raise
+        except Exception:
+            # What a value under a tag such as !!int raises depends on the tag.
+            kind, place = node.tag.rpartition(":")[2], f"{where}, line {node.start_mark.line + 1}"
+            raise StudyError(f"{place}: not valid YAML: {node.value[:60]!r} is not a value of type {kind}") from None
     open_nodes.discard(id(node))

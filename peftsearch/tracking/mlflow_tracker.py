@@ -1,8 +1,8 @@
 """MLflow as a projection of the ledger: one experiment per study, one run per domain, one child run per trial.
 
 What is on the server is compared with what should be there, and only the difference is written. So writing twice
-changes nothing, a gap is filled by writing again, and a run that somebody deleted comes back. Trials are found by their
-tags (``peftsearch.study``, ``peftsearch.domain``, ``peftsearch.number``).
+changes nothing, a gap is filled by writing again, and a run that somebody deleted comes back under its old id. Trials
+are found by their tags (``peftsearch.study``, ``peftsearch.domain``, ``peftsearch.number``).
 
 MLflow is imported in the tracker's thread only: that takes seconds.
 """
@@ -358,6 +358,7 @@ class _Known:
     metrics: dict[str, float]
     steps: set[int] | None
     """Steps whose curves are written; None where the server has not been asked."""
+    deleted: bool = False
 
 
 class _Mirror:
@@ -421,9 +422,9 @@ class _Mirror:
         for domain in facts.domains:
             self._ensure_parent(experiment, domain)
         for known in self._trials.values():
-            # Trials whose domain's run was deleted move below the new one.
+            # Trials whose domain's run is gone for good (mlflow gc) move below the new one.
             parent = self._parents.get(known.tags.get(_DOMAIN, ""))
-            if parent is not None and known.tags.get(_PARENT) != parent.run_id:
+            if parent is not None and not known.deleted and known.tags.get(_PARENT) != parent.run_id:
                 self._log(known, [], {}, {_PARENT: parent.run_id})
         self._experiment = experiment
 
@@ -438,6 +439,8 @@ class _Mirror:
             if twin.run_id == record.mlflow_run_id:
                 self._trials[record.number] = twin
         known = self._trials.get(record.number)
+        if known is not None:
+            self._restore(known)
         on_front = self._front_tag(record, known)
         tags = _texts(self._trial_tags(record, domain.run_id, on_front), _TAG_LENGTH)
         params = _texts(_trial_params(record), _PARAM_LENGTH)
@@ -488,7 +491,7 @@ class _Mirror:
         for number, trial in self._trials.items():
             if trial.tags.get("domain") == domain:
                 tag = _flag(number in report.on_front)
-                if trial.tags.get("on_front") != tag:
+                if trial.tags.get("on_front") != tag and not trial.deleted:
                     self._log(trial, [], {}, {"on_front": tag})
 
     def settle(self, domains: Iterable[str], running: AbstractSet[str]) -> None:
@@ -506,31 +509,44 @@ class _Mirror:
     # --- reading ---
 
     def _read(self, experiment: str) -> None:
+        from mlflow.entities import ViewType
+
         self._parents.clear()
         self._trials.clear()
         self._twins.clear()
         runs: list[Run] = []
         token: str | None = None
         while True:
+            # Deleted runs too: a trial whose run was deleted gets that run back, so there are never two.
             page = self.client.search_runs(
-                [experiment], max_results=1000, order_by=["attributes.start_time ASC"], page_token=token
+                [experiment],
+                run_view_type=ViewType.ALL,
+                max_results=1000,
+                order_by=["attributes.start_time ASC"],
+                page_token=token,
             )
             runs += page
             token = page.token
             if not token:
                 break
-        for run in runs:
+        # Where there are two after all, the one that is not deleted counts, unless the ledger names the other.
+        for run in sorted(runs, key=lambda run: run.info.lifecycle_stage == "deleted"):
             tags = run.data.tags
             if tags.get(_STUDY) != self.facts.study:
                 continue
             known = _Known(
-                run.info.run_id, run.info.status, dict(tags), dict(run.data.params), dict(run.data.metrics), None
+                run_id=run.info.run_id,
+                status=run.info.status,
+                tags=dict(tags),
+                params=dict(run.data.params),
+                metrics=dict(run.data.metrics),
+                steps=None,
+                deleted=run.info.lifecycle_stage == "deleted",
             )
             if _NUMBER not in tags:
                 self._parents.setdefault(tags.get(_DOMAIN, ""), known)
             elif tags[_NUMBER].isdecimal():
                 number = int(tags[_NUMBER])
-                # Two runs of one trial: one was deleted, made again, then restored. The ledger says which one counts.
                 self._trials.setdefault(number, known)
                 self._twins.setdefault(number, []).append(known)
 
@@ -563,12 +579,18 @@ class _Mirror:
             first = dict(list(tags.items())[: _BATCH // 2])
             run = self.client.create_run(experiment, tags=first, run_name=domain)
             known = self._parents[domain] = _Known(run.info.run_id, "RUNNING", dict(first), {}, {}, None)
+        self._restore(known)
         self._log(
             known,
             [],
             {key: value for key, value in params.items() if key not in known.params},
             {key: value for key, value in tags.items() if known.tags.get(key) != value},
         )
+
+    def _restore(self, known: _Known) -> None:
+        if known.deleted:
+            self.client.restore_run(known.run_id)
+            known.deleted = False
 
     def _trial_tags(self, record: TrialRecord, parent: str, on_front: str) -> dict[str, Any]:
         tags: dict[str, Any] = {

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from peftsearch.spec import StudyError
@@ -53,19 +56,43 @@ def serve_ui(storage: Path, host: str = "127.0.0.1", port: int = 5000, extra: Se
         )
     check_port(host, port)
     print(f"MLflow UI: http://{_for_url(host)}:{port}  (Ctrl-C stops it)", file=sys.stderr, flush=True)
-    process = subprocess.Popen([*ui_command(storage, host, port), *extra], env=ui_environment())
+    # In a session of its own the server does not get the terminal's Ctrl-C: it is ended below, with its workers, once.
+    process = subprocess.Popen([*ui_command(storage, host, port), *extra], env=ui_environment(), start_new_session=True)
     try:
-        return process.wait()
+        with _terminate_as_interrupt():
+            return process.wait()
     except KeyboardInterrupt:
-        # The server is in our process group and has been interrupted with us.
-        try:
-            process.wait(timeout=10)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            process.kill()
         return 0
     finally:
-        if process.poll() is None:
-            process.terminate()
+        _end(process)
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """Have SIGTERM end us as Ctrl-C does, so that no server is left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            continue
+        except ProcessLookupError:
+            return
 
 
 def check_port(host: str, port: int) -> None:

@@ -103,6 +103,9 @@ class SlotPool:
         """Start the dispatcher and all slots; returns at once, while they warm up."""
         import ray
 
+        # Imported here, in the caller's thread: two threads that import parts of Ray at once trip over its cycles.
+        import ray.train.torch
+
         # The dispatcher lives with the driver: on the head node, which outlives spot workers.
         here = ray.get_runtime_context().get_node_id()
         self.dispatcher = (
@@ -135,8 +138,9 @@ class SlotPool:
                 if reason:
                     raise RuntimeError(reason)
                 return
-            if self.errors and not any(thread.is_alive() for thread in self._threads):
-                raise RuntimeError(f"no slot could be started: {self.errors[-1]}")
+            if not any(thread.is_alive() for thread in self._threads):
+                reason = self.errors[-1] if self.errors else "its Ray Train run ended"
+                raise RuntimeError(f"no slot could be started: {reason}")
 
     def stop(self, timeout: float = 30.0) -> None:
         """Tell the slots to leave, and wait for them."""

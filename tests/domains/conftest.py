@@ -6,28 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from domain_files import save_tokenizer
 
 from peftsearch.spec import StudyFile
-
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "tenant", "pays", "rent", "patient", "has", "fever", "no", "."]
-
-
-def save_tokenizer(folder: Path, words: list[str] = WORDS, **kwargs: Any) -> Path:
-    """A word-level tokenizer that marks texts and pairs as BERT's does."""
-    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-        **(special | kwargs),
-    ).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -51,13 +32,3 @@ def study(tmp_path: Path) -> Callable[..., StudyFile]:
         return StudyFile.parse(json.dumps(document, indent=1), "study.yaml", folder=tmp_path)
 
     return make
-
-
-def rows(count: int, labels: int = 2) -> list[dict[str, str]]:
-    """Distinct texts with alternating labels."""
-    return [{"text": f"the tenant {number}", "label": f"c{number % labels}"} for number in range(count)]
-
-
-def write_json_lines(path: Path, records: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path

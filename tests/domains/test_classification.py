@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from domain_files import rows, write_json_lines
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score
@@ -21,7 +22,6 @@ from transformers import AutoTokenizer
 
 from peftsearch.domains import get_metric, get_task, load_domain, load_raw
 from peftsearch.spec import DataSpec, StudyError, StudyFile
-from tests.domains.conftest import rows, write_json_lines
 
 Make = Callable[..., StudyFile]
 TASK = get_task("classification")
@@ -40,7 +40,10 @@ def bad(study: Make, path: Path, records: list[dict[str, Any]], **data: Any) -> 
 
 BAD_ROWS: list[tuple[dict[int, dict[str, Any]], str]] = [
     ({3: {"text": None}}, "column 'text' of a.jsonl holds no text in row 4: fill it in or drop the row"),
-    ({3: {"text": None}, 5: {"text": " \n"}}, "holds no text in 2 of 20 rows, first in row 4: fill it in or drop the rows"),
+    (
+        {3: {"text": None}, 5: {"text": " \n"}},
+        "holds no text in 2 of 20 rows, first in row 4: fill it in or drop the rows",
+    ),
     ({0: {"text": "\u00a0"}}, "column 'text' of a.jsonl holds no text in row 1"),
     ({7: {"label": None}}, "column 'label' of a.jsonl holds no label in row 8"),
     ({7: {"label": ""}}, "column 'label' of a.jsonl holds no label in row 8"),
@@ -69,7 +72,8 @@ def test_bad_rows(tmp_path: Path, study: Make, changes: dict[int, dict[str, Any]
     [
         (
             {"columns": {"text": "txet"}},
-            "domains.d.data.columns.text: a.jsonl has no column 'txet'; did you mean 'text'? (its columns: text, label)",
+            "domains.d.data.columns.text: a.jsonl has no column 'txet'; did you mean 'text'? (its columns: "
+            "text, label)",
         ),
         (
             {"columns": {"label": "category"}},
@@ -96,9 +100,10 @@ def test_rows_without_a_group(tmp_path: Path, study: Make) -> None:
 
 def test_a_label_that_train_never_shows(tmp_path: Path, study: Make) -> None:
     write_json_lines(tmp_path / "train.jsonl", rows(10))
-    write_json_lines(tmp_path / "test.jsonl", [{"text": "odd", "label": "c3"}, *rows(2)])
+    write_json_lines(tmp_path / "test.jsonl", [{"text": "odd", "label": "C1"}, *rows(2)])
     file = study({"train": "train.jsonl", "test": "test.jsonl"})
-    with pytest.raises(StudyError, match="the label 'c3' stands in 1 row of test but never in train; did you mean 'c"):
+    sentence = "the label 'C1' stands in 1 row of test but never in train; did you mean 'c1'"
+    with pytest.raises(StudyError, match=sentence):
         load_raw("d", file.spec, file.folder)
 
 
@@ -126,14 +131,20 @@ def test_a_label_that_only_a_cut_takes_from_train_is_a_warning(tmp_path: Path, s
         (["01", "1"], ("01", "1")),
     ],
 )
-def test_labels_are_texts_in_a_fixed_order(tmp_path: Path, study: Make, values: list[Any], labels: tuple[str, ...]) -> None:
+def test_labels_are_texts_in_a_fixed_order(
+    tmp_path: Path, study: Make, values: list[Any], labels: tuple[str, ...]
+) -> None:
     for order in (values, values[::-1]):
         records = [{"text": f"t{n}", "label": order[n % len(order)]} for n in range(30)]
         write_json_lines(tmp_path / "a.jsonl", records)
         file = study({"source": "a.jsonl"})
         raw = load_domain("d", file.spec, file.folder)
         assert raw.labels == labels
-        kept = {text: label for table in raw.splits.values() for text, label in zip(*table.to_pydict().values(), strict=True)}
+        kept = {
+            text: label
+            for table in raw.splits.values()
+            for text, label in zip(*table.to_pydict().values(), strict=True)
+        }
         assert len(kept) == 30
         assert set(kept.values()) == set(labels)
 
@@ -167,7 +178,9 @@ def test_warnings(tmp_path: Path, study: Make) -> None:
 def test_groups_that_cross_splits_are_a_warning(tmp_path: Path, study: Make) -> None:
     records = [{**row, "doc": number % 5} for number, row in enumerate(rows(20))]
     write_json_lines(tmp_path / "train.jsonl", records)
-    write_json_lines(tmp_path / "test.jsonl", [{"text": "x", "label": "c0", "doc": 3}, {"text": "y", "label": "c1", "doc": 9}])
+    write_json_lines(
+        tmp_path / "test.jsonl", [{"text": "x", "label": "c0", "doc": 3}, {"text": "y", "label": "c1", "doc": 9}]
+    )
     file = study({"train": "train.jsonl", "test": "test.jsonl", "split": {"group": "doc"}})
     warnings = load_domain("d", file.spec, file.folder).warnings
     assert any(warning.startswith("1 of 2 rows of test belong to a 'doc' that") for warning in warnings)
@@ -184,7 +197,11 @@ def test_tokenize_pairs(tokenizer: str) -> None:
     data = DataSpec.model_validate({"source": "x", "columns": {"text_pair": "other"}})
     table = pa.table({"text": ["the tenant pays"], "other": ["no fever"], "label": ["a"]})
     tokens = TASK.tokenize(table, data, ("a", "b"), AutoTokenizer.from_pretrained(tokenizer), 7)
-    assert tokens[:] == {"input_ids": [[2, 4, 5, 3, 11, 10, 3]], "token_type_ids": [[0, 0, 0, 0, 1, 1, 1]], "labels": [0]}
+    assert tokens[:] == {
+        "input_ids": [[2, 4, 5, 3, 11, 10, 3]],
+        "token_type_ids": [[0, 0, 0, 0, 1, 1, 1]],
+        "labels": [0],
+    }
 
 
 def test_collate() -> None:
@@ -204,7 +221,9 @@ def test_collate() -> None:
 @given(st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=20), min_size=1, max_size=6), st.integers(1, 9))
 def test_collate_loses_nothing(ids: list[list[int]], multiple_of: int) -> None:
     batch = TASK.collate({"input_ids": ids, "labels": [0] * len(ids)}, 0, multiple_of=multiple_of)
-    assert [row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)] == ids
+    assert [
+        row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ] == ids
     assert batch["input_ids"].shape[1] % multiple_of == 0
     assert batch["input_ids"].shape[1] < max(map(len, ids)) + multiple_of
 

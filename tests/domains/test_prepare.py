@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from domain_files import WORDS, rows, save_tokenizer, write_json_lines
 
 from peftsearch.domains import PreparedDomain, load_raw, prepare_domain
 from peftsearch.spec import DomainFacts, StudyError, StudyFile, StudySpec
-from tests.domains.conftest import WORDS, rows, save_tokenizer, write_json_lines
 
 Make = Callable[..., StudyFile]
 
@@ -39,12 +39,12 @@ def inodes(folder: Path) -> dict[str, tuple[int, int]]:
 
 def test_end_to_end(tmp_path: Path, study: Make, tokenizer: str, cache: Path) -> None:
     write_json_lines(tmp_path / "a.jsonl", rows(40))
-    file = study({"source": "a.jsonl", "limit": {"train": 20}}, domain={"metric": "macro_f1", "max_length": 5})
+    file = study({"source": "a.jsonl", "limit": {"train": 24}}, domain={"metric": "macro_f1", "max_length": 5})
     prepared = prepare(file, tokenizer, cache)
     assert (prepared.name, prepared.task.name) == ("d", "classification")
     assert (prepared.metric, prepared.direction, prepared.metric_title) == ("macro_f1", "maximize", "macro F1")
     assert (prepared.labels, prepared.max_length, prepared.pad_token_id) == (("c0", "c1"), 5, 0)
-    assert prepared.rows == {"train": 20, "validation": 6, "test": 6}
+    assert prepared.rows == {"train": 24, "validation": 6, "test": 6}
     assert prepared.source == "a.jsonl"
     assert prepared.warnings == ("100% of train fills all 5 tokens of max_length: texts are cut off",)
     for split, count in prepared.rows.items():
@@ -54,7 +54,9 @@ def test_end_to_end(tmp_path: Path, study: Make, tokenizer: str, cache: Path) ->
         assert set(dataset.column_names) == {"input_ids", "labels"}
         assert all(tokens[0] == 2 and len(tokens) == 5 for tokens in dataset[:]["input_ids"])
     raw = load_raw("d", file.spec, file.folder)
-    assert [prepared.labels[number] for number in prepared.split("test")[:]["labels"]] == raw["test"].column("label").to_pylist()
+    assert [prepared.labels[number] for number in prepared.split("test")[:]["labels"]] == raw["test"].column(
+        "label"
+    ).to_pylist()
     with pytest.raises(KeyError, match="no split 'dev'; its splits: train, validation, test"):
         prepared.split("dev")
     assert sorted(os.listdir(cache)) == [prepared.folder.name], "nothing temporary is left"
@@ -84,7 +86,9 @@ def test_the_same_content_is_tokenised_once(
     assert inodes(cache) == before
 
 
-def test_whatever_changes_the_tokens_is_tokenised_anew(tmp_path: Path, study: Make, tokenizer: str, cache: Path) -> None:
+def test_whatever_changes_the_tokens_is_tokenised_anew(
+    tmp_path: Path, study: Make, tokenizer: str, cache: Path
+) -> None:
     write_json_lines(tmp_path / "a.jsonl", rows(40))
     data = {"source": "a.jsonl"}
     first = prepare(study(data), tokenizer, cache)
@@ -177,7 +181,7 @@ def test_a_failing_write_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(datasets.Dataset, "save_to_disk", full)
-    with pytest.raises(StudyError, match="cannot write prepared data to .*No space left on device"):
+    with pytest.raises(StudyError, match=r"cannot write prepared data to .*No space left on device"):
         prepare(study({"source": "a.jsonl"}), tokenizer, cache)
     assert os.listdir(cache) == []
 
@@ -231,7 +235,7 @@ def test_no_tokenizer(tmp_path: Path, study: Make, cache: Path) -> None:
     write_json_lines(tmp_path / "a.jsonl", rows(20))
     (tmp_path / "empty").mkdir()
     file = study({"source": "a.jsonl"})
-    with pytest.raises(StudyError, match="cannot load the tokenizer of '.*empty'") as caught:
+    with pytest.raises(StudyError, match=r"cannot load the tokenizer of '.*empty'") as caught:
         prepare(file, str(tmp_path / "empty"), cache)
     assert "\n" not in caught.value.message
 
@@ -273,9 +277,7 @@ def test_published_corpora(
     study: Make, tokenizer: str, cache: Path, data: dict[str, Any], counts: dict[str, int], labels: int
 ) -> None:
     spec = study(data).spec
-    prepared = prepare_domain(
-        "d", spec, folder=Path(str(SHARED)), model_location=tokenizer, revision=None, cache=cache
-    )
+    prepared = prepare_domain("d", spec, folder=Path(str(SHARED)), model_location=tokenizer, revision=None, cache=cache)
     assert prepared.rows == counts
     assert len(prepared.labels) == labels
     assert not any("belong to" in warning for warning in prepared.warnings), "no contract crosses splits"

@@ -93,7 +93,9 @@ def test_json_column_that_nobody_needs_may_mix_kinds(tmp_path: Path) -> None:
 
 def test_parquet_and_its_class_names(tmp_path: Path) -> None:
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
-    datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, -1]}, features).to_parquet(tmp_path / "a.parquet")
+    datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, -1]}, features).to_parquet(
+        tmp_path / "a.parquet"
+    )
     assert [row["label"] for row in read({"source": "a.parquet"}, tmp_path)["train"]] == ["pos", "neg", None]
 
 
@@ -105,7 +107,9 @@ def test_folder_of_save_to_disk(tmp_path: Path, validation: str) -> None:
         return datasets.Dataset.from_dict({"text": [f"t{n}" for n in labels], "label": list(labels)}, features)
 
     train = dataset(1, 0, 1).select([2, 1])
-    datasets.DatasetDict({"train": train, validation: dataset(0), "unlabelled": dataset(1)}).save_to_disk(tmp_path / "all")
+    datasets.DatasetDict({"train": train, validation: dataset(0), "unlabelled": dataset(1)}).save_to_disk(
+        tmp_path / "all"
+    )
     train.save_to_disk(tmp_path / "one")
     rows = [{"text": "t1", "label": "pos"}, {"text": "t0", "label": "neg"}]
     assert read({"source": "all"}, tmp_path) == {"train": rows, "validation": [{"text": "t0", "label": "neg"}]}

@@ -1,0 +1,98 @@
+"""A tiny base model and a small labelled data set, made on the spot: real weights, real tokenizer, no network."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+TOPICS = {
+    "contract": "party agreement clause breach liability termination notice governing law indemnify".split(),
+    "disease": "fever infection lesion chronic acute anemia fracture benign malignant syndrome".split(),
+    "market": "share dividend bond yield equity hedge futures margin broker index".split(),
+}
+FILLER = "the of and with for under any such no other".split()
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a two-layer BERT with random (but fixed) weights and a word-level tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-base")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *FILLER, *(w for topic in TOPICS.values() for w in topic)]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=64,
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def topics_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CSV of 240 short texts about three topics, with a document column to group by."""
+    path = tmp_path_factory.mktemp("data") / "topics.csv"
+    generator = random.Random(0)
+    lines = ["text,label,document"]
+    for index in range(240):
+        label = sorted(TOPICS)[index % 3]
+        words = [generator.choice(TOPICS[label] if generator.random() < 0.6 else FILLER) for _ in range(8)]
+        lines.append(f"{' '.join(words)} {generator.choice(FILLER)},{label},d{index // 6}-{label}")
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def write_study(tmp_path: Path, tiny_base: Path, topics_csv: Path) -> Callable[..., Path]:
+    """Writes a study file over the tiny base; keyword arguments replace whole sections."""
+
+    def write(name: str = "tiny", **sections: Any) -> Path:
+        document: dict[str, Any] = {
+            "name": name,
+            "model": str(tiny_base),
+            "domains": {
+                "topics": {
+                    "data": {
+                        "source": str(topics_csv),
+                        "split": {"group": "document", "validation": 0.25, "test": 0.2},
+                    }
+                }
+            },
+            "methods": {"lora": {}, "adapter": {"bottleneck": [4, 8, 16]}, "prompt": {"tokens": [2, 4, 8]}, "full": {}},
+            "search": {"trials": 3, "seed": 0},
+            "training": {"epochs": 2, "evaluations": 4, "batch_size": 16, "max_length": 16},
+            "resources": {"cpus_per_worker": 1, "slots": 1},
+            "tracking": {"mlflow": "off"},
+            **sections,
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(document, sort_keys=False))
+        return path
+
+    return write

@@ -1,0 +1,193 @@
+"""Fronts, hypervolume and picks, against brute force and against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+from frontier_study import TOTAL, make_facts, make_record
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peftsearch.frontier import domain_fronts, front, hypervolume, pick
+from peftsearch.spec import Direction, StudyError, StudyFacts, TrialRecord, TrialState
+
+VALUES = st.one_of(st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.floats(0, 1))
+PARAMETERS = st.one_of(st.sampled_from([0, 1, 10, 1000]), st.integers(0, 10_000_000))
+TRIALS = st.lists(
+    st.tuples(st.one_of(st.none(), VALUES), PARAMETERS, st.sampled_from(["COMPLETE", "COMPLETE", "PRUNED", "FAILED"])),
+    max_size=20,
+).map(
+    lambda rows: [
+        make_record(number, value, parameters, state=TrialState(state))
+        for number, (value, parameters, state) in enumerate(rows)
+    ]
+)
+DIRECTIONS = st.sampled_from(["maximize", "minimize"])
+
+
+def is_beaten(record: TrialRecord, others: list[TrialRecord], direction: Direction) -> bool:
+    assert record.value is not None
+    for other in others:
+        assert other.value is not None
+        gain = (other.value - record.value) * (1 if direction == "maximize" else -1)
+        saved = record.trainable_parameters - other.trainable_parameters
+        if gain >= 0 and saved >= 0 and (gain > 0 or saved > 0):
+            return True
+    return False
+
+
+@settings(max_examples=300, deadline=None)
+@given(TRIALS, DIRECTIONS)
+def test_front_equals_brute_force(records: list[TrialRecord], direction: Direction) -> None:
+    done = [record for record in records if record.state is TrialState.COMPLETE and record.value is not None]
+    expected = {record.number for record in done if not is_beaten(record, done, direction)}
+    found = front(records, direction)
+    assert {record.number for record in found} == expected
+    assert [record.number for record in found] == [
+        record.number for record in sorted(found, key=lambda record: (record.trainable_parameters, record.number))
+    ]
+
+
+@settings(max_examples=200, deadline=None)
+@given(TRIALS, DIRECTIONS, st.sampled_from([1000, 22_713_216]))
+def test_hypervolume_equals_a_sum_over_rectangles(records: list[TrialRecord], direction: Direction, total: int) -> None:
+    points = []
+    for record in records:
+        if record.state is TrialState.COMPLETE and record.value is not None:
+            x = 1 - math.log10(max(record.trainable_parameters, 1)) / math.log10(total)
+            y = record.value if direction == "maximize" else 1 - record.value
+            points.append((min(1, max(0, x)), min(1, max(0, y))))
+    # Every cell of the grid that the points' coordinates draw is dominated as a whole, or not at all.
+    xs, ys = sorted({0.0, *(x for x, _ in points)}), sorted({0.0, *(y for _, y in points)})
+    area = sum(
+        (right - left) * (top - bottom)
+        for left, right in pairwise(xs)
+        for bottom, top in pairwise(ys)
+        if any(x >= right and y >= top for x, y in points)
+    )
+    assert hypervolume(records, direction, total) == pytest.approx(area, abs=1e-12)
+
+
+def test_hypervolume_of_known_points() -> None:
+    def volume(*points: tuple[float, int]) -> float:
+        return hypervolume([make_record(i, v, p) for i, (v, p) in enumerate(points)], "maximize", 10**6)
+
+    assert volume() == 0
+    assert volume((1.0, 0)) == 1
+    assert volume((0.8, 1000)) == pytest.approx(0.4)
+    assert volume((0.9, 10**6)) == 0
+    assert volume((0.6, 100), (0.9, 10_000)) == pytest.approx(0.6 * 4 / 6 + 0.3 * 2 / 6)
+    assert volume((1.7, 100)) == pytest.approx(4 / 6)
+    assert hypervolume([make_record(0, 0.2, 1000)], "minimize", 10**6) == pytest.approx(0.4)
+
+
+def test_only_full_budgets_count() -> None:
+    records = [
+        make_record(0, 0.5, 100),
+        make_record(1, 0.9, 10, state=TrialState.PRUNED),
+        make_record(2, 0.9, 10, state=TrialState.RUNNING),
+        make_record(3, None, 0, state=TrialState.FAILED),
+        make_record(4, math.nan, 1),
+    ]
+    assert [record.number for record in front(records, "maximize")] == [0]
+    assert front([], "maximize") == []
+
+
+def test_domain_fronts(facts: StudyFacts, records: list[TrialRecord]) -> None:
+    fronts = domain_fronts(records, facts)
+    assert list(fronts) == ["clinical", "legal"]
+    found = fronts["clinical"]
+    assert all(record.domain == "clinical" for record in found.records)
+    assert found.counts == {
+        "complete": sum(r.domain == "clinical" and r.state is TrialState.COMPLETE for r in records),
+        "pruned": sum(r.domain == "clinical" and r.state is TrialState.PRUNED for r in records),
+        "failed": 1,
+        "running": 1,
+    }
+    assert found.hypervolume == hypervolume(found.records, "maximize", TOTAL)
+    assert found.best is not None
+    assert found.best.value == max(r.value or 0 for r in found.records if r.state is TrialState.COMPLETE)
+    assert domain_fronts([], facts)["legal"].best is None
+
+
+def test_fronts_by_model() -> None:
+    facts = make_facts()
+    small = facts.models["package:tiny/model"]
+    facts = facts.model_copy(update={"models": {"small": small, "large": small}})
+    records = [make_record(0, 0.5, 100, model="small"), make_record(1, 0.6, 50, model="large")]
+    found = domain_fronts(records, facts)["clinical"]
+    assert [record.number for record in found.front] == [1]
+    assert {model: [record.number for record in own] for model, own in found.by_model.items()} == {
+        "small": [0],
+        "large": [1],
+    }
+
+
+# --- picks ---
+
+FRONT = [
+    make_record(3, 0.50, 1_000, method="prompt"),
+    make_record(5, 0.80, 10_000),
+    make_record(7, 0.82, 100_000, method="adapter"),
+    make_record(9, 0.85, 10_000_000, method="full"),
+]
+
+
+def numbers(picked: list[TrialRecord]) -> list[int]:
+    return [record.number for record in picked]
+
+
+def test_picks() -> None:
+    assert numbers(pick(FRONT, "frontier")) == [3, 5, 7, 9]
+    assert numbers(pick(FRONT, "best")) == [9]
+    # Above the line from (0, 0) to (1, 1): 0.857 - 0.25 = 0.607 for trial 5, 0.914 - 0.5 = 0.414 for trial 7.
+    assert numbers(pick(FRONT, "knee")) == [5]
+    losses = [record.model_copy(update={"value": 1 - (record.value or 0)}) for record in FRONT]
+    assert numbers(pick(losses, "best", "minimize")) == [9]
+    assert numbers(pick(losses, "knee", "minimize")) == [5]
+
+
+def test_without_a_knee_the_best_is_picked() -> None:
+    assert numbers(pick(FRONT[:1], "knee")) == [3]
+    assert numbers(pick(FRONT[:2], "knee")) == [5]
+    bent_down = [make_record(0, 0.5, 100), make_record(1, 0.51, 1000), make_record(2, 0.9, 10_000)]
+    assert numbers(pick(bent_down, "knee")) == [2]
+    straight = [make_record(0, 0.5, 100), make_record(1, 0.6, 1000), make_record(2, 0.7, 10_000)]
+    assert numbers(pick(straight, "knee")) == [2]
+    equal = [make_record(4, 0.5, 100), make_record(6, 0.5, 100)]
+    assert numbers(pick(equal, "knee")) == [4]
+    assert numbers(pick(equal, "best")) == [4]
+
+
+def test_limits() -> None:
+    assert numbers(pick(FRONT, "best", max_parameters=99_999)) == [5]
+    assert numbers(pick(FRONT, "frontier", min_metric=0.8)) == [5, 7, 9]
+    assert numbers(pick(FRONT, "frontier", min_metric=0.8, max_parameters=100_000)) == [5, 7]
+    losses = [record.model_copy(update={"value": 1 - (record.value or 0)}) for record in FRONT]
+    assert numbers(pick(losses, "frontier", "minimize", min_metric=0.19)) == [7, 9]
+
+
+@pytest.mark.parametrize(
+    ("how", "limits", "message"),
+    [
+        ("knees", {}, "unknown pick 'knees'; did you mean 'knee'"),
+        ("best", {"max_parameters": 999}, r"at most 999 parameters: the smallest, trial 3 \(prompt\), trains 1,000"),
+        ("best", {"min_metric": 0.9}, r"reaches 0.9: the best, trial 9 \(full\), has 0.8500"),
+        (
+            "best",
+            {"min_metric": 0.82, "max_parameters": 50_000},
+            r"the best of them, trial 5 \(lora\), has 0.8000; trial 7 \(adapter\) reaches it with 100,000 parameters",
+        ),
+        ("best", {"min_metric": 0.9, "max_parameters": 999}, "the smallest, trial 3"),
+    ],
+)
+def test_nothing_left_says_what_is_nearest(how: str, limits: dict[str, float], message: str) -> None:
+    with pytest.raises(StudyError, match=message):
+        pick(FRONT, how, **limits)  # type: ignore[arg-type]
+
+
+def test_nothing_to_pick_from() -> None:
+    with pytest.raises(StudyError, match="no trial has reached the full budget yet"):
+        pick([], "best")

@@ -1,0 +1,23 @@
+"""A real MLflow server on loopback, and a folder for a SQLite store; both are shared by the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tracking_study import Server
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    running = Server(tmp_path_factory.mktemp("mlflow-server"))
+    running.start()
+    yield running
+    if running.process is not None:
+        running.kill()
+
+
+@pytest.fixture(scope="session")
+def sqlite_storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("mlflow-sqlite") / "storage"

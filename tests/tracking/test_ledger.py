@@ -1,0 +1,157 @@
+"""The ledger holds what it was told, across processes and crashes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from peftsearch.spec import Rung, StudyError, TrialState
+from peftsearch.tracking.ledger import Ledger, LedgerCell, hide_password
+
+CELL = LedgerCell("d/lora/m", "m", "d", "lora", "accuracy", "maximize")
+OTHER = LedgerCell("d/full/m", "m", "d", "full", "accuracy", "maximize")
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'ledger.db'}"
+
+
+def open_ledger(url: str, *cells: LedgerCell) -> Ledger:
+    return Ledger(url, "s", cells or (CELL, OTHER))
+
+
+def ask(ledger: Ledger, cell: LedgerCell = CELL, seed: int = 0, **fields: Any) -> Any:
+    return ledger.ask(
+        cell.key,
+        optuna.samplers.RandomSampler(seed=seed),
+        lambda trial: {"rank": trial.suggest_int("rank", 1, 64), "alpha": 32.0},
+        lambda number, values: {"seed": 0, "trainable_parameters": 10 * values["rank"], **fields},
+    )
+
+
+def rung(step: int, value: float = 0.5, **scores: float) -> Rung:
+    return Rung(step=step, epoch=step / 10, value=value, loss=1.0, train_loss=1.0, train_seconds=2.0, scores=scores)
+
+
+def test_everything_is_there_after_reopening(url: str) -> None:
+    ledger = open_ledger(url)
+    done, pruned, failed, running = (ask(ledger, seed=n).number for n in range(4))
+    ledger.add_rung(done, rung(1, 0.4))
+    ledger.add_rung(done, rung(2, 0.6), peak_memory_bytes=123)
+    ledger.complete(done, checkpoint="trials/00000")
+    ledger.add_rung(pruned, rung(1, 0.1))
+    ledger.prune(pruned)
+    ledger.fail(failed, "out of memory")
+    ledger.add_rung(running, rung(1, 0.3))
+    ledger.set_run_id(done, "run-of-a-finished-trial")
+    before = ledger.records
+    ledger.close()
+
+    after = Ledger(url, "s").records
+    assert after == before
+    assert [record.state for record in after] == [
+        TrialState.COMPLETE,
+        TrialState.PRUNED,
+        TrialState.FAILED,
+        TrialState.RUNNING,
+    ]
+    first = after[0]
+    assert (first.value, first.train_seconds, first.peak_memory_bytes) == (0.6, 4.0, 123)
+    assert first.mlflow_run_id == "run-of-a-finished-trial"
+    assert first.hyperparameters["alpha"] == 32.0
+    assert after[2].error == "out of memory"
+
+
+def test_optuna_sees_pruned_trials_as_pruned_and_never_on_its_front(url: str) -> None:
+    ledger = open_ledger(url)
+    complete, pruned = ask(ledger, seed=1).number, ask(ledger, seed=2).number
+    ledger.add_rung(complete, rung(1, 0.2))
+    ledger.complete(complete)
+    ledger.add_rung(pruned, rung(1, 0.99))
+    ledger.prune(pruned)
+    study = optuna.load_study(study_name="s/d/lora/m", storage=url)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED"]
+    assert [trial.number for trial in study.best_trials] == [0]
+    assert study.metric_names == ["accuracy", "trainable_parameters"]
+
+
+def test_numbers_run_through_all_cells(url: str) -> None:
+    ledger = open_ledger(url)
+    assert [ask(ledger, cell).number for cell in (CELL, OTHER, CELL, OTHER)] == [0, 1, 2, 3]
+    assert ledger.started(CELL.key) == ledger.started(OTHER.key) == 2
+
+
+def test_a_rung_is_recorded_once(url: str) -> None:
+    ledger = open_ledger(url)
+    number = ask(ledger).number
+    ledger.add_rung(number, rung(1, 0.4))
+    ledger.add_rung(number, rung(1, 0.9))
+    assert [item.value for item in ledger.record(number).rungs] == [0.4]
+
+
+def test_an_ended_trial_stays_as_it_ended(url: str) -> None:
+    ledger = open_ledger(url)
+    number = ask(ledger).number
+    ledger.prune(number)
+    ledger.fail(number, "late news")
+    assert ledger.record(number).state is TrialState.PRUNED
+
+
+def test_scores_of_single_classes_are_kept_for_the_last_rung(url: str) -> None:
+    ledger = open_ledger(url)
+    number = ask(ledger).number
+    for step in (1, 2):
+        ledger.add_rung(number, rung(step, accuracy=0.5, **{"f1/a": 0.1 * step}))
+    assert [set(item.scores) for item in ledger.record(number).rungs] == [{"accuracy"}, {"accuracy", "f1/a"}]
+
+
+def test_a_trial_that_was_asked_for_but_never_recorded_is_taken_up_again(url: str) -> None:
+    """A driver killed between Optuna's answer and its own note must not lose a prior, nor count a trial twice."""
+    ledger = open_ledger(url)
+    ledger.enqueue(CELL.key, {"rank": 16})
+
+    class Killed(BaseException):
+        pass
+
+    def dies(number: int, values: dict[str, Any]) -> dict[str, Any]:
+        raise Killed
+
+    with pytest.raises(Killed):
+        ledger.ask(
+            CELL.key,
+            optuna.samplers.RandomSampler(seed=0),
+            lambda trial: {"rank": trial.suggest_int("rank", 1, 64)},
+            dies,
+        )
+    again = open_ledger(url)
+    assert again.records == []
+    record = ask(again)
+    assert (record.number, record.hyperparameters["rank"]) == (0, 16)
+    assert len(optuna.load_study(study_name="s/d/lora/m", storage=url).trials) == 1
+
+
+def test_a_configuration_that_does_not_fit_is_failed_at_once(url: str) -> None:
+    ledger = open_ledger(url)
+    record = ask(ledger, error="rank 64 exceeds the layer")
+    assert record.state is TrialState.FAILED
+    assert Ledger(url, "s").records[0].error == "rank 64 exceeds the layer"
+
+
+def test_two_studies_share_a_storage_without_meeting(url: str) -> None:
+    ask(open_ledger(url))
+    assert Ledger(url, "other", [CELL]).records == []
+
+
+@pytest.mark.parametrize("bad", ["nonsense", "sqlite:////proc/no/such/place.db", "postgresql://u:secret@127.0.0.1:1/x"])
+def test_a_storage_that_cannot_be_opened_is_one_sentence_without_its_password(bad: str) -> None:
+    with pytest.raises(StudyError, match="cannot open the ledger") as caught:
+        Ledger(bad, "s", [CELL])
+    assert "secret" not in str(caught.value)
+
+
+def test_passwords_are_hidden() -> None:
+    assert hide_password("postgresql://me:secret@db/x") == "postgresql://me:***@db/x"

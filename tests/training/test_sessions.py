@@ -1,0 +1,223 @@
+"""A trial's result depends on its plan alone: not on the worker, its history, or where it was interrupted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peftsearch.search.plan import StudyPlan, plan_study
+from peftsearch.spec import StudyFile
+from peftsearch.training.checkpoint import STATE, WEIGHTS, trial_folder
+from peftsearch.training.distributed import WorkerGroup
+from peftsearch.training.segment import Failure, Probe, ProbeResult, Segment, SegmentResult, TrialPlan
+from peftsearch.training.worker import Worker
+
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 4, "alpha": 16.0, "dropout": 0.1, "targets": "attention", "learning_rate": 5e-3},
+    "adapter": {
+        "bottleneck": 8,
+        "activation": "gelu",
+        "placement": "houlsby",
+        "dropout": 0.1,
+        "learning_rate": 5e-3,
+    },
+    "prompt": {"tokens": 4, "init": "vocabulary", "init_text": "", "learning_rate": 3e-2},
+    "full": {"learning_rate": 2e-3},
+}
+
+
+@pytest.fixture
+def plan(write_study: Callable[..., Path], tmp_path: Path) -> StudyPlan:
+    return plan_study(StudyFile.load(write_study()), tmp_path / "cache")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def new_worker(plan: StudyPlan, folder: Path) -> Worker:
+    return Worker(plan.for_workers(folder, threads=1), WorkerGroup())
+
+
+def trial(plan: StudyPlan, method: str, number: int = 0, **changes: Any) -> TrialPlan:
+    model = next(iter(plan.models))
+    return TrialPlan(number, model, "topics", method, CONFIGURATIONS[method] | changes, seed=0)
+
+
+def train(worker: Worker, plan: StudyPlan, what: TrialPlan) -> list[SegmentResult]:
+    steps = plan.budgets["topics"].evaluation_steps
+    results = []
+    for index, step in enumerate(steps):
+        outcome = worker.do(Segment(what, step, final=index == len(steps) - 1))
+        assert isinstance(outcome, SegmentResult), outcome
+        results.append(outcome)
+    return results
+
+
+def numbers(results: list[SegmentResult]) -> list[tuple[Any, ...]]:
+    return [(r.step, r.loss, r.train_loss, r.scores) for r in results]
+
+
+def weights(folder: Path, number: int) -> bytes:
+    return (trial_folder(folder, number) / WEIGHTS).read_bytes()
+
+
+FRESH = """
+import json, pickle, sys
+from peftsearch.training.distributed import WorkerGroup
+from peftsearch.training.worker import Worker
+plan, segments = pickle.load(open(sys.argv[1], "rb"))
+worker = Worker(plan, WorkerGroup())
+print(json.dumps([[r.step, r.loss, r.train_loss, r.scores] for r in map(worker.do, segments)]))
+"""
+
+
+@pytest.mark.parametrize("method", CONFIGURATIONS)
+def test_a_warm_worker_gives_what_a_fresh_process_gives(method: str, plan: StudyPlan, tmp_path: Path) -> None:
+    warm = new_worker(plan, tmp_path / "warm")
+    for number, other in enumerate(CONFIGURATIONS, start=10):
+        train(warm, plan, trial(plan, other, number))
+    on_warm = numbers(train(warm, plan, trial(plan, method)))
+
+    import pickle
+
+    steps = plan.budgets["topics"].evaluation_steps
+    segments = [Segment(trial(plan, method), step, index == len(steps) - 1) for index, step in enumerate(steps)]
+    handed = tmp_path / "plan.pickle"
+    handed.write_bytes(pickle.dumps((plan.for_workers(tmp_path / "fresh", threads=1), segments)))
+    done = subprocess.run([sys.executable, "-c", FRESH, handed], capture_output=True, text=True, check=True)
+    on_fresh = [tuple(item) for item in json.loads(done.stdout.splitlines()[-1])]
+
+    assert on_warm == on_fresh
+    assert weights(tmp_path / "warm", 0) == weights(tmp_path / "fresh", 0)
+
+
+def test_the_base_is_bit_identical_after_every_method(plan: StudyPlan, tmp_path: Path) -> None:
+    worker = new_worker(plan, tmp_path)
+    worker.warm_up()
+    base = worker.base(next(iter(plan.models)))
+    before = base.fingerprint()
+    assert len(before) > 20
+    for number, method in enumerate(CONFIGURATIONS):
+        train(worker, plan, trial(plan, method, number))
+        assert base.fingerprint() == before, method
+    assert not any(parameter.requires_grad for parameter in base._tensors.values())
+
+
+def test_the_fingerprint_notices_one_changed_weight(plan: StudyPlan, tmp_path: Path) -> None:
+    worker = new_worker(plan, tmp_path)
+    worker.warm_up()
+    base = worker.base(next(iter(plan.models)))
+    before = base.fingerprint()
+    name = next(iter(before))
+    with torch.no_grad():
+        base._tensors[name].view(-1)[0] += 1e-6
+    after = base.fingerprint()
+    assert {key for key in before if before[key] != after[key]} == {name}
+
+
+@pytest.mark.parametrize("method", CONFIGURATIONS)
+def test_training_goes_on_from_the_checkpoint_as_if_nothing_had_happened(
+    method: str, plan: StudyPlan, tmp_path: Path
+) -> None:
+    whole = train(new_worker(plan, tmp_path / "a"), plan, trial(plan, method))
+    steps = plan.budgets["topics"].evaluation_steps
+    pieces = []
+    for index, step in enumerate(steps):
+        # A new worker for every segment: all that is left of the trial is its checkpoint.
+        worker = new_worker(plan, tmp_path / "b")
+        pieces.append(worker.do(Segment(trial(plan, method), step, final=index == len(steps) - 1)))
+    assert numbers(pieces) == numbers(whole)  # type: ignore[arg-type]
+    assert weights(tmp_path / "a", 0) == weights(tmp_path / "b", 0)
+
+
+def test_trials_may_take_turns_on_one_worker(plan: StudyPlan, tmp_path: Path) -> None:
+    alone = [numbers(train(new_worker(plan, tmp_path / m), plan, trial(plan, m, 1))) for m in ("lora", "full")]
+    worker = new_worker(plan, tmp_path / "both")
+    steps = plan.budgets["topics"].evaluation_steps
+    taken: list[list[Any]] = [[], []]
+    for index, step in enumerate(steps):
+        for place, method in enumerate(("lora", "full")):
+            segment = Segment(trial(plan, method, place), step, final=index == len(steps) - 1)
+            taken[place].append(worker.do(segment))
+    assert [numbers(results) for results in taken] == alone
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_a_damaged_checkpoint_is_noticed_and_the_trial_begins_anew(damage: str, plan: StudyPlan, tmp_path: Path) -> None:
+    whole = train(new_worker(plan, tmp_path / "a"), plan, trial(plan, "lora"))
+    steps = plan.budgets["topics"].evaluation_steps
+    new_worker(plan, tmp_path / "b").do(Segment(trial(plan, "lora"), steps[0]))
+    state = trial_folder(tmp_path / "b", 0) / STATE
+    data = bytearray(state.read_bytes())
+    if damage == "flip":
+        data[-100] ^= 1
+    else:
+        del data[len(data) // 2 :]
+    state.write_bytes(bytes(data))
+    outcome = new_worker(plan, tmp_path / "b").do(Segment(trial(plan, "lora"), steps[1]))
+    assert isinstance(outcome, SegmentResult)
+    assert (outcome.loss, outcome.scores) == (whole[1].loss, whole[1].scores)
+
+
+def test_a_loss_that_is_not_a_number_fails_the_trial_and_leaves_the_worker_usable(
+    plan: StudyPlan, tmp_path: Path
+) -> None:
+    worker = new_worker(plan, tmp_path)
+    outcome = worker.do(Segment(trial(plan, "full", learning_rate=1e30), plan.budgets["topics"].total_steps))
+    assert isinstance(outcome, Failure)
+    assert "loss" in outcome.error
+    assert "1e+30" in outcome.error
+    assert numbers(train(worker, plan, trial(plan, "full", 1))) == numbers(
+        train(new_worker(plan, tmp_path / "other"), plan, trial(plan, "full", 1))
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("lora", {"targets": "no_such_module"}, "no_such_module"),
+        ("prompt", {"tokens": 64}, "64 soft tokens leave no room"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_fails_with_its_reason(
+    method: str, changes: dict[str, Any], message: str, plan: StudyPlan, tmp_path: Path
+) -> None:
+    outcome = new_worker(plan, tmp_path).do(Segment(trial(plan, method, **changes), 1))
+    assert isinstance(outcome, Failure)
+    assert message in outcome.error
+
+
+def test_every_method_learns(plan: StudyPlan, tmp_path: Path) -> None:
+    worker = new_worker(plan, tmp_path)
+    for number, method in enumerate(CONFIGURATIONS):
+        results = train(worker, plan, trial(plan, method, number))
+        assert results[-1].train_loss < results[0].train_loss, method
+
+
+def test_baselines_are_scored_by_the_worker(plan: StudyPlan, tmp_path: Path) -> None:
+    outcome = new_worker(plan, tmp_path).do(Probe(next(iter(plan.models)), "topics"))
+    assert isinstance(outcome, ProbeResult)
+    majority, probe = outcome.scores["majority"]["accuracy"], outcome.scores["linear_probe"]["accuracy"]
+    assert 0.2 < majority < 0.5
+    assert probe > majority
+    assert outcome.parameters["linear_probe"] == 33 * 3
+
+
+def test_only_the_last_state_of_a_trial_is_on_disk(plan: StudyPlan, tmp_path: Path) -> None:
+    worker = new_worker(plan, tmp_path)
+    steps = plan.budgets["topics"].evaluation_steps
+    worker.do(Segment(trial(plan, "lora"), steps[0]))
+    assert [item.name for item in trial_folder(tmp_path, 0).iterdir()] == [STATE]
+    worker.do(Segment(trial(plan, "lora"), steps[-1], final=True))
+    assert [item.name for item in trial_folder(tmp_path, 0).iterdir()] == [WEIGHTS]

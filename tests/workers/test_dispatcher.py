@@ -1,0 +1,212 @@
+"""The dispatcher's promises, on its own event loop: nothing lost, nothing done twice, nobody waits for the dead."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from peftsearch.training.segment import Failure, ProbeResult, Segment, TrialPlan
+from peftsearch.workers.dispatcher import Dispatcher, Order
+
+
+def segment(number: int, to_step: int = 1) -> Segment:
+    return Segment(TrialPlan(number, "m", "d", "lora", {}, 0), to_step)
+
+
+def outcome(text: str) -> Any:
+    return ProbeResult(details={"text": text})
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        await asyncio.wait_for(scenario(), 20)
+
+    asyncio.run(bounded())
+
+
+async def started(dispatcher: Dispatcher, *slots: int) -> None:
+    for slot in slots:
+        await dispatcher.join(slot, f"life-{slot}")
+        await dispatcher.warm(slot, f"life-{slot}", {})
+
+
+async def take(dispatcher: Dispatcher, slot: int) -> Order:
+    order = await dispatcher.take(slot, f"life-{slot}")
+    assert order.lease is not None
+    return order
+
+
+def test_an_answer_reaches_whoever_asked() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(max_retries=1)
+        await started(dispatcher, 0)
+        asked = [asyncio.create_task(dispatcher.submit(segment(number))) for number in range(3)]
+        await asyncio.sleep(0)
+        for number in range(3):
+            order = await take(dispatcher, 0)
+            assert order.work == segment(number)
+            await dispatcher.finish(0, "life-0", order.lease or 0, outcome(str(number)))
+        assert [(await task)[0].details["text"] for task in asked] == ["0", "1", "2"]  # type: ignore[union-attr]
+
+    run(scenario)
+
+
+def test_a_waiting_slot_is_woken_by_new_work() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(max_retries=1)
+        await started(dispatcher, 0)
+        waiting = asyncio.create_task(dispatcher.take(0, "life-0"))
+        await asyncio.sleep(0.01)
+        task = asyncio.create_task(dispatcher.submit(segment(1)))
+        assert (await asyncio.wait_for(waiting, 1)).work == segment(1)
+        task.cancel()
+
+    run(scenario)
+
+
+def test_leased_work_of_a_dead_slot_is_handed_out_again_and_first() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(max_retries=1)
+        await started(dispatcher, 0)
+        first = asyncio.create_task(dispatcher.submit(segment(1)))
+        second = asyncio.create_task(dispatcher.submit(segment(2)))
+        await asyncio.sleep(0)
+        lost = await take(dispatcher, 0)
+        await dispatcher.join(0, "second life")
+        order = await dispatcher.take(0, "second life")
+        assert order.work == lost.work == segment(1)
+        # The dead slot's late answer is not taken for the new lease's.
+        await dispatcher.finish(0, "life-0", lost.lease or 0, outcome("from the dead"))
+        await dispatcher.finish(0, "second life", order.lease or 0, outcome("from the living"))
+        answer, attempts = await first
+        assert answer.details["text"] == "from the living"  # type: ignore[union-attr]
+        assert attempts == 1
+        second.cancel()
+
+    run(scenario)
+
+
+def test_work_that_keeps_breaking_slots_fails_with_the_last_error() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(max_retries=2)
+        task = asyncio.create_task(dispatcher.submit(segment(1)))
+        await asyncio.sleep(0)
+        for life in range(3):
+            await dispatcher.join(0, f"life {life}")
+            order = await dispatcher.take(0, f"life {life}")
+            await dispatcher.crashed(0, f"life {life}", order.lease or 0, "OSError: no space left")
+        await dispatcher.join(0, "last life")
+        answer, attempts = await task
+        assert answer == Failure("its worker died 3 times over it: OSError: no space left")
+        assert attempts == 3
+
+    run(scenario)
+
+
+def test_a_silent_slot_loses_its_lease_and_another_takes_over() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(max_retries=1, lease_seconds=0.2)
+        await started(dispatcher, 0, 1)
+        task = asyncio.create_task(dispatcher.submit(segment(1)))
+        await asyncio.sleep(0)
+        lost = await take(dispatcher, 0)
+        order = await asyncio.wait_for(take(dispatcher, 1), 5)
+        assert order.work == lost.work
+        await dispatcher.finish(0, "life-0", lost.lease or 0, outcome("too late"))
+        await dispatcher.finish(1, "life-1", order.lease or 0, outcome("in time"))
+        assert (await task)[0].details["text"] == "in time"  # type: ignore[union-attr]
+        # The silent slot was only slow: it may go on taking work.
+        again = asyncio.create_task(dispatcher.submit(segment(2)))
+        await asyncio.sleep(0)
+        assert (await take(dispatcher, 0)).work == segment(2)
+        again.cancel()
+
+    run(scenario)
+
+
+def test_a_slot_that_beats_keeps_its_lease() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(max_retries=1, lease_seconds=0.2)
+        await started(dispatcher, 0)
+        task = asyncio.create_task(dispatcher.submit(segment(1)))
+        await asyncio.sleep(0)
+        order = await take(dispatcher, 0)
+        for _ in range(10):
+            await asyncio.sleep(0.05)
+            await dispatcher.beat(0, "life-0")
+        await dispatcher.finish(0, "life-0", order.lease or 0, outcome("slow"))
+        assert (await task)[1] == 0
+
+    run(scenario)
+
+
+def test_a_trial_goes_back_to_the_free_slot_that_holds_its_state() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(max_retries=1)
+        await started(dispatcher, 0, 1)
+        tasks = [asyncio.create_task(dispatcher.submit(segment(1)))]
+        await asyncio.sleep(0)
+        order = await take(dispatcher, 0)
+        await dispatcher.finish(0, "life-0", order.lease or 0, outcome("first"))
+        tasks.append(asyncio.create_task(dispatcher.submit(segment(1, 2))))
+        tasks.append(asyncio.create_task(dispatcher.submit(segment(2))))
+        await asyncio.sleep(0)
+        assert (await take(dispatcher, 1)).work == segment(2)
+        assert (await take(dispatcher, 0)).work == segment(1, 2)
+        for task in tasks:
+            task.cancel()
+
+    run(scenario)
+
+
+def test_slots_hear_which_trials_have_ended() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(max_retries=1)
+        await started(dispatcher, 0)
+        await dispatcher.end(7)
+        task = asyncio.create_task(dispatcher.submit(segment(8)))
+        await asyncio.sleep(0)
+        assert (await take(dispatcher, 0)).ended == (7,)
+        task.cancel()
+
+    run(scenario)
+
+
+def test_an_unusable_slot_is_reported_and_pending_work_fails() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(max_retries=1)
+        task = asyncio.create_task(dispatcher.submit(segment(1)))
+        ready = asyncio.create_task(dispatcher.wait_ready())
+        await asyncio.sleep(0)
+        await dispatcher.join(0, "life")
+        await dispatcher.unusable(0, "cannot load the model")
+        assert await ready == "cannot load the model"
+        assert (await task)[0] == Failure("cannot load the model")
+
+    run(scenario)
+
+
+def test_slots_are_told_to_stop() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(max_retries=1)
+        await started(dispatcher, 0)
+        waiting = asyncio.create_task(dispatcher.take(0, "life-0"))
+        await asyncio.sleep(0.01)
+        await dispatcher.stop()
+        assert (await asyncio.wait_for(waiting, 1)).stop
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("life", ["life-0", "unknown"])
+def test_a_replaced_worker_group_is_told_to_leave(life: str) -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(max_retries=1)
+        await started(dispatcher, 0)
+        await dispatcher.join(0, "second life")
+        assert (await dispatcher.take(0, life)).stop
+
+    run(scenario)
