@@ -9,6 +9,7 @@ Example:
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -65,7 +66,8 @@ class Study:
         Raises:
             StudyError: Something in the file is wrong.
         """
-        settings = [*overrides, *([f"name={name}"] if name else [])]
+        # As JSON, which is YAML too: a name that looks like a number stays a name.
+        settings = [*overrides, *([f"name={json.dumps(name)}"] if name is not None else [])]
         file = StudyFile.load(path, settings)
         return cls(file.spec, study_folder(file.spec.name, storage), file)
 
@@ -138,12 +140,13 @@ class Study:
         stopped = StopRequest()
         with stop_on_signals(stopped, events.stopping):
             events.phase("checking the study and preparing its data")
-            plan = self.validate()
             self._check_unchanged()
+            plan = self.validate()
+            self._check_ledger()
             self.folder.create()
             with self.folder.held():
-                self._write_files()
                 facts = self._facts(plan)
+                self._write_files()
                 self._save_facts(facts)
                 with closing(self._ledger(plan)) as ledger:
                     self.folder.note_driver(state="running", since=_now(), error=None)
@@ -315,6 +318,19 @@ class Study:
                 f"the study {self.name!r} was begun with {key} = {old!r} and the file now says {new!r}: "
                 "put it back, or start a new study with --name"
             )
+
+    def _check_ledger(self) -> None:
+        """See that a database elsewhere answers, before the study has a folder that remembers its address.
+
+        Raises:
+            StudyError: It does not.
+        """
+        if self.spec.tracking.ledger == "auto":
+            return
+        try:
+            Ledger(self.ledger_url, self.name).close()
+        except StudyError as error:
+            raise StudyError(self.file.explain(error) if self.file else str(error)) from None
 
     def _ledger(self, plan: StudyPlan) -> Ledger:
         cells = [

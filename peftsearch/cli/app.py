@@ -240,9 +240,7 @@ def evaluate(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER_DIR", help="An exported adapter")],
     study: Annotated[Path, typer.Option(help="The study file that describes the data")],
     domain: Annotated[str, typer.Option(help="Domain of the study to score on")],
-    split: Annotated[
-        Literal["train", "validation", "test"], typer.Option(help="Split of the domain's data")
-    ] = "test",
+    split: Annotated[Literal["train", "validation", "test"], typer.Option(help="Split of the domain's data")] = "test",
     as_json: JsonOption = False,
     settings: SetOption = None,
 ) -> None:
@@ -332,10 +330,9 @@ def run_app(arguments: list[str] | None = None) -> int:
 def _usage_error(error: typer.TyperException) -> int:
     """A wrong command or option, in one sentence; without any command, the help (which typer has printed)."""
     context = getattr(error, "ctx", None)
-    # Typer names what was asked for in the exception's context, and says nothing where nothing was asked for.
     if sentence := " ".join(error.format_message().split()):
         command = context.command_path if context else "peftsearch"
-        err.print(f"Error: {sentence.rstrip('.')}: see '{command} --help'", style="bold red", markup=False)
+        err.print(f"Error: {sentence.rstrip('.')} (see '{command} --help')", style="bold red", markup=False)
     return 2
 
 

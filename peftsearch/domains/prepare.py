@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from peftsearch.domains.sources import RawSplit, describe_source, quiet_datasets, read_source
-from peftsearch.domains.splits import cut, limit, shared, take
+from peftsearch.domains.splits import cut_by_stratum, limit, shared, take
 from peftsearch.domains.tasks import Metric, Task, get_metric, get_task
 from peftsearch.spec import DataSpec, Direction, DomainFacts, StudyError, StudySpec, suggest
 from peftsearch.spec.yaml_file import Loc
@@ -208,7 +208,7 @@ def _cut_missing(
             )
         groups = [str(value) for value in values]
     try:
-        rows = cut(groups, shares, data.split.seed)
+        rows = cut_by_stratum(groups, task.strata(train, data) or [""] * len(groups), shares, data.split.seed)
     except ValueError:
         what = "distinct texts" if group is None else f"distinct values in the column {group!r}"
         raise StudyError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import pyarrow as pa
@@ -64,6 +65,41 @@ def cut(groups: Sequence[str], shares: Mapping[str, float], seed: int) -> dict[s
         splits[name] = sorted(itertools.chain.from_iterable(rows[group] for group in chosen))
     splits["train"] = sorted(itertools.chain.from_iterable(rows[group] for group in waiting))
     return splits
+
+
+def cut_by_stratum(
+    groups: Sequence[str], strata: Sequence[str], shares: Mapping[str, float], seed: int
+) -> dict[str, list[int]]:
+    """As `cut`, with each stratum dealt by itself, so that every split sees every stratum that has groups enough.
+
+    A group belongs to the stratum of most of its rows. Strata with fewer groups than splits go to ``train`` whole: what
+    was never trained cannot be tested. Where that would leave a split empty, strata are not told apart.
+
+    Args:
+        groups: The group of each row.
+        strata: The stratum of each row: its label.
+        shares: As for `cut`.
+        seed: As for `cut`.
+
+    Raises:
+        ValueError: Fewer groups than splits.
+    """
+    members: dict[str, Counter[str]] = {}
+    for group, stratum in zip(groups, strata, strict=True):
+        members.setdefault(group, Counter())[stratum] += 1
+    home = {group: min(counts, key=lambda name: (-counts[name], name)) for group, counts in members.items()}
+    splits: dict[str, list[int]] = {name: [] for name in (*shares, "train")}
+    for stratum in sorted(set(home.values())):
+        rows = [row for row, group in enumerate(groups) if home[group] == stratum]
+        try:
+            dealt = cut([groups[row] for row in rows], shares, seed)
+        except ValueError:
+            dealt = {"train": list(range(len(rows)))}
+        for name, chosen in dealt.items():
+            splits[name] += [rows[row] for row in chosen]
+    if not all(splits.values()):
+        return cut(groups, shares, seed)
+    return {name: sorted(chosen) for name, chosen in splits.items()}
 
 
 def limit(keys: Sequence[str], at_most: int | None, seed: int) -> list[int] | None:

@@ -31,7 +31,8 @@ class ParameterCounter:
         self, models: Mapping[str, ModelPlace], domains: Mapping[str, CheckedDomain] | Mapping[str, PreparedDomain]
     ) -> None:
         self._models = models
-        self._domains = domains
+        # Only what decides a head: a checked domain holds its whole text.
+        self._heads = {name: (domain.task, domain.labels) for name, domain in domains.items()}
         self._bare: dict[tuple[str, str], Any] = {}
         self._counts: dict[tuple[Any, ...], ParameterCount] = {}
 
@@ -59,8 +60,8 @@ class ParameterCounter:
 
         key = (model, domain)
         if key not in self._bare:
-            place, prepared = self._models[model], self._domains[domain]
-            self._bare[key] = meta_model(place.location, place.revision, prepared.task, prepared.labels)
+            place, (task, labels) = self._models[model], self._heads[domain]
+            self._bare[key] = meta_model(place.location, place.revision, task, labels)
         return self._bare[key]
 
     def _build(self, model: str, domain: str, method: str, hyperparameters: Mapping[str, Any]) -> ParameterCount:
@@ -71,9 +72,9 @@ class ParameterCounter:
         from peftsearch.methods import AttachContext
         from peftsearch.training.base_model import count_exported, count_trainable
 
-        chosen, prepared = METHODS[method], self._domains[domain]
+        chosen, (task, labels) = METHODS[method], self._heads[domain]
         chosen.check(hyperparameters)
-        context = AttachContext(prepared.task.peft_task_type, self._models[model].location, prepared.labels)
+        context = AttachContext(task.peft_task_type, self._models[model].location, labels)
         with torch.device("meta"):
             attached = chosen.attach(copy.deepcopy(self._meta(model, domain)), hyperparameters, context)
         return ParameterCount(count_trainable(attached), count_exported(attached))

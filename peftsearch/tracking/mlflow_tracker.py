@@ -53,6 +53,7 @@ _NUMBER = "peftsearch.number"
 _REPORT = "peftsearch.report"
 _PARENT = "mlflow.parentRunId"
 _NOTE = "mlflow.note.content"
+_KIND = "mlflow.experimentKind"
 _STATUS = {
     TrialState.RUNNING: "RUNNING",
     TrialState.COMPLETE: "FINISHED",
@@ -415,6 +416,9 @@ class _Mirror:
                 client.restore_experiment(experiment)
         tags = {_STUDY: facts.study} | ({_NOTE: facts.description} if facts.description else {})
         have = {} if found is None else found.tags
+        if _KIND not in have:
+            # Else the UI opens as if the experiment were about chats and traces.
+            tags[_KIND] = "custom_model_development"
         for key, value in tags.items():
             if have.get(key) != value:
                 client.set_experiment_tag(experiment, key, value)

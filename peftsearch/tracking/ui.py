@@ -85,6 +85,7 @@ def _terminate_as_interrupt() -> Iterator[None]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
+    # The second round is for workers that outlived the server.
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)

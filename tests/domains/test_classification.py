@@ -108,10 +108,13 @@ def test_a_label_that_train_never_shows(tmp_path: Path, study: Make) -> None:
 
 
 def test_a_label_that_only_a_cut_takes_from_train_is_a_warning(tmp_path: Path, study: Make) -> None:
-    write_json_lines(tmp_path / "a.jsonl", [*rows(40), *({"text": f"rare {n}", "label": "rare"} for n in range(2))])
+    """A rare label inside documents of a common one: the cut, which keeps documents together, may take it from train."""
+    common = [{**row, "doc": f"{row['label']}-{number // 8}"} for number, row in enumerate(rows(80))]
+    rare = [{"text": f"rare {n}", "label": "rare", "doc": common[16 * n]["doc"]} for n in range(1)]
+    write_json_lines(tmp_path / "a.jsonl", [*common, *rare])
     warned = 0
-    for seed in range(20):
-        file = study({"source": "a.jsonl", "split": {"seed": seed}})
+    for seed in range(40):
+        file = study({"source": "a.jsonl", "split": {"seed": seed, "group": "doc"}})
         raw = load_domain("d", file.spec, file.folder)
         assert raw.labels == ("c0", "c1", "rare")
         missing = "rare" not in raw.splits["train"].column("label").to_pylist()

@@ -189,7 +189,7 @@ def test_a_failing_write_leaves_nothing(
 def test_a_study_without_a_test_split(tmp_path: Path, study: Make, tokenizer: str, cache: Path) -> None:
     write_json_lines(tmp_path / "a.jsonl", rows(20))
     prepared = prepare(study({"source": "a.jsonl", "split": {"test": 0}}), tokenizer, cache)
-    assert prepared.rows == {"train": 17, "validation": 3}
+    assert prepared.rows == {"train": 16, "validation": 4}
 
 
 def test_splits_that_the_data_brings_are_kept(tmp_path: Path, study: Make) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftsearch.domains.splits import cut, limit, normalise, shared
+from peftsearch.domains.splits import cut, cut_by_stratum, limit, normalise, shared
 
 SHARES = {"test": 0.15, "validation": 0.15}
 
@@ -113,3 +113,25 @@ def test_shared_counts_rows_of_the_later_split() -> None:
         ("train", "validation"): 2,
         ("validation", "test"): 1,
     }
+
+
+def test_every_split_sees_every_label_that_has_groups_enough() -> None:
+    labels = [label for label in "abcde" for _ in range(40)] + ["rare"] * 10
+    groups = [f"{label}-{number // 4}" for number, label in enumerate(labels)]
+    splits = cut_by_stratum(groups, labels, {"test": 0.2, "validation": 0.2}, 0)
+    for name, rows in splits.items():
+        found = {labels[row] for row in rows}
+        assert found >= set("abcde"), name
+        assert len({groups[row] for row in rows}) == len(
+            {groups[row] for row in rows}
+            - {groups[row] for other, others in splits.items() if other != name for row in others}
+        )
+    assert 35 <= len(splits["test"]) <= 45
+    assert sorted(row for rows in splits.values() for row in rows) == list(range(len(labels)))
+
+
+def test_a_label_with_too_few_groups_is_trained_on() -> None:
+    labels = ["a"] * 12 + ["single"] * 4
+    groups = [str(number) for number in range(12)] + ["one document"] * 4
+    splits = cut_by_stratum(groups, labels, {"test": 0.25, "validation": 0.25}, 0)
+    assert set(range(12, 16)) <= set(splits["train"])

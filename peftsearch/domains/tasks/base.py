@@ -80,6 +80,10 @@ class Task(ABC):
     def content(self, table: pa.Table, data: DataSpec) -> list[tuple[str, ...]]:
         """Everything of each row that training can see, label included, for fingerprints."""
 
+    def strata(self, table: pa.Table, data: DataSpec) -> list[str] | None:
+        """What each split should hold in the same proportion: the label of each row, for tasks that have one."""
+        return None
+
     @abstractmethod
     def check(
         self, splits: Mapping[str, pa.Table], data: DataSpec, loc: Loc, *, cut: Collection[str] = ()

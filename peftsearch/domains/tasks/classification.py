@@ -68,6 +68,10 @@ class Classification(Task):
         """The text or texts, then the label."""
         return list(zip(*_inputs(table, data), table.column(data.columns.label).to_pylist(), strict=True))
 
+    def strata(self, table: pa.Table, data: DataSpec) -> list[str] | None:
+        """The labels."""
+        return [str(label) for label in table.column(data.columns.label).to_pylist()]
+
     def check(
         self, splits: Mapping[str, pa.Table], data: DataSpec, loc: Loc, *, cut: Collection[str] = ()
     ) -> tuple[str, ...]:

@@ -1,0 +1,284 @@
+"""The model card: the Hub's metadata, what the model scored, and code that loads it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftsearch.frontier import escape_markdown
+from peftsearch.methods import METHODS
+from peftsearch.spec import DomainFacts, DomainSpec, ModelFacts, StudyFacts, StudySpec, TrialRecord
+from peftsearch.spec.locations import PACKAGE_PREFIX
+
+SPLIT = "validation"
+"""The split that trials are compared on, and exports are verified on."""
+
+_PIPELINE_TAGS = {"classification": "text-classification"}
+_HUB_METRICS: dict[str, tuple[str, dict[str, str]]] = {"macro_f1": ("f1", {"average": "macro"})}
+"""Where the Hub calls a metric otherwise: its name there, and its arguments."""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card is made of.
+
+    Attributes:
+        spec: The study.
+        facts: What is known of it beside the trials.
+        record: The trial.
+        folder: Where the exported folder will be.
+        location: Where the base model was loaded from: a folder or a Hub id.
+        revision: Hub revision of the base.
+        auto_model: The class of `transformers` that has the head.
+        base_has_head: Whether the base brings a head of its own, which must be left behind.
+        pad_token_id: What the base has to be told about padding, where its own configuration is silent.
+    """
+
+    spec: StudySpec
+    facts: StudyFacts
+    record: TrialRecord
+    folder: Path
+    location: str
+    revision: str | None
+    auto_model: str
+    base_has_head: bool
+    pad_token_id: int | None
+
+    @property
+    def domain(self) -> DomainFacts:
+        """The domain as it was prepared."""
+        return self.facts.domains[self.record.domain]
+
+    @property
+    def domain_spec(self) -> DomainSpec:
+        """The domain as the study file says."""
+        return self.spec.domains[self.record.domain]
+
+    @property
+    def model(self) -> ModelFacts:
+        """The base model."""
+        return self.facts.models[self.record.model]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the folder holds a complete model rather than an adapter."""
+        return METHODS[self.record.method].trains_copy
+
+    @property
+    def base_on_hub(self) -> bool:
+        """Whether the base is a Hub id."""
+        return not Path(self.location).is_dir()
+
+
+def model_card(card: CardFacts) -> str:
+    """The README.md of an exported folder."""
+    record = card.record
+    title = METHODS[record.method].title
+    kind = "A complete model" if card.complete else "An adapter"
+    base = escape_markdown(record.model)
+    parts = [
+        f"---\n{_metadata(card)}\n---",
+        f"# {escape_markdown(record.domain)}: {title} of {base}",
+        f"{kind} made by {title} ({METHODS[record.method].source}): trial {record.number} of the peftsearch study "
+        f"{escape_markdown(card.facts.study)}, on the Pareto front of accuracy against trainable parameters in its "
+        f"domain. It trains {record.trainable_parameters:,} parameters, "
+        f"{100 * record.trainable_parameters / max(1, card.model.total_parameters):.3g} % of the base model's "
+        f"{card.model.total_parameters:,}, the task head included.",
+        *([escape_markdown(card.facts.description)] if card.facts.description else []),
+        "## How to load it",
+        *_loading_notes(card),
+        f"```python\n{loading_code(card)}```",
+        "## Scores",
+        f"On the {card.domain.rows.get(SPLIT, 0):,} examples of the {SPLIT} split, which the study's trials were "
+        f"compared on; {escape_markdown(card.domain.metric)} decided.",
+        _scores_table(card),
+        *_confirmation(card),
+        *_label_table(record.scores),
+        "## Training",
+        _training_table(card),
+        "Everything else is in `provenance.json`: the trial as the ledger has it, the study's specification, "
+        "fingerprints of data and base model, package versions.",
+        *_limits(card),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def loading_code(card: CardFacts) -> str:
+    """Python that loads the model and classifies texts, with `transformers` and `peft` (and, for the bottleneck
+    adapter, ``import peftsearch``) alone.
+    """
+    adapter_class = card.record.method == "adapter"
+    package, _, inside = card.record.model.removeprefix(PACKAGE_PREFIX).partition("/")
+    in_package = card.record.model.startswith(PACKAGE_PREFIX) and not card.complete
+    pair = card.domain_spec.data.columns.text_pair is not None
+
+    imports = ["import json", *(["from importlib.util import find_spec"] if in_package else [])]
+    imports += ["from pathlib import Path", ""]
+    imports += ["import peftsearch  # makes its bottleneck adapter known to PEFT"] if adapter_class else []
+    imports += ["import torch", *(["from peft import PeftModel"] if not card.complete else [])]
+    imports += [f"from transformers import {card.auto_model}, AutoTokenizer", ""]
+
+    lines = [f"folder = {str(card.folder)!r}  # or, from the Hub: huggingface_hub.snapshot_download(...)"]
+    if not card.complete:
+        if in_package:
+            place = f"find_spec({package!r}).submodule_search_locations[0]"
+            lines.append(f"base = str(Path({place}, {inside!r}))")
+        else:
+            lines.append(f"base = {card.location!r}")
+    lines += ['labels = json.loads(Path(folder, "labels.json").read_text(encoding="utf-8"))', ""]
+    lines.append("tokenizer = AutoTokenizer.from_pretrained(folder)")
+    if card.complete:
+        lines.append(f"model = {card.auto_model}.from_pretrained(folder).eval()")
+    else:
+        arguments = ["base", "num_labels=len(labels)"]
+        arguments += [f"revision={card.revision!r}"] if card.revision and card.base_on_hub else []
+        arguments += ["ignore_mismatched_sizes=True"] if card.base_has_head else []
+        lines.append(f"model = {card.auto_model}.from_pretrained({', '.join(arguments)})")
+        if card.pad_token_id is not None:
+            lines.append(f"model.config.pad_token_id = {card.pad_token_id}")
+        lines.append("model = PeftModel.from_pretrained(model, folder).eval()")
+    texts = "texts, other_texts" if pair else "texts"
+    lines += [
+        "",
+        "",
+        f"def classify({texts}):",
+        "    inputs = tokenizer(",
+        f'        {texts}, truncation=True, max_length={card.domain.max_length}, padding=True, return_tensors="pt"',
+        "    )",
+        "    with torch.no_grad():",
+        "        logits = model(**inputs).logits",
+        "    return [labels[number] for number in logits.argmax(dim=-1).tolist()]",
+        "",
+        "",
+        'print(classify(["A first text."], ["What goes with it."]))'
+        if pair
+        else 'print(classify(["A first text.", "Another one."]))',
+    ]
+    return "\n".join([*imports, *lines]) + "\n"
+
+
+def _metadata(card: CardFacts) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    record, source = card.record, card.domain_spec.data.source or ""
+    pipeline = _PIPELINE_TAGS.get(card.domain.task)
+    hub_data = source.removeprefix("hub:") if source.startswith("hub:") else None
+    results = [
+        EvalResult(
+            task_type=pipeline or card.domain.task,
+            dataset_type=hub_data or record.domain,
+            dataset_name=record.domain,
+            dataset_split=SPLIT,
+            metric_type=_HUB_METRICS.get(name, (name, {}))[0],
+            metric_name=name,
+            metric_args=_HUB_METRICS.get(name, (name, {}))[1] or None,
+            metric_value=value,
+        )
+        for name, value in record.scores.items()
+        if "/" not in name
+    ]
+    data = ModelCardData(
+        base_model=record.model if not card.base_on_hub else card.location,
+        # The Hub's words; see https://huggingface.co/docs/hub/model-cards#specifying-a-base-model
+        base_model_relation="finetune" if card.complete else "adapter",
+        datasets=[hub_data] if hub_data else None,
+        library_name="transformers" if card.complete else "peft",
+        pipeline_tag=pipeline,
+        tags=["peftsearch", _slug(METHODS[record.method].title), record.domain],
+        metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
+        model_name=f"{card.facts.study}-{record.domain}-{record.number}-{record.method}",
+        eval_results=results or None,
+    )
+    text: str = data.to_yaml()
+    return text
+
+
+def _loading_notes(card: CardFacts) -> list[str]:
+    needs = ["transformers", *([] if card.complete else ["peft"])]
+    needs += ["peftsearch"] if card.record.method == "adapter" else []
+    notes = [f"It needs torch, {', '.join(needs[:-1]) + ' and ' if needs[:-1] else ''}{needs[-1]}."]
+    if not card.complete and card.record.model.startswith(PACKAGE_PREFIX):
+        package = card.record.model.removeprefix(PACKAGE_PREFIX).partition("/")[0]
+        notes[0] += f" The base model comes inside the Python package `{package}`."
+    elif not card.complete and not card.base_on_hub:
+        notes[0] += (
+            " The base model is in a folder: whoever loads the adapter elsewhere has to change `base` (and, for PEFT's "
+            "`AutoPeftModel` classes, `base_model_name_or_path` in `adapter_config.json`)."
+        )
+    return notes
+
+
+def _scores_table(card: CardFacts) -> str:
+    record = card.record
+    baselines = card.domain.baselines.get(record.model, {})
+    header = ["score", "this model", *(escape_markdown(baseline.title) for baseline in baselines.values())]
+    rows = [
+        [
+            escape_markdown(name),
+            f"{value:.4f}",
+            *(f"{b.scores[name]:.4f}" if name in b.scores else "" for b in baselines.values()),
+        ]
+        for name, value in record.scores.items()
+        if "/" not in name
+    ]
+    return _table(header, rows)
+
+
+def _confirmation(card: CardFacts) -> list[str]:
+    found = card.record.confirmed
+    if found is None:
+        return ["One training run; the test split has not been read for it."]
+    metric = escape_markdown(card.domain.metric)
+    return [
+        f"The configuration, trained with {found.seeds} seeds: {metric} {found.mean:.4f} ± {found.std:.4f} on the "
+        f"{SPLIT} split and {found.test_mean:.4f} ± {found.test_std:.4f} on the test split (mean and standard "
+        "deviation)."
+    ]
+
+
+def _label_table(scores: Mapping[str, float]) -> list[str]:
+    by_label: dict[str, dict[str, float]] = {}
+    for name, value in scores.items():
+        kind, slash, label = name.partition("/")
+        if slash:
+            by_label.setdefault(label, {})[kind] = value
+    if not by_label:
+        return []
+    kinds = list(dict.fromkeys(kind for values in by_label.values() for kind in values))
+    rows = [
+        [escape_markdown(label), *(f"{values[kind]:.4f}" if kind in values else "" for kind in kinds)]
+        for label, values in by_label.items()
+    ]
+    return ["By label:", _table(["label", *kinds], rows)]
+
+
+def _training_table(card: CardFacts) -> str:
+    record, training = card.record, card.spec.training
+    rows = [
+        ["method", METHODS[record.method].title],
+        *([name, str(value)] for name, value in record.hyperparameters.items() if value != ""),
+        ["steps", f"{record.total_steps:,} of {training.batch_size} examples"],
+        ["seed", str(record.seed)],
+        ["tokens per text", str(card.domain.max_length)],
+        ["data", f"{card.domain.source} ({card.domain.rows.get('train', 0):,} examples to train on)"],
+        ["seconds of training", f"{record.train_seconds:.1f}"],
+    ]
+    return _table(["setting", "value"], [[escape_markdown(cell) for cell in row] for row in rows])
+
+
+def _limits(card: CardFacts) -> list[str]:
+    if not card.domain.warnings:
+        return []
+    return ["What to know about the data:", "\n".join(f"- {escape_markdown(text)}" for text in card.domain.warnings)]
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, [":---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+
+
+def _slug(title: Any) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", str(title).lower()).strip("-")

@@ -1,0 +1,172 @@
+"""What goes into an exported folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftsearch.export.card import SPLIT, CardFacts, model_card
+from peftsearch.export.folder import CARD, LABELS, PROVENANCE
+from peftsearch.spec import StudyError, TrialRecord
+from peftsearch.tracking.ledger import hide_password
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftsearch.domains import PreparedDomain
+    from peftsearch.training.base_model import FrozenBase
+
+
+def save_tokenizer(location: str, revision: str | None, folder: Path) -> None:
+    """Save a base's tokenizer as the study used it: padding on the right, with the end token where it has no other."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(location, revision=revision)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(str(folder))
+
+
+def trained_model(base: FrozenBase, domain: PreparedDomain, record: TrialRecord, weights: Path) -> nn.Module:
+    """A finished trial's model, in evaluation mode, ready for ``save_pretrained``.
+
+    Raises:
+        StudyError: The weights are damaged, or do not belong to the trial.
+    """
+    from peft import PeftModel
+
+    from peftsearch.training.checkpoint import CorruptCheckpointError
+    from peftsearch.training.session import build_model, load_trained
+
+    try:
+        model = build_model(base, domain, record.method, record.hyperparameters, record.seed)
+        load_trained(model, weights)
+        if isinstance(model, PeftModel):
+            # Seen through the same door as in training, so that whatever the checkpoint lacks is known by name.
+            _keep_untrained(model, base._template(domain.task, domain.labels).fresh)
+            model.peft_config["default"].revision = base.revision
+    except FileNotFoundError:
+        raise StudyError(missing_weights(record, weights)) from None
+    except (CorruptCheckpointError, ValueError, RuntimeError) as error:
+        raise StudyError(
+            f"trial {record.number} ({record.method}) cannot be exported: {str(error).rstrip('.')}: restore "
+            f"{str(weights)!r} from a copy, or leave the trial out (--pick, --max-parameters, --min-metric)"
+        ) from None
+    return model.eval()
+
+
+def missing_weights(record: TrialRecord, weights: Path) -> str:
+    """The sentence about weights that are not there."""
+    return (
+        f"the weights of trial {record.number} ({record.method}) are not there: restore {str(weights)!r} from a copy, "
+        "or leave the trial out (--pick, --max-parameters, --min-metric)"
+    )
+
+
+def write_folder(folder: Path, model: nn.Module, card: CardFacts, labels: tuple[str, ...], ledger: str) -> None:
+    """Write model, labels, card and provenance; the tokenizer is written by `save_tokenizer`.
+
+    Args:
+        folder: Made here.
+        model: As `trained_model` returns it.
+        card: What is known of the trial.
+        labels: Label names in the order of their ids.
+        ledger: URL of the ledger, without password.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    from peft import PeftModel
+
+    from peftsearch.training.base_model import quiet_loading
+
+    folder.mkdir(parents=True)
+    with quiet_loading():
+        if isinstance(model, PeftModel):
+            # Embeddings are never resized here, and looking whether they were would ask the Hub.
+            model.save_pretrained(str(folder), save_embedding_layers=False)
+        else:
+            model.save_pretrained(str(folder))  # type: ignore[operator]
+    (folder / CARD).write_text(model_card(card), encoding="utf-8")
+    _write_json(folder / LABELS, list(labels))
+    _write_json(folder / PROVENANCE, _provenance(folder, card, ledger))
+
+
+def note_verified(folder: Path, score: float, loss: float, examples: int, packages: dict[str, str]) -> None:
+    """Add to the provenance what the fresh process found."""
+    path = folder / PROVENANCE
+    known = json.loads(path.read_text(encoding="utf-8"))
+    known["verified"] = {"score": score, "loss": loss, "split": SPLIT, "examples": examples, "environment": packages}
+    _write_json(path, known)
+
+
+def is_earlier_export(folder: Path, study: str, record: TrialRecord) -> bool:
+    """Whether a folder is an export of this very trial; a study of the same name elsewhere began at another moment."""
+    try:
+        known = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        trial = known["trial"]
+        found = (known["study"], trial["number"], trial["started"], trial["method"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return found == (study, record.number, record.started, record.method)
+
+
+def _keep_untrained(model: Any, fresh: frozenset[str]) -> None:
+    """Have PEFT save what was drawn anew for the trial and is not trained, such as the pooler of a BERT whose
+    checkpoint has none: whoever loads the base would draw other numbers.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    core = model.get_base_model()
+    for path in sorted({name.rpartition(".")[0] for name in fresh}):
+        names = path.split(".") if path else []
+        parent, module = None, core
+        for name in names:
+            parent, module = module, getattr(module, name)
+            if isinstance(module, ModulesToSaveWrapper):
+                break
+        if isinstance(module, ModulesToSaveWrapper):
+            continue
+        if parent is None or isinstance(module, BaseTunerLayer):
+            raise ValueError(
+                f"it adapts {path or 'a parameter'}, which the base model's checkpoint lacks: leave it out of targets"
+            )
+        setattr(parent, names[-1], ModulesToSaveWrapper(module, "default"))
+        config = model.peft_config["default"]
+        config.modules_to_save = [*(config.modules_to_save or ()), path]
+
+
+def _provenance(folder: Path, card: CardFacts, ledger: str) -> dict[str, Any]:
+    record = card.record
+    weights = next(iter(sorted(folder.glob("*.safetensors"))))
+    with weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "study": card.facts.study,
+        "trial": record.model_dump(mode="json"),
+        "score": {"metric": card.domain.metric, "value": record.value, "split": SPLIT},
+        "exported": datetime.now(UTC).isoformat(timespec="seconds"),
+        "ledger": ledger,
+        "model": {"path": record.model, **card.model.model_dump(mode="json"), "pad_token_id": card.pad_token_id},
+        "domain": {"name": record.domain, **card.domain.model_dump(mode="json", exclude={"baselines"})},
+        "weights": {"file": weights.name, "sha256": digest},
+        "trained_with": card.facts.provenance,
+        "specification": _without_passwords(card.spec.model_dump(mode="json")),
+    }
+
+
+def _without_passwords(specification: dict[str, Any]) -> dict[str, Any]:
+    tracking = {
+        key: hide_password(value) if isinstance(value, str) and "@" in value else value
+        for key, value in specification["tracking"].items()
+    }
+    return {**specification, "tracking": tracking}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

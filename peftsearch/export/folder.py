@@ -1,0 +1,139 @@
+"""An exported folder as its reader sees it: what it says about itself, and its model, loaded as anybody would."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftsearch.spec import StudyError, package_path
+from peftsearch.spec.locations import PACKAGE_PREFIX
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from peftsearch.domains import Task
+
+ADAPTER_CONFIG = "adapter_config.json"
+COMPLETE_CONFIG = "config.json"
+LABELS = "labels.json"
+"""The label names, in the order of the label ids. PEFT's configuration has no place for them, and a ``config.json``
+beside ``adapter_config.json`` would make `transformers` look for a complete model in the folder."""
+PROVENANCE = "provenance.json"
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class ExportedFolder:
+    """What an exported folder says about itself.
+
+    Attributes:
+        folder: Where it is.
+        labels: Label names; their positions are the label ids.
+        base: Folder or Hub id of the base model; None where the folder holds a complete model.
+        revision: Hub revision of the base.
+        pad_token_id: What the base has to be told about padding, where its own configuration is silent.
+    """
+
+    folder: Path
+    labels: tuple[str, ...]
+    base: str | None
+    revision: str | None
+    pad_token_id: int | None
+
+    @classmethod
+    def read(cls, folder: Path) -> ExportedFolder:
+        """Read what stands in a folder; no weights are loaded.
+
+        Raises:
+            StudyError: There is no such folder, it was not written by ``peftsearch export``, or its base is gone.
+        """
+        if not folder.is_dir():
+            raise StudyError(f"no adapter folder {str(folder)!r}: check the path")
+        adapter, complete = folder / ADAPTER_CONFIG, folder / COMPLETE_CONFIG
+        if not adapter.is_file() and not complete.is_file():
+            raise StudyError(
+                f"{str(folder)!r} is no adapter: it holds neither {ADAPTER_CONFIG} nor {COMPLETE_CONFIG} "
+                "(name one of the folders that 'peftsearch export' printed)"
+            )
+        labels = _read_json(folder / LABELS)
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise StudyError(f"{str(folder / LABELS)!r} must be a list of label names: export the trial again")
+        if not adapter.is_file():
+            return cls(folder, tuple(labels), None, None, None)
+        config = _read_json(adapter)
+        model: Mapping[str, Any] = {}
+        if (folder / PROVENANCE).is_file():
+            model = _read_json(folder / PROVENANCE).get("model", {})
+        base = config.get("base_model_name_or_path")
+        path = model.get("path", "")
+        if isinstance(path, str) and path.startswith(PACKAGE_PREFIX):
+            # The adapter's configuration holds the package's place on the machine that exported it.
+            base = str(package_path(path))
+        if not base:
+            raise StudyError(f"{str(adapter)!r} names no base model (base_model_name_or_path): export the trial again")
+        if Path(base).is_absolute() and not Path(base).is_dir():
+            raise StudyError(
+                f"the base model {base!r} of the adapter {str(folder)!r} is not there: put it back, or write its new "
+                f"place as base_model_name_or_path into {ADAPTER_CONFIG}"
+            )
+        return cls(folder, tuple(labels), base, config.get("revision"), model.get("pad_token_id"))
+
+    def load(self, task: Task, device: torch.device) -> nn.Module:
+        """The model in evaluation mode, by `transformers` and `peft` alone: nothing of the study is used.
+
+        Args:
+            task: Names the class of `transformers` that has the head.
+            device: Where to put it.
+
+        Raises:
+            StudyError: A file is missing or damaged, or does not fit the base.
+        """
+        import transformers
+        from peft import PeftModel
+
+        from peftsearch.training.base_model import quiet_loading
+
+        auto = getattr(transformers, task.auto_model)
+        try:
+            with quiet_loading():
+                if self.base is None:
+                    model = auto.from_pretrained(str(self.folder), use_safetensors=True)
+                else:
+                    base = auto.from_pretrained(
+                        self.base,
+                        revision=self.revision,
+                        # A base that already classifies brings a head of its own size.
+                        ignore_mismatched_sizes=True,
+                        use_safetensors=True if Path(self.base).is_dir() else None,
+                        **({"num_labels": len(self.labels)} if self.labels else {}),
+                    )
+                    if self.pad_token_id is not None:
+                        base.config.pad_token_id = self.pad_token_id
+                    model = PeftModel.from_pretrained(base, str(self.folder))
+        except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, ... by what is broken
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise StudyError(f"cannot load the model in {str(self.folder)!r}: {lines[0]}") from None
+        loaded: nn.Module = model.to(device).eval()
+        return loaded
+
+
+def scoring_device(gpus_per_worker: float) -> torch.device:
+    """Where to score: on a GPU where the study trains on GPUs and this machine has one."""
+    import torch
+
+    return torch.device("cuda" if gpus_per_worker > 0 and torch.cuda.is_available() else "cpu")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StudyError(
+            f"{str(path.parent)!r} holds no {path.name}: only folders written by 'peftsearch export' can be scored"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise StudyError(f"cannot read {str(path)!r}: {error}") from None

@@ -1,0 +1,328 @@
+"""Whole studies on a real Ray cluster of this machine, over a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftsearch.spec import TrialRecord, TrialState
+from peftsearch.study import Study
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
+
+
+def command(*arguments: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "peftsearch", *map(str, arguments)], capture_output=True, text=True, timeout=timeout
+    )
+
+
+def run(path: Path, storage: Path, *options: str) -> None:
+    done = command("run", path, "--storage", storage, *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def essence(record: TrialRecord) -> dict[str, Any]:
+    """A trial without what the clock and MLflow put into it."""
+    fields = record.model_dump(
+        exclude={
+            "started",
+            "finished",
+            "train_seconds",
+            "evaluation_seconds",
+            "peak_memory_bytes",
+            "mlflow_run_id",
+            "retries",
+        }
+    )
+    for rung in fields["rungs"]:
+        del rung["train_seconds"], rung["evaluation_seconds"]
+    return fields
+
+
+def ledger(name: str, storage: Path) -> list[dict[str, Any]]:
+    return [essence(record) for record in Study.open(name, storage).trials()]
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, topics_csv: Path
+) -> tuple[Path, Path]:
+    """A finished study of all four methods, tracked in MLflow: its storage and its file."""
+    import yaml
+
+    storage = tmp_path_factory.mktemp("storage")
+    path = storage / "tiny.yaml"
+    document = {
+        "name": "tiny",
+        "model": str(tiny_base),
+        "domains": {
+            "topics": {"data": {"source": str(topics_csv), "split": {"group": "document", "validation": 0.25}}},
+        },
+        "methods": {
+            "lora": {"rank": {"low": 1, "high": 8, "log": True}},
+            "adapter": {"bottleneck": [2, 4, 8]},
+            "prompt": {"tokens": [2, 4, 8]},
+            "full": {},
+        },
+        "search": {"trials": 4},
+        "training": {"epochs": 2, "evaluations": 6, "batch_size": 16, "max_length": 16},
+        "resources": {"cpus_per_worker": 1, "slots": 1},
+    }
+    path.write_text(yaml.safe_dump(document))
+    run(path, storage)
+    return storage, path
+
+
+def test_every_cell_has_its_trials_and_every_trial_its_end(finished: tuple[Path, Path]) -> None:
+    records = Study.open("tiny", finished[0]).trials()
+    assert [record.number for record in records] == list(range(16))
+    for method in ("lora", "adapter", "prompt", "full"):
+        assert sum(record.method == method for record in records) == 4
+    states = {record.state for record in records}
+    assert states == {TrialState.COMPLETE, TrialState.PRUNED}
+    for record in records:
+        if record.state is TrialState.COMPLETE:
+            assert record.rungs[-1].step == record.total_steps
+            assert len(record.rungs) == 6
+        else:
+            assert record.rungs[-1].step < record.total_steps
+    # Each method is seen at the full budget.
+    assert {r.method for r in records if r.state is TrialState.COMPLETE} == {"lora", "adapter", "prompt", "full"}
+
+
+def test_published_defaults_are_tried_first(finished: tuple[Path, Path]) -> None:
+    first = {record.method: record for record in reversed(Study.open("tiny", finished[0]).trials())}
+    assert first["full"].hyperparameters["learning_rate"] == 5e-5
+    assert first["prompt"].hyperparameters["learning_rate"] == 3e-2
+    assert first["lora"].hyperparameters["learning_rate"] == 3e-4
+
+
+def test_the_front_holds_complete_trials_and_none_is_dominated(finished: tuple[Path, Path]) -> None:
+    done = command("frontier", "tiny", "--json", "--storage", finished[0])
+    assert done.returncode == 0, done.stderr
+    domain = json.loads(done.stdout)["domains"]["topics"]
+    trials = json.loads(command("trials", "tiny", "--json", "--storage", finished[0]).stdout)["trials"]
+    complete = [trial for trial in trials if trial["state"] == "COMPLETE"]
+
+    def dominates(a: dict[str, Any], b: dict[str, Any]) -> bool:
+        better = a["value"] > b["value"] or a["trainable_parameters"] < b["trainable_parameters"]
+        return better and a["value"] >= b["value"] and a["trainable_parameters"] <= b["trainable_parameters"]
+
+    expected = {b["number"] for b in complete if not any(dominates(a, b) for a in complete)}
+    assert {trial["number"] for trial in domain["front"]} == expected
+    for trial in domain["front"]:
+        assert trial["state"] == "COMPLETE"
+        assert trial["rungs"][-1]["step"] == trial["total_steps"]
+        assert trial["mlflow_run_id"]
+        assert trial["hyperparameters"]
+    assert domain["metric"] == "accuracy"
+    assert domain["counts"]["complete"] == len(complete)
+    assert 0 < domain["hypervolume"] < 1
+
+
+def test_mlflow_shows_every_trial_once_and_with_its_state(finished: tuple[Path, Path]) -> None:
+    from mlflow import MlflowClient
+
+    study = Study.open("tiny", finished[0])
+    client = MlflowClient(tracking_uri=study.mlflow_tracking_uri)
+    experiment = client.get_experiment_by_name("tiny")
+    assert experiment is not None
+    runs = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id])}
+    records = study.trials()
+    assert len(runs) == len(records) + 1
+    parents = {run.data.tags.get("mlflow.parentRunId") for run in runs.values()} - {None}
+    assert len(parents) == 1
+    expected = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAILED": "FAILED"}
+    for record in records:
+        found = runs[record.mlflow_run_id or ""]
+        assert found.info.status == expected[record.state]
+        assert found.data.metrics["accuracy"] == pytest.approx(record.value)
+        history = client.get_metric_history(found.info.run_id, "accuracy")
+        assert [(m.step, m.value) for m in history] == [(r.step, r.value) for r in record.rungs]
+    parent = parents.pop()
+    artifacts = {item.path for item in client.list_artifacts(parent)}
+    assert {"front.html", "front.png", "front.json", "front.parquet"} <= artifacts
+    assert "peftsearch export" in runs[parent].data.tags["mlflow.note.content"]
+
+
+def test_running_again_changes_nothing(finished: tuple[Path, Path]) -> None:
+    storage, path = finished
+    before = Study.open("tiny", storage).trials()
+    began = time.monotonic()
+    run(path, storage)
+    assert Study.open("tiny", storage).trials() == before
+    assert time.monotonic() - began < 60
+    assert Study.open("tiny", storage).status()["state"] == "finished"
+
+
+def test_weights_are_kept_for_the_front_alone(finished: tuple[Path, Path]) -> None:
+    study = Study.open("tiny", finished[0])
+    on_front = {f"{record.number:05d}" for record in study.frontier()["topics"].front}
+    assert {item.name for item in (study.folder.path / "trials").iterdir()} == on_front
+
+
+def test_the_front_is_exported_and_verified(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    done = command("export", "tiny", "--to", tmp_path / "adapters", "--storage", finished[0])
+    assert done.returncode == 0, done.stderr[-3000:]
+    front = Study.open("tiny", finished[0]).frontier()["topics"].front
+    folders = [Path(line) for line in done.stdout.split()]
+    assert len(folders) == len(front)
+    for folder in folders:
+        assert (folder / "README.md").exists()
+        assert json.loads((folder / "provenance.json").read_text())
+
+
+def test_a_changed_question_is_refused_and_more_trials_extend(finished: tuple[Path, Path]) -> None:
+    storage, path = finished
+    done = command("run", path, "--storage", storage, "--set", "training.epochs=3")
+    assert done.returncode == 2
+    assert "training.epochs" in done.stderr
+    assert "--name" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_same_seed_one_slot_same_ledger(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    storage, path = finished
+    run(path, tmp_path, "--set", "tracking.mlflow=off")
+    assert ledger("tiny", tmp_path) == ledger("tiny", storage)
+
+
+def test_stopped_and_continued_it_ends_with_the_same_ledger(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    storage, path = finished
+    arguments = [sys.executable, "-m", "peftsearch", "run", str(path), "--storage", str(tmp_path)]
+    arguments += ["--set", "tracking.mlflow=off"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        time.sleep(0.2)
+        try:
+            ended = sum(r.state is not TrialState.RUNNING for r in Study.open("tiny", tmp_path).trials())
+        except Exception:  # the ledger is being created
+            continue
+        if ended >= 5:
+            break
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr[-2000:]
+    assert "peftsearch run" in stderr
+    assert "Traceback" not in stderr
+    stopped = Study.open("tiny", tmp_path)
+    assert stopped.status()["state"] == "interrupted"
+    assert 5 <= sum(r.state is not TrialState.RUNNING for r in stopped.trials()) < 16
+    run(path, tmp_path, "--set", "tracking.mlflow=off")
+    assert ledger("tiny", tmp_path) == ledger("tiny", storage)
+
+
+def test_a_driver_killed_outright_is_continued_too(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    storage, path = finished
+    arguments = [sys.executable, "-m", "peftsearch", "run", str(path), "--storage", str(tmp_path)]
+    arguments += ["--set", "tracking.mlflow=off"]
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        time.sleep(0.1)
+        try:
+            if len(Study.open("tiny", tmp_path).trials()) >= 4:
+                break
+        except Exception:  # the ledger is being created
+            continue
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert Study.open("tiny", tmp_path).status()["state"] == "interrupted"
+    run(path, tmp_path, "--set", "tracking.mlflow=off")
+    assert ledger("tiny", tmp_path) == ledger("tiny", storage)
+
+
+def test_a_second_driver_is_told_who_holds_the_study(finished: tuple[Path, Path]) -> None:
+    storage, path = finished
+    with Study.open("tiny", storage).folder.held():
+        done = command("run", path, "--storage", storage)
+    assert done.returncode == 2
+    assert "is being run by process" in done.stderr
+
+
+def test_two_workers_train_one_trial_together(write_study: Callable[..., Path], tmp_path: Path) -> None:
+    """Under DDP (gloo), with half of each batch per worker: the result of one worker, up to rounding."""
+    sections: dict[str, Any] = {
+        "methods": {"lora": {"rank": 4, "learning_rate": 5e-3}, "full": {"learning_rate": 1e-3}},
+        "search": {"trials": 1, "scheduler": "none"},
+        # Dropout masks are drawn per worker, so only a model without dropout is the same for any number of them.
+        "training": {"epochs": 2, "evaluations": 2, "batch_size": 16, "max_length": 16, "precision": "fp32"},
+    }
+    base = tmp_path / "base"
+    original = write_study()
+    import shutil
+
+    import yaml
+
+    shutil.copytree(yaml.safe_load(original.read_text())["model"], base)
+    config = json.loads((base / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (base / "config.json").write_text(json.dumps(config))
+    sections["model"] = str(base)
+    one = write_study("one", **sections)
+    two = write_study("two", **sections, resources={"workers_per_trial": 2, "cpus_per_worker": 1, "slots": 1})
+    run(one, tmp_path)
+    run(two, tmp_path)
+    alone, together = Study.open("one", tmp_path).trials(), Study.open("two", tmp_path).trials()
+    assert len(alone) == len(together) == 2
+    for a, b in zip(alone, together, strict=True):
+        assert a.state is b.state is TrialState.COMPLETE
+        assert [r.loss for r in b.rungs] == pytest.approx([r.loss for r in a.rungs], rel=1e-4)
+        assert [r.train_loss for r in b.rungs] == pytest.approx([r.train_loss for r in a.rungs], rel=1e-4)
+
+
+def test_a_diverging_or_misfit_trial_fails_and_the_study_goes_on(
+    write_study: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = write_study(
+        "faulty",
+        methods={"full": {"learning_rate": [1e-3, 10.0]}, "prompt": {"tokens": [2, 64]}},
+        search={"trials": 4, "sampler": "random", "scheduler": "none"},
+        training={"epochs": 1, "evaluations": 2, "batch_size": 16, "max_length": 16, "max_grad_norm": 1e9},
+    )
+    run(path, tmp_path)
+    records = Study.open("faulty", tmp_path).trials()
+    assert len(records) == 8
+    failed = [record for record in records if record.state is TrialState.FAILED]
+    assert any("64 soft tokens" in (record.error or "") for record in failed)
+    assert all(record.error for record in failed)
+    assert sum(record.state is TrialState.COMPLETE for record in records) == 8 - len(failed) >= 2
+
+
+def test_a_killed_worker_costs_no_trial(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    """SIGKILL to the slot's worker in mid-study: Ray Train restarts it, and the ledger is that of a quiet run."""
+    import psutil
+
+    storage, path = finished
+    arguments = [sys.executable, "-m", "peftsearch", "run", str(path), "--storage", str(tmp_path)]
+    arguments += ["--set", "tracking.mlflow=off"]
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        time.sleep(0.1)
+        try:
+            if len(Study.open("tiny", tmp_path).trials()) >= 4:
+                break
+        except Exception:  # the ledger is being created
+            continue
+    workers = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "RayTrainWorker" in " ".join(child.cmdline())
+    ]
+    assert workers
+    workers[0].kill()
+    _, stderr = process.communicate(timeout=180)
+    assert process.returncode == 0, stderr[-3000:]
+    assert ledger("tiny", tmp_path) == ledger("tiny", storage)
