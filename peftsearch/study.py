@@ -12,10 +12,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from peftsearch.spec import StudyError, StudyFacts, StudyFile, StudySpec, TrialRecord, TrialState
 from peftsearch.storage import StudyFolder, read_json, study_folder, write_json
@@ -23,6 +24,7 @@ from peftsearch.tracking.ledger import Ledger, LedgerCell, hide_password
 
 if TYPE_CHECKING:
     from peftsearch.events import StudyEvents
+    from peftsearch.export import ExportedAdapter
     from peftsearch.frontier import DomainFront
     from peftsearch.search.plan import StudyPlan
     from peftsearch.tracking.mlflow_tracker import MlflowTracker
@@ -152,8 +154,9 @@ class Study:
                     self.folder.note_driver(state="running", since=_now(), error=None)
                     tracker = self._tracker(facts, ledger)
                     try:
-                        for record in ledger.records:
-                            tracker and tracker.update(record)
+                        if tracker is not None:
+                            for record in ledger.records:
+                                tracker.update(record)
                         observers = [_ToMlflow(tracker)] if tracker else []
                         run_study(
                             plan,
@@ -172,10 +175,11 @@ class Study:
                         self.folder.note_driver(state="interrupted", until=_now(), error=str(error) or None)
                         raise
                     finally:
-                        records = ledger.records
                         if tracker is not None:
                             events.phase("writing MLflow")
-                            self._report(tracker, records, facts)
+                            # The last runs' ids first: the reports hold them.
+                            tracker.flush(60.0)
+                            self._report(tracker, ledger.records, facts)
                             if not tracker.close(timeout=120.0):
                                 events.warning(
                                     f"MLflow at {self.mlflow_tracking_uri} could not be brought up to date; "
@@ -252,10 +256,46 @@ class Study:
             assert tracker is not None
             for record in ledger.records:
                 tracker.update(record)
+            tracker.flush(60.0)
             self._report(tracker, ledger.records, facts)
             if not tracker.close(timeout=600.0):
                 raise StudyError(f"MLflow at {self.mlflow_tracking_uri} could not be reached: try again when it is up")
             return len(ledger.records)
+
+    def export(
+        self,
+        to: str | os.PathLike[str],
+        *,
+        domain: str | None = None,
+        pick: str = "frontier",
+        max_parameters: int | None = None,
+        min_metric: float | None = None,
+        tolerance: float = 1e-6,
+        told: Callable[[str], None] | None = None,
+    ) -> list[ExportedAdapter]:
+        """Pareto-optimal trials as verified PEFT folders; arguments and errors as `peftsearch.export.export_trials`."""
+        from peftsearch.export import StudyToExport, export_trials
+
+        saved = read_json(self.folder.require().spec)
+        study = StudyToExport(
+            spec=StudySpec.model_validate(saved["study"]),
+            facts=self.facts(),
+            records=self.trials(),
+            folder=self.folder.path,
+            data_folder=Path(saved["folder"]),
+            cache=self.folder.cache,
+            ledger=hide_password(self.ledger_url),
+        )
+        return export_trials(
+            study,
+            Path(to),
+            domain=domain,
+            pick=pick,
+            max_parameters=max_parameters,
+            min_metric=min_metric,
+            tolerance=tolerance,
+            told=told,
+        )
 
     # --- inside ---
 
@@ -434,6 +474,3 @@ def _elapsed(driver: dict[str, Any], held: bool) -> float:
         return 0.0
     end = datetime.now(UTC) if held or "until" not in driver else datetime.fromisoformat(driver["until"])
     return max(0.0, (end - datetime.fromisoformat(driver["since"])).total_seconds())
-
-
-Pick = Literal["frontier", "best", "knee"]

@@ -11,11 +11,33 @@ import pytest
 import yaml
 
 TOPICS = {
-    "contract": "party agreement clause breach liability termination notice governing law indemnify".split(),
-    "disease": "fever infection lesion chronic acute anemia fracture benign malignant syndrome".split(),
-    "market": "share dividend bond yield equity hedge futures margin broker index".split(),
+    "contract": [
+        "party",
+        "agreement",
+        "clause",
+        "breach",
+        "liability",
+        "termination",
+        "notice",
+        "governing",
+        "law",
+        "indemnify",
+    ],
+    "disease": [
+        "fever",
+        "infection",
+        "lesion",
+        "chronic",
+        "acute",
+        "anemia",
+        "fracture",
+        "benign",
+        "malignant",
+        "syndrome",
+    ],
+    "market": ["share", "dividend", "bond", "yield", "equity", "hedge", "futures", "margin", "broker", "index"],
 }
-FILLER = "the of and with for under any such no other".split()
+FILLER = ["the", "of", "and", "with", "for", "under", "any", "such", "no", "other"]
 
 
 @pytest.fixture(scope="session")

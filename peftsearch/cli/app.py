@@ -111,7 +111,7 @@ def list_command(storage: StorageOption = None, as_json: JsonOption = False) -> 
             *(str(counts[key]) for key in ("complete", "pruned", "failed", "running")),
             str(status["planned"]),
         )
-    out.print(table)
+    _show(table)
 
 
 @app.command()
@@ -146,7 +146,7 @@ def trials(
     parquet: Annotated[Path | None, typer.Option(help="Write a Parquet file")] = None,
 ) -> None:
     """Every trial of the ledger, whatever its state."""
-    from peftsearch.frontier import trials_csv, trials_parquet, trials_table
+    from peftsearch.frontier import trials_csv, trials_json, trials_parquet, trials_table
     from peftsearch.study import Study
 
     chosen = Study.open(name, storage)
@@ -156,9 +156,9 @@ def trials(
     if parquet:
         _write(parquet, trials_parquet(records))
     if as_json:
-        _print_json({"study": chosen.name, "trials": [record.model_dump(mode="json") for record in records]})
+        _print_json(trials_json(records, chosen.name))
     elif not (csv or parquet):
-        out.print(trials_table(records))
+        _show(trials_table(records))
 
 
 @app.command()
@@ -340,7 +340,13 @@ def _print_fronts(chosen: Any, fronts: Any) -> None:
     from peftsearch.frontier import front_renderables
 
     for renderable in front_renderables(chosen.trials(), chosen.facts(), list(fronts)):
-        out.print(renderable)
+        _show(renderable)
+
+
+def _show(renderable: Any) -> None:
+    from peftsearch.cli.fitting import Fitted
+
+    out.print(Fitted(renderable))
 
 
 def _print_json(value: Any) -> None:

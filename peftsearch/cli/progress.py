@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from peftsearch.cli.fitting import Fitted
 from peftsearch.cli.words import duration
 from peftsearch.spec import Baseline, Direction, TrialRecord, TrialState
 
@@ -279,7 +280,7 @@ class Progress:
                 parts += [bar, self._table()]
             if self._stopping:
                 parts.append(Text(_STOPPING, style="bold yellow"))
-            return _Fitted(Group(*parts))
+            return Fitted(Group(*parts))
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
@@ -300,16 +301,6 @@ class Progress:
                 Text(", ".join(f"{_short(key, item)} {item.value:.3f}" for key, item in domain.baselines.items())),
             )
         return table
-
-
-class _Fitted:
-    """Fits its content to the terminal's width, also on a console that never wraps lines."""
-
-    def __init__(self, content: RenderableType) -> None:
-        self._content = content
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from console.render(self._content, options.update(no_wrap=False, overflow=None))
 
 
 def _short(name: str, baseline: Baseline) -> str:

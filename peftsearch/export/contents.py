@@ -20,22 +20,29 @@ if TYPE_CHECKING:
     from peftsearch.training.base_model import FrozenBase
 
 
-def save_tokenizer(location: str, revision: str | None, folder: Path) -> None:
-    """Save a base's tokenizer as the study used it: padding on the right, with the end token where it has no other."""
+def load_tokenizer(location: str, revision: str | None) -> Any:
+    """A base's tokenizer as the study used it: padding on the right, with the end token where it has no other.
+
+    Raises:
+        StudyError: It cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(location, revision=revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location, revision=revision)
+    except Exception as error:  # missing files, unknown ids and missing networks all raise differently
+        raise StudyError(f"cannot load the tokenizer of {location!r}: {_first_line(error)}") from None
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.save_pretrained(str(folder))
+    return tokenizer
 
 
 def trained_model(base: FrozenBase, domain: PreparedDomain, record: TrialRecord, weights: Path) -> nn.Module:
     """A finished trial's model, in evaluation mode, ready for ``save_pretrained``.
 
     Raises:
-        StudyError: The weights are damaged, or do not belong to the trial.
+        StudyError: The weights are damaged or do not belong to the trial, or the base cannot be loaded.
     """
     from peft import PeftModel
 
@@ -46,14 +53,16 @@ def trained_model(base: FrozenBase, domain: PreparedDomain, record: TrialRecord,
         model = build_model(base, domain, record.method, record.hyperparameters, record.seed)
         load_trained(model, weights)
         if isinstance(model, PeftModel):
-            # Seen through the same door as in training, so that whatever the checkpoint lacks is known by name.
             _keep_untrained(model, base._template(domain.task, domain.labels).fresh)
             model.peft_config["default"].revision = base.revision
-    except FileNotFoundError:
-        raise StudyError(missing_weights(record, weights)) from None
+    except OSError as error:
+        raise StudyError(
+            f"trial {record.number} ({record.method}) cannot be exported, as its base model {base.location!r} or its "
+            f"weights {str(weights)!r} cannot be read: {_first_line(error)}"
+        ) from None
     except (CorruptCheckpointError, ValueError, RuntimeError) as error:
         raise StudyError(
-            f"trial {record.number} ({record.method}) cannot be exported: {str(error).rstrip('.')}: restore "
+            f"trial {record.number} ({record.method}) cannot be exported: {_first_line(error)}: restore "
             f"{str(weights)!r} from a copy, or leave the trial out (--pick, --max-parameters, --min-metric)"
         ) from None
     return model.eval()
@@ -68,7 +77,7 @@ def missing_weights(record: TrialRecord, weights: Path) -> str:
 
 
 def write_folder(folder: Path, model: nn.Module, card: CardFacts, labels: tuple[str, ...], ledger: str) -> None:
-    """Write model, labels, card and provenance; the tokenizer is written by `save_tokenizer`.
+    """Write model, labels, card and provenance; the tokenizer is the caller's.
 
     Args:
         folder: Made here.
@@ -132,10 +141,12 @@ def _keep_untrained(model: Any, fresh: frozenset[str]) -> None:
                 break
         if isinstance(module, ModulesToSaveWrapper):
             continue
-        if parent is None or isinstance(module, BaseTunerLayer):
-            raise ValueError(
-                f"it adapts {path or 'a parameter'}, which the base model's checkpoint lacks: leave it out of targets"
-            )
+        if parent is None:
+            raise ValueError("the base model's checkpoint lacks a parameter that belongs to no layer")
+        if isinstance(module, BaseTunerLayer):
+            # PEFT does not adapt what it saves in full, so the update goes into the (trial's own) weights.
+            module.merge()
+            module = module.get_base_layer()
         setattr(parent, names[-1], ModulesToSaveWrapper(module, "default"))
         config = model.peft_config["default"]
         config.modules_to_save = [*(config.modules_to_save or ()), path]
@@ -166,6 +177,11 @@ def _without_passwords(specification: dict[str, Any]) -> dict[str, Any]:
         for key, value in specification["tracking"].items()
     }
     return {**specification, "tracking": tracking}
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftsearch.export.card import SPLIT, CardFacts
 from peftsearch.export.contents import (
     is_earlier_export,
+    load_tokenizer,
     missing_weights,
     note_verified,
-    save_tokenizer,
     trained_model,
     write_folder,
 )
@@ -27,12 +27,14 @@ from peftsearch.provenance import provenance
 from peftsearch.spec import StudyError, StudyFacts, StudySpec, TrialRecord, model_location, suggest
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from peftsearch.domains import PreparedDomain
     from peftsearch.training.base_model import FrozenBase
 
 LOSS_TOLERANCE = 0.01
-"""Allowed relative difference of the mean loss. A wrong model that answers the majority class scores what a trial scores
-that does so too; their losses tell them apart."""
+"""Allowed relative difference of the mean loss. A wrong model that answers the majority class scores what a trial that
+does so too scores; their losses tell them apart."""
 
 
 @dataclass(frozen=True)
@@ -121,19 +123,20 @@ def export_trials(
     with _staging(to) as staging:
         staged = [staging / target.relative_to(to) for target in targets]
         told(f"Exporting {len(chosen)} trial{'s' if len(chosen) != 1 else ''} to {to}")
-        jobs = _write(study, staging, staged, targets, chosen)
+        jobs = _write(study, to, staging, staged, targets, chosen)
         told("Verifying in a fresh process")
         scores = score_folders(jobs, lambda index, score: told(_account(chosen[index], study, score)))
         for record, score in zip(chosen, scores, strict=True):
             _check_score(record, study.facts.domains[record.domain].metric, score, tolerance)
         environment = provenance(study.data_folder)
         exported = []
-        for record, score, folder, target in zip(chosen, scores, staged, targets, strict=True):
-            value = score.scores[study.facts.domains[record.domain].metric]
-            note_verified(folder, value, score.loss, score.examples, environment)
-            exported.append(ExportedAdapter(target, record, value))
-        for folder, target in zip(staged, targets, strict=True):
-            _put(folder, target, staging / "replaced")
+        with _writing(to):
+            for record, score, folder, target in zip(chosen, scores, staged, targets, strict=True):
+                value = score.scores[study.facts.domains[record.domain].metric]
+                note_verified(folder, value, score.loss, score.examples, environment)
+                exported.append(ExportedAdapter(target, record, value))
+            for folder, target in zip(staged, targets, strict=True):
+                _put(folder, target, staging / "replaced")
     return exported
 
 
@@ -195,10 +198,9 @@ def _staging(to: Path) -> Iterator[Path]:
     made = [folder for folder in (to, *to.parents) if not folder.exists()]
     staging = to / f".export-{uuid.uuid4().hex[:8]}"
     try:
-        staging.mkdir(parents=True)
+        with _writing(to):
+            staging.mkdir(parents=True)
         yield staging
-    except OSError as error:
-        raise StudyError(f"cannot write to {str(to)!r}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         for folder in made:
@@ -208,8 +210,20 @@ def _staging(to: Path) -> Iterator[Path]:
                 break
 
 
+@contextmanager
+def _writing(to: Path) -> Iterator[None]:
+    """Around what fails only where the folder cannot be written or the disk is full."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise StudyError(f"cannot write to {str(to)!r}: {getattr(error, 'strerror', None) or error}") from None
+
+
 def _write(
     study: StudyToExport,
+    to: Path,
     staging: Path,
     staged: Sequence[Path],
     targets: Sequence[Path],
@@ -227,14 +241,17 @@ def _write(
         if model not in bases:
             bases[model] = _base(study, model, device.type)
             tokenizers[model] = staging / f"tokenizer-{len(tokenizers)}"
-            save_tokenizer(bases[model].location, bases[model].revision, tokenizers[model])
+            tokenizer = load_tokenizer(bases[model].location, bases[model].revision)
+            with _writing(to):
+                tokenizer.save_pretrained(str(tokenizers[model]))
         if (model, record.domain) not in domains:
             domains[model, record.domain] = _data(study, record.domain, tokenizers[model])
         base, prepared = bases[model], domains[model, record.domain]
         trained = trained_model(base, prepared, record, _weights(study, record))
         card = _card(study, record, target, base, trained, prepared)
-        write_folder(folder, trained, card, prepared.labels, study.ledger)
-        shutil.copytree(tokenizers[model], folder, dirs_exist_ok=True)
+        with _writing(to):
+            write_folder(folder, trained, card, prepared.labels, study.ledger)
+            shutil.copytree(tokenizers[model], folder, dirs_exist_ok=True)
         jobs.append(Job(str(folder), str(prepared.folder), SPLIT, spec.training.evaluation_batch_size, device.type))
     return jobs
 
@@ -278,13 +295,16 @@ def _card(
     record: TrialRecord,
     target: Path,
     base: FrozenBase,
-    trained: object,
+    trained: nn.Module,
     prepared: PreparedDomain,
 ) -> CardFacts:
+    from peft import PeftModel
+
     from peftsearch.training.base_model import model_config
 
     config = model_config(base.location, base.revision)
-    told = getattr(config, "pad_token_id", None)
+    core: Any = trained.get_base_model() if isinstance(trained, PeftModel) else trained
+    silent = getattr(config, "pad_token_id", None) is None
     head = prepared.task.auto_model.removeprefix("AutoModel")
     return CardFacts(
         spec=study.spec,
@@ -295,7 +315,7 @@ def _card(
         revision=base.revision,
         auto_model=prepared.task.auto_model,
         base_has_head=any(head in name for name in config.architectures or ()),
-        pad_token_id=getattr(trained.config, "pad_token_id", None) if told is None else None,  # type: ignore[attr-defined]
+        pad_token_id=getattr(core.config, "pad_token_id", None) if silent else None,
     )
 
 

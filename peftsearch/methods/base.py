@@ -61,10 +61,10 @@ class Hyperparameter:
         return self._check_value(space, loc, str(name))
 
     def _check_value(self, value: Scalar, loc: tuple[str | int, ...], name: str) -> Scalar:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
+        number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
         fits = {
-            "int": number and float(value).is_integer() if number else False,
-            "float": number and math.isfinite(value) if number else False,
+            "int": number.is_integer(),
+            "float": math.isfinite(number),
             "str": isinstance(value, str),
             "bool": isinstance(value, bool),
         }[self.kind]

@@ -1,9 +1,9 @@
 """Asynchronous successive halving, with one objective or with two: the decisions, without Ray and without Optuna.
 
 Successive halving evaluates trials at rungs (after 1, eta, eta^2, ... evaluations) and lets the best 1/eta of those seen
-so far at the rung go on (Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning", arXiv:1810.05934). With
-two objectives, "best" is decided by non-dominated sorting (Schmucker et al. 2021, "Multi-objective Asynchronous Successive
-Halving", arXiv:2106.12639).
+so far at the rung go on (Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning", arXiv:1810.05934).
+With two objectives, "best" is decided by non-dominated sorting (Schmucker et al. 2021, "Multi-objective Asynchronous
+Successive Halving", arXiv:2106.12639).
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class ParetoHalving(Pruner):
         my_room = room[int(np.flatnonzero(peers == mine)[0])]
         earlier = sum(
             bool(room[i] > my_room or (room[i] == my_room and seen[peer].number < candidate.number))
-            for i, peer in enumerate(peers)
+            for i, peer in enumerate(peers.tolist())
         )
         return better + earlier < max(1, math.floor(len(seen) / self.eta))
 

@@ -175,7 +175,7 @@ def _cell_plan(cell: Cell, counter: ParameterCounter) -> CellPlan:
 
 
 def _corners(cell: Cell) -> list[dict[str, Scalar]]:
-    """Every combination of extremes of the hyperparameters that shape the parameters; the others at their first value."""
+    """Every combination of extremes of the hyperparameters that shape the parameters; the others at one value."""
     corners: list[dict[str, Scalar]] = [{}]
     for name, dimension in cell.space.space.items():
         kind, shapes = (

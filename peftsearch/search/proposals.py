@@ -48,7 +48,9 @@ def suggest(trial: optuna.Trial, space: MethodSpace) -> dict[str, Scalar]:
                     name, dimension.low, dimension.high, step=dimension.step, log=dimension.log
                 )
         elif isinstance(dimension, tuple):
-            values[name] = trial.suggest_categorical(name, list(dimension))
+            chosen = trial.suggest_categorical(name, list(dimension))
+            assert chosen is not None
+            values[name] = chosen
         else:
             values[name] = dimension
     return values

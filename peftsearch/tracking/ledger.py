@@ -1,8 +1,8 @@
 """The ledger: every trial of a study in one Optuna storage. It is the truth; everything else can be rebuilt from it.
 
 One Optuna study per cell, named ``STUDY/DOMAIN/METHOD/MODEL``, with two objectives: the domain's metric, and trainable
-parameters. What Optuna has no field for is a user attribute of the trial; what becomes known after a trial's end (Optuna
-freezes finished trials) is a user attribute of the cell's study.
+parameters. What Optuna has no field for is a user attribute of the trial; what becomes known after a trial's end
+(Optuna freezes finished trials) is a user attribute of the cell's study.
 """
 
 from __future__ import annotations

@@ -417,7 +417,7 @@ class _Mirror:
         tags = {_STUDY: facts.study} | ({_NOTE: facts.description} if facts.description else {})
         have = {} if found is None else found.tags
         if _KIND not in have:
-            # Else the UI opens as if the experiment were about chats and traces.
+            # Else the UI guesses whether the experiment is about training or about chats.
             tags[_KIND] = "custom_model_development"
         for key, value in tags.items():
             if have.get(key) != value:

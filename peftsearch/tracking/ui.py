@@ -55,7 +55,9 @@ def serve_ui(storage: Path, host: str = "127.0.0.1", port: int = 5000, extra: Se
             "run one, or name another folder with --storage"
         )
     check_port(host, port)
-    print(f"MLflow UI: http://{_for_url(host)}:{port}  (Ctrl-C stops it)", file=sys.stderr, flush=True)
+    # Without the last part MLflow shows what it has for chats and agents, and hides training runs behind a switch.
+    address = f"http://{_for_url(host)}:{port}/#/experiments?workflowType=machine_learning"
+    print(f"MLflow UI: {address}  (Ctrl-C stops it)", file=sys.stderr, flush=True)
     # In a session of its own the server does not get the terminal's Ctrl-C: it is ended below, with its workers, once.
     process = subprocess.Popen([*ui_command(storage, host, port), *extra], env=ui_environment(), start_new_session=True)
     try:

@@ -82,5 +82,5 @@ def _checksum(tensors: Mapping[str, torch.Tensor]) -> int:
         value = zlib.crc32(name.encode(), value)
         flat = tensors[name].reshape(-1)
         if flat.numel():
-            value = zlib.crc32(memoryview(flat.view(torch.uint8).numpy()), value)
+            value = zlib.crc32(flat.view(torch.uint8).numpy().data, value)
     return value

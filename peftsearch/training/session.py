@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -190,7 +189,7 @@ class TrialSession:
             losses = task.losses(output, batch)
             # DDP averages over ranks: scaled so that the average is the mean over the whole batch.
             loss = losses.sum() * weight
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(parameters, self.training.max_grad_norm)
             set_learning_rate(self.optimizer, learning_rate_factor(step, self.budget.total_steps, self.training))
             self.optimizer.step()
@@ -275,4 +274,4 @@ def _set_random_state(state: Mapping[str, torch.Tensor], device: torch.device) -
 def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return int(psutil.Process().memory_info().rss) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(psutil.Process().memory_info().rss)

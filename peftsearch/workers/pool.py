@@ -110,7 +110,7 @@ class SlotPool:
         here = ray.get_runtime_context().get_node_id()
         self.dispatcher = (
             ray.remote(Dispatcher)
-            .options(  # type: ignore[attr-defined]
+            .options(
                 num_cpus=0,
                 max_concurrency=10_000,
                 scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=False),

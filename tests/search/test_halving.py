@@ -58,7 +58,9 @@ def test_a_cheap_trial_on_the_front_goes_on_where_accuracy_alone_would_stop_it()
     def fill(chosen: Pruner) -> bool:
         for number in range(8):
             chosen.record(1, candidate(number, 0.8 + number / 100, 10_000 + number, cell="b"))
-        return chosen.goes_on(1, candidate(8, 0.7, 50, cell="a")) and chosen.goes_on(1, candidate(9, 0.69, 49, cell="a"))
+        return chosen.goes_on(1, candidate(8, 0.7, 50, cell="a")) and chosen.goes_on(
+            1, candidate(9, 0.69, 49, cell="a")
+        )
 
     assert fill(ParetoHalving(9, 3.0, 1, "maximize"))
     assert not fill(AccuracyHalving(9, 3.0, 1, "maximize"))

@@ -54,9 +54,7 @@ def ledger(name: str, storage: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, topics_csv: Path
-) -> tuple[Path, Path]:
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, topics_csv: Path) -> tuple[Path, Path]:
     """A finished study of all four methods, tracked in MLflow: its storage and its file."""
     import yaml
 

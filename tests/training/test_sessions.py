@@ -154,7 +154,9 @@ def test_trials_may_take_turns_on_one_worker(plan: StudyPlan, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut"])
-def test_a_damaged_checkpoint_is_noticed_and_the_trial_begins_anew(damage: str, plan: StudyPlan, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_noticed_and_the_trial_begins_anew(
+    damage: str, plan: StudyPlan, tmp_path: Path
+) -> None:
     whole = train(new_worker(plan, tmp_path / "a"), plan, trial(plan, "lora"))
     steps = plan.budgets["topics"].evaluation_steps
     new_worker(plan, tmp_path / "b").do(Segment(trial(plan, "lora"), steps[0]))

@@ -1,0 +1,121 @@
+"""What ``peftsearch validate`` prints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from peftsearch.cli.fitting import Fitted
+from peftsearch.cli.words import duration, size
+from peftsearch.spec import Range, Space
+
+if TYPE_CHECKING:
+    from peftsearch.search.estimate import Estimate
+    from peftsearch.search.plan import CellPlan, StudyPlan
+    from peftsearch.study import Study
+
+
+def print_plan(console: Console, study: Study, plan: StudyPlan) -> None:
+    """Print a checked study: its domains, models and cells, how much it will train, and what that roughly takes."""
+    from peftsearch.search.estimate import estimate
+
+    spec = plan.spec
+    console.print(f"{study.name} is a valid study.", markup=False, style="bold")
+    if spec.description:
+        console.print(spec.description.strip(), markup=False)
+    console.print()
+    console.print(Fitted(_domains(plan)))
+    for name, domain in plan.domains.items():
+        for warning in domain.warnings:
+            console.print(f"Note on {name}: {warning}.", markup=False, style="yellow")
+    console.print(Fitted(_models(plan)))
+    console.print(Fitted(_cells(plan)))
+    for line in totals(plan, estimate(plan)):
+        console.print(line, markup=False)
+
+
+def totals(plan: StudyPlan, estimated: Estimate) -> list[str]:
+    """Trials, steps, memory and time, in sentences."""
+    spec = plan.spec
+    trials = spec.search.trials * len(plan.cells)
+    steps = sum(spec.search.trials * plan.budgets[item.cell.domain].total_steps for item in plan.cells)
+    where = "of GPU memory" if spec.resources.gpus_per_worker else "of memory"
+    lines = [
+        f"{trials:,} trials in {len(plan.cells)} cells, {steps:,} optimiser steps if none is pruned "
+        f"(scheduler: {spec.search.scheduler}).",
+        f"Rough estimate: about {size(estimated.worker_bytes)} {where} per worker ({estimated.largest} needs most).",
+    ]
+    if estimated.seconds is None:
+        lines.append(f"Rough estimate of the time: none, {estimated.device}.")
+    else:
+        lines.append(
+            f"Rough estimate: about {duration(estimated.seconds, rough=True)} without pruning on this machine "
+            f"({estimated.device}), and the start of the workers."
+        )
+    return lines
+
+
+def _table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, header_style="dim", justify="right" if column in right else "left", overflow="fold")
+    return table
+
+
+def _domains(plan: StudyPlan) -> Table:
+    numbers = ("train", "validation", "test", "labels", "max length", "steps per trial")
+    table = _table("Domains", "domain", "task", "metric", *numbers, "source", right=numbers)
+    for name, domain in plan.domains.items():
+        budget = plan.budgets[name]
+        rows = [f"{domain.rows[split]:,}" if split in domain.rows else "-" for split in ("train", "validation", "test")]
+        words = [name, domain.task_name, domain.metric, *rows, str(len(domain.labels)), str(domain.max_length)]
+        words += [f"{budget.total_steps:,} ({len(budget.evaluation_steps)} evaluations)", domain.source]
+        table.add_row(*map(Text, words))
+    return table
+
+
+def _models(plan: StudyPlan) -> Table:
+    table = _table("Models", "model", "architecture", "parameters", right=("parameters",))
+    for path, facts in plan.model_facts.items():
+        table.add_row(*map(Text, (path, facts.architecture, f"{facts.total_parameters:,}")))
+    return table
+
+
+def _cells(plan: StudyPlan) -> Table:
+    several = len(plan.models) > 1
+    numbers = ("trials", "trainable parameters", "% of model")
+    table = _table("Cells", "domain", *(["model"] if several else []), "method", *numbers, "searched", right=numbers)
+    for item in plan.cells:
+        cell = item.cell
+        total = plan.model_facts[cell.model].total_parameters
+        words = [cell.domain, *([cell.model] if several else []), cell.method, str(plan.spec.search.trials)]
+        words += [
+            _span(f"{item.smallest.trainable:,}", f"{item.largest.trainable:,}"),
+            _span(_percent(item.smallest.trainable / total), _percent(item.largest.trainable / total)),
+            _searched(item),
+        ]
+        table.add_row(*map(Text, words))
+    return table
+
+
+def _searched(item: CellPlan) -> str:
+    space = item.cell.space
+    return ", ".join(f"{name} {_space(space.space[name])}" for name in space.searched) or "nothing"
+
+
+def _space(space: Space) -> str:
+    if isinstance(space, Range):
+        log = " (log)" if space.log else ""
+        return f"{space.low:g}..{space.high:g}{log}"
+    return "{" + ", ".join(map(str, space)) + "}" if isinstance(space, tuple) else str(space)
+
+
+def _span(low: str, high: str) -> str:
+    return low if low == high else f"{low} .. {high}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}"

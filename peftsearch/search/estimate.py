@@ -1,0 +1,238 @@
+"""What a study will take, roughly, before anything is trained: memory per worker, and time.
+
+Good to a factor of about two: enough to tell minutes from days, and a model that fits from one that does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+    from peftsearch.search.plan import StudyPlan
+
+Format = Literal["fp32", "bf16"]
+
+PROCESS_BYTES = 600 * 2**20
+"""A worker before it holds a model: Python with torch, transformers, PEFT and Ray Train (resident, measured)."""
+
+EFFICIENCY: Mapping[Format, float] = {"fp32": 0.7, "bf16": 0.4}
+"""Share of a large matrix product's speed that training reaches: attention, normalisation, the optimiser and conversions
+cost time and hardly any of the operations that are counted. Measured with MiniLM on two AVX-512 cores (0.5 to 0.9 in
+fp32, 0.3 to 0.4 under bf16 autocast); large models on GPUs reach about as much (Chowdhery et al. 2022, "PaLM", 0.46)."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the estimates need to know of a model.
+
+    Attributes:
+        parameters: All of them.
+        embeddings: Those that are looked up rather than multiplied with: the table of token embeddings.
+        layers: Transformer layers, of encoder and decoder together.
+        hidden: Width of a layer.
+        weight_bytes: Bytes per parameter in memory.
+    """
+
+    parameters: int
+    embeddings: int
+    layers: int
+    hidden: int
+    weight_bytes: int
+
+    @classmethod
+    def of(cls, config: Any, parameters: int) -> ModelShape:
+        """From a configuration of `transformers`; what an unusual one does not say counts as 0."""
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        layers = int(getattr(text, "num_hidden_layers", 0) or 0)
+        if getattr(config, "is_encoder_decoder", False):
+            layers += int(getattr(text, "num_decoder_layers", None) or getattr(text, "decoder_layers", None) or layers)
+        hidden = int(getattr(text, "hidden_size", 0) or 0)
+        dtype = getattr(config, "dtype", None)
+        return cls(
+            parameters=parameters,
+            embeddings=int(getattr(text, "vocab_size", 0) or 0) * hidden,
+            layers=layers,
+            hidden=hidden,
+            weight_bytes=int(getattr(dtype, "itemsize", 4)),
+        )
+
+
+def activation_bytes(shape: ModelShape, batch: int, length: int, compute_bytes: int) -> int:
+    """Activations kept for the backward pass.
+
+    Per layer ``34 * batch * length * hidden`` bytes with two bytes per number, attention matrices not kept: Korthikanti
+    et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", equation 2. An upper bound for
+    parameter-efficient methods, which need not keep the inputs of frozen layers.
+
+    Args:
+        shape: The model.
+        batch: Texts per worker.
+        length: Tokens per text.
+        compute_bytes: Bytes per number in the forward pass.
+    """
+    return 17 * compute_bytes * shape.layers * batch * length * shape.hidden
+
+
+def trial_bytes(shape: ModelShape, trainable: int, trains_copy: bool, activations: int) -> int:
+    """What a trial adds to the frozen weights.
+
+    Adapter weights (4 bytes each), or a second copy of the model for methods that train it; 4 bytes of gradient and
+    8 bytes of AdamW's two moments per trainable parameter; and the activations.
+    """
+    weights = shape.parameters * shape.weight_bytes if trains_copy else 4 * trainable
+    return weights + (4 + 8) * trainable + activations
+
+
+def training_operations(shape: ModelShape, tokens: float, trains_copy: bool) -> float:
+    """Floating-point operations of training on so many tokens.
+
+    ``6 N T`` where all weights are trained: 2 in the forward pass, 2 backward through the activations, 2 for the
+    weights' gradients (Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1; N without embeddings).
+    ``4 N T`` where the weights are frozen: their gradients are not computed.
+    """
+    return (6 if trains_copy else 4) * (shape.parameters - shape.embeddings) * tokens
+
+
+def evaluation_operations(shape: ModelShape, tokens: float) -> float:
+    """Floating-point operations of a forward pass: ``2 N T``."""
+    return 2 * (shape.parameters - shape.embeddings) * tokens
+
+
+def padded_length(lengths: Iterable[int], batch: int) -> float:
+    """Mean length of randomly drawn batches, each padded to its longest text: the expected maximum of ``batch`` draws.
+
+    Args:
+        lengths: Tokens of each text.
+        batch: Texts per batch.
+    """
+    ordered = sorted(lengths)
+    if not ordered:
+        return 0.0
+    expected, below = 0.0, 0.0
+    for rank, length in enumerate(ordered, start=1):
+        up_to = (rank / len(ordered)) ** batch
+        expected += length * (up_to - below)
+        below = up_to
+    return expected
+
+
+def measured_speed(device: torch.device, number_format: Format, seconds: float = 0.1) -> float:
+    """Floating-point operations per second of a large matrix product on this machine.
+
+    Args:
+        device: Where to measure.
+        number_format: In which numbers.
+        seconds: How long to measure, after a warm-up.
+    """
+    import time
+
+    import torch
+
+    size = 8192 if device.type == "cuda" else 1024
+    dtype = torch.bfloat16 if number_format == "bf16" else torch.float32
+    left = torch.ones(size, size, dtype=dtype, device=device)
+
+    def multiply() -> None:
+        left @ left
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    multiply()
+    count, began = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - began) < seconds or not count:
+        multiply()
+        count += 1
+    return 2 * size**3 * count / elapsed
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a study takes.
+
+    Attributes:
+        worker_bytes: Memory of one worker at its peak: of the GPU where it trains on one.
+        largest: The method that decides `worker_bytes`.
+        seconds: Wall time of all trials on this machine if none is pruned; None where it cannot be said.
+        device: What was measured, for people.
+    """
+
+    worker_bytes: int
+    largest: str
+    seconds: float | None
+    device: str
+
+
+def estimate(plan: StudyPlan) -> Estimate:
+    """Estimate a checked study; measures this machine for about 0.2 s."""
+    import torch
+
+    from peftsearch.training.precision import computes_bf16
+
+    on_gpu = plan.spec.resources.gpus_per_worker > 0
+    device = torch.device("cuda" if on_gpu else "cpu")
+    missing = on_gpu and not torch.cuda.is_available()
+    bf16 = not missing and plan.spec.training.precision != "fp32" and computes_bf16(device)
+    training: Format = "bf16" if bf16 or plan.spec.training.precision == "bf16" else "fp32"
+    worker_bytes, largest = _memory(plan, training, on_gpu)
+    if missing:
+        return Estimate(worker_bytes, largest, None, "no GPU on this machine")
+    speeds = {name: measured_speed(device, name) * EFFICIENCY[name] for name in sorted({training, "fp32"})}
+    count = torch.cuda.device_count() if on_gpu else 1
+    name = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} CPU cores"
+    seconds = _seconds(plan, speeds[training], speeds["fp32"]) / count
+    return Estimate(worker_bytes, largest, seconds, f"{count} x {name}" if count > 1 else name)
+
+
+def _shape(plan: StudyPlan, model: str) -> ModelShape:
+    from peftsearch.training.base_model import model_config
+
+    place = plan.models[model]
+    return ModelShape.of(model_config(place.location, place.revision), plan.model_facts[model].total_parameters)
+
+
+def _memory(plan: StudyPlan, training: Format, on_gpu: bool) -> tuple[int, str]:
+    shapes = {model: _shape(plan, model) for model in plan.models}
+    resources = plan.spec.resources
+    batch = -(-plan.spec.training.batch_size // resources.workers_per_trial)
+    # A worker keeps every base of the study that it has seen.
+    bases = sum(shape.parameters * shape.weight_bytes for shape in shapes.values())
+    peaks = {}
+    for item in plan.cells:
+        cell, shape = item.cell, shapes[item.cell.model]
+        length = plan.domains[cell.domain].max_length
+        compute_bytes = 2 if training == "bf16" else 4
+        activations = activation_bytes(shape, batch, length, compute_bytes)
+        peak = trial_bytes(shape, item.largest.trainable, cell.space.method.trains_copy, activations)
+        peaks[cell.key] = (peak, cell.method)
+    peak, method = max(peaks.values())
+    return (0 if on_gpu else PROCESS_BYTES) + bases + peak, method
+
+
+def _seconds(plan: StudyPlan, training_speed: float, evaluation_speed: float) -> float:
+    shapes = {model: _shape(plan, model) for model in plan.models}
+    tokens = {}
+    for name, domain in plan.domains.items():
+        budget, batch = plan.budgets[name], plan.spec.training.batch_size
+        train = budget.total_steps * batch * padded_length(_lengths(plan, name, "train"), batch)
+        validation = len(budget.evaluation_steps) * sum(_lengths(plan, name, "validation"))
+        tokens[domain.name] = (train, validation)
+    seconds = 0.0
+    for item in plan.cells:
+        cell, shape = item.cell, shapes[item.cell.model]
+        train, validation = tokens[cell.domain]
+        trial = training_operations(shape, train, cell.space.method.trains_copy) / training_speed
+        trial += evaluation_operations(shape, validation) / evaluation_speed
+        seconds += plan.spec.search.trials * trial
+    return seconds
+
+
+def _lengths(plan: StudyPlan, domain: str, split: str) -> Sequence[int]:
+    import pyarrow.compute
+
+    column = plan.domains[domain].split(split).data.column("input_ids")
+    lengths: list[int] = pyarrow.compute.list_value_length(column).to_pylist()
+    return lengths

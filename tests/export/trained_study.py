@@ -1,0 +1,95 @@
+"""A study as a driver leaves it, trained in this process: real weights, a real ledger, no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from peftsearch.search.cells import Cell
+from peftsearch.search.plan import StudyPlan, plan_study
+from peftsearch.search.run import StudyRun
+from peftsearch.spec import StudyFile
+from peftsearch.storage import study_folder
+from peftsearch.study import Study
+from peftsearch.tracking.ledger import Ledger
+from peftsearch.training.distributed import WorkerGroup
+from peftsearch.training.segment import Segment, SegmentResult
+from peftsearch.training.worker import Worker
+
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 4, "alpha": 16.0, "dropout": 0.1, "targets": "attention", "learning_rate": 2e-2},
+    "adapter": {"bottleneck": 8, "activation": "gelu", "placement": "houlsby", "dropout": 0.0, "learning_rate": 2e-2},
+    "prompt": {"tokens": 4, "init": "text", "init_text": "", "learning_rate": 5e-2},
+    "full": {"learning_rate": 5e-3},
+}
+
+
+def document(name: str, model: str, data: Path, methods: Mapping[str, str]) -> dict[str, Any]:
+    """A study file; ``methods`` says by domain which method is trained there."""
+    source = {"source": data.name, "split": {"group": "document", "validation": 0.25, "test": 0.2}}
+    return {
+        "name": name,
+        "description": "Topics, for the tests",
+        "model": model,
+        "domains": {domain: {"data": source, "metric": "macro_f1"} for domain in methods},
+        "methods": {method: {} for method in dict.fromkeys(methods.values())},
+        "search": {"trials": 1, "scheduler": "none", "seed": 3},
+        "training": {"epochs": 10, "evaluations": 2, "batch_size": 16, "max_length": 16},
+        "tracking": {"mlflow": "off"},
+    }
+
+
+def train_study(
+    data: dict[str, Any], folder: Path, storage: Path, trials: Mapping[str, tuple[str, dict[str, Any]]]
+) -> Study:
+    """Train one trial in each domain.
+
+    Args:
+        data: The study file.
+        folder: Where the study file would be.
+        storage: The storage folder.
+        trials: Method and hyperparameters by domain.
+    """
+    file = StudyFile(data, folder=folder)
+    study = Study(file.spec, study_folder(file.spec.name, storage), file)
+    plan = plan_study(file, study.folder.cache)
+    study.folder.create()
+    study._write_files()
+    study._save_facts(study._facts(plan))
+    with closing(study._ledger(plan)) as ledger:
+        run = StudyRun(
+            file.spec.search, [item.cell for item in plan.cells], plan.searches(), lambda *_: _count(), ledger
+        )
+        worker = Worker(plan.for_workers(study.folder.path, threads=1), WorkerGroup())
+        cells = {(item.cell.domain, item.cell.method): item.cell for item in plan.cells}
+        for domain, (method, hyperparameters) in trials.items():
+            _train(plan, run, ledger, worker, cells[domain, method], hyperparameters)
+    return study
+
+
+def _count() -> Any:
+    raise AssertionError("nothing is proposed")
+
+
+def _train(
+    plan: StudyPlan, run: StudyRun, ledger: Ledger, worker: Worker, cell: Cell, hyperparameters: dict[str, Any]
+) -> None:
+    import optuna
+
+    count = plan.count(cell, hyperparameters)
+    steps = plan.budgets[cell.domain].evaluation_steps
+    fields = {
+        "seed": 3,
+        "total_steps": steps[-1],
+        "trainable_parameters": count.trainable,
+        "exported_parameters": count.exported,
+    }
+    record = ledger.ask(
+        cell.key, optuna.samplers.RandomSampler(seed=0), lambda _: dict(hyperparameters), lambda *_: fields
+    )
+    for step in steps:
+        outcome = worker.do(Segment(run.plan(record), step, final=step == steps[-1]))
+        assert isinstance(outcome, SegmentResult), outcome
+        run.evaluated(record.number, outcome, 0, final=step == steps[-1])
