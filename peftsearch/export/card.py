@@ -83,8 +83,8 @@ def model_card(card: CardFacts) -> str:
         f"---\n{_metadata(card)}\n---",
         f"# {escape_markdown(record.domain)}: {title} of {base}",
         f"{kind} made by {title} ({METHODS[record.method].source}): trial {record.number} of the peftsearch study "
-        f"{escape_markdown(card.facts.study)}, on the Pareto front of accuracy against trainable parameters in its "
-        f"domain. It trains {record.trainable_parameters:,} parameters, "
+        f"{escape_markdown(card.facts.study)}, on the Pareto front of {escape_markdown(card.domain.metric)} against "
+        f"trainable parameters in its domain. It trains {record.trainable_parameters:,} parameters, "
         f"{100 * record.trainable_parameters / max(1, card.model.total_parameters):.3g} % of the base model's "
         f"{card.model.total_parameters:,}, the task head included.",
         *([escape_markdown(card.facts.description)] if card.facts.description else []),
@@ -121,7 +121,7 @@ def loading_code(card: CardFacts) -> str:
     imports += ["import torch", *(["from peft import PeftModel"] if not card.complete else [])]
     imports += [f"from transformers import {card.auto_model}, AutoTokenizer", ""]
 
-    lines = [f"folder = {str(card.folder)!r}  # or, from the Hub: huggingface_hub.snapshot_download(...)"]
+    lines = [f"folder = {str(card.folder)!r}  # or huggingface_hub.snapshot_download(ID)"]
     if not card.complete:
         if in_package:
             place = f"find_spec({package!r}).submodule_search_locations[0]"
@@ -140,14 +140,12 @@ def loading_code(card: CardFacts) -> str:
         if card.pad_token_id is not None:
             lines.append(f"model.config.pad_token_id = {card.pad_token_id}")
         lines.append("model = PeftModel.from_pretrained(model, folder).eval()")
-    texts = "texts, other_texts" if pair else "texts"
+    texts, length = "texts, other_texts" if pair else "texts", card.domain.max_length
     lines += [
         "",
         "",
         f"def classify({texts}):",
-        "    inputs = tokenizer(",
-        f'        {texts}, truncation=True, max_length={card.domain.max_length}, padding=True, return_tensors="pt"',
-        "    )",
+        f"    inputs = tokenizer({texts}, truncation=True, max_length={length}, padding=True, return_tensors='pt')",
         "    with torch.no_grad():",
         "        logits = model(**inputs).logits",
         "    return [labels[number] for number in logits.argmax(dim=-1).tolist()]",

@@ -103,6 +103,9 @@ def write_folder(folder: Path, model: nn.Module, card: CardFacts, labels: tuple[
     (folder / CARD).write_text(model_card(card), encoding="utf-8")
     _write_json(folder / LABELS, list(labels))
     _write_json(folder / PROVENANCE, _provenance(folder, card, ledger))
+    # safetensors writes files that only their owner may read.
+    for file in folder.iterdir():
+        file.chmod((folder / CARD).stat().st_mode)
 
 
 def note_verified(folder: Path, score: float, loss: float, examples: int, packages: dict[str, str]) -> None:

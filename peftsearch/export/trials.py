@@ -281,7 +281,9 @@ def _data(study: StudyToExport, domain: str, tokenizer: Path) -> PreparedDomain:
             cache=study.cache,
         )
     except StudyError as error:
-        raise StudyError(f"the data of domain {domain!r}, which verifies an export, is gone: {error.message}") from None
+        raise StudyError(
+            f"exports of domain {domain!r} cannot be verified, as its data cannot be prepared: {error.message}"
+        ) from None
     if prepared.fingerprint != study.facts.domains[domain].fingerprint:
         raise StudyError(
             f"the data of domain {domain!r} has changed since the study {study.facts.study!r} scored its trials on it: "

@@ -191,6 +191,9 @@ def quiet_ray_environment() -> None:
         # Metrics of Train's controllers cost a thread each and are not read by anybody here.
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+        # OpenMP threads that wait for work by spinning take the cores from the driver, the other slots and whatever
+        # else runs here: on two contended cores a step with two threads took up to ten times as long (ran).
+        "OMP_WAIT_POLICY": "PASSIVE",
         # Without this Ray overrides CUDA_VISIBLE_DEVICES of processes that ask for no GPU, and warns about it.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }.items():

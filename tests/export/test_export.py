@@ -55,6 +55,10 @@ def trained(
     package.mkdir()
     (package / "__init__.py").touch()
     shutil.copytree(tiny_base, package / "model")
+    # A freshly initialised BERT sees no difference between texts; with larger weights even a prompt has something to do.
+    file = package / "model" / "model.safetensors"
+    tensors = {name: 8 * tensor if tensor.ndim == 2 else tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
     data = document("tiny", f"package:{PACKAGE}/model", topics_csv, {method: method for method in METHODS})
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(root))
@@ -110,8 +114,8 @@ def test_every_method_is_exported_with_the_ledgers_score(trained: Study, exporte
         assert item.folder.parent.name == method
     parent = exported["lora"].folder.parents[1]
     assert {path.name for path in parent.iterdir()} == set(METHODS), "nothing is left beside the folders"
-    # The scores would say little if the trials had learnt nothing.
-    assert min(item.score for item in exported.values()) > 0.4
+    # Always the same answer would be 1/6, and would say little about what was loaded.
+    assert min(item.score for item in exported.values()) > 0.2
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -122,6 +126,7 @@ def test_a_folder_holds_all_that_its_reader_needs(
     names = {path.name for path in folder.iterdir()}
     assert {"README.md", "labels.json", "provenance.json", "tokenizer.json", "tokenizer_config.json"} <= names
     assert read_json(folder / "labels.json") == LABELS
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "who can read one file can read all"
     if method == "full":
         assert {"config.json", "model.safetensors"} <= names
         assert read_json(folder / "config.json")["id2label"] == {str(i): label for i, label in enumerate(LABELS)}
@@ -161,7 +166,8 @@ def test_the_card_is_one_that_the_hub_reads(method: str, exported: dict[str, Exp
     assert values == {name: value for name, value in item.record.scores.items() if "/" not in name}
     assert {result.dataset_split for result in card.data.eval_results} == {"validation"}
     for label in LABELS:
-        assert f"| {label} | {item.record.scores[f'precision/{label}']:.4f} |" in card.text
+        shown = [f"{item.record.scores[f'{kind}/{label}']:.4f}" for kind in ("f1", "precision", "recall")]
+        assert f"| {' | '.join([label, *shown])} |" in card.text
     assert f"| macro\\_f1 | {item.score:.4f} |" in card.text
     compile(code_of(card.text), "card", "exec")
 
@@ -363,7 +369,7 @@ def test_without_the_data_nothing_is_verified(study: Study, tmp_path: Path) -> N
     folder.mkdir()
     original = Path(known["folder"]) / source["source"]
     write_json(study.folder.spec, known | {"folder": str(folder)})
-    with pytest.raises(StudyError, match="data of domain 'lora'"):
+    with pytest.raises(StudyError, match="exports of domain 'lora' cannot be verified, as its data cannot be prepared"):
         study.export(tmp_path / "out", domain="lora")
 
     (folder / original.name).write_text(original.read_text().replace("fever", "breach"))
