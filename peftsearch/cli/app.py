@@ -15,6 +15,7 @@ from peftsearch.spec import StudyError
 app = typer.Typer(
     name="peftsearch",
     help="Hyperparameter studies for parameter-efficient fine-tuning: accuracy against parameters.",
+    epilog="Begin with `peftsearch run studies/quickstart.yaml`. Every command explains itself with `--help`.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -45,7 +46,9 @@ def run(
     address: Annotated[str | None, typer.Option(help="Address of a Ray cluster (default: this machine)")] = None,
     settings: SetOption = None,
 ) -> None:
-    """Run a study, or continue it; ends with the fronts and where to look.
+    """Run a study, or continue it; ends with the fronts.
+
+    Ctrl-C stops it after the running segment; the same command continues it, and nothing that has finished runs again.
 
     Example: `peftsearch run studies/quickstart.yaml --set search.trials=4`
     """
@@ -75,7 +78,10 @@ def validate(
     storage: StorageOption = None,
     settings: SetOption = None,
 ) -> None:
-    """Check a study file and print the plan: cells, trials, parameter counts, estimated memory and time.
+    """Check a study file and print the plan.
+
+    The plan: domains, models, cells with their trials and trainable parameters, and an estimate of memory and time.
+    Tokenises the data; trains nothing.
 
     Example: `peftsearch validate studies/quickstart.yaml`
     """
@@ -88,7 +94,10 @@ def validate(
 
 @app.command(name="list")
 def list_command(storage: StorageOption = None, as_json: JsonOption = False) -> None:
-    """The studies in a storage."""
+    """List the studies in a storage.
+
+    Example: `peftsearch list --storage /data/peftsearch`
+    """
     from rich.table import Table
 
     from peftsearch.storage import list_studies, storage_folder
@@ -116,7 +125,10 @@ def list_command(storage: StorageOption = None, as_json: JsonOption = False) -> 
 
 @app.command()
 def status(name: NameArgument, storage: StorageOption = None, as_json: JsonOption = False) -> None:
-    """Where a study stands."""
+    """Say where a study stands.
+
+    Example: `peftsearch status quickstart --json`
+    """
     from peftsearch.study import Study
 
     found = Study.open(name, storage).status()
@@ -145,7 +157,10 @@ def trials(
     csv: Annotated[Path | None, typer.Option(help="Write a CSV file")] = None,
     parquet: Annotated[Path | None, typer.Option(help="Write a Parquet file")] = None,
 ) -> None:
-    """Every trial of the ledger, whatever its state."""
+    """Show every trial of the ledger, whatever its state.
+
+    Example: `peftsearch trials quickstart --csv trials.csv`
+    """
     from peftsearch.frontier import trials_csv, trials_json, trials_parquet, trials_table
     from peftsearch.study import Study
 
@@ -171,7 +186,9 @@ def frontier(
     html: Annotated[Path | None, typer.Option(help="Write one interactive, self-contained page")] = None,
     png: Annotated[Path | None, typer.Option(help="Write a picture")] = None,
 ) -> None:
-    """The front of each domain: on the terminal or to a file.
+    """Show the front of each domain, or write it to a file.
+
+    The front: the finished trials that no other beats in the metric without training more parameters.
 
     Example: `peftsearch frontier quickstart --html front.html`
     """
@@ -215,7 +232,9 @@ def export(
     ] = 1e-6,
     storage: StorageOption = None,
 ) -> None:
-    """Pareto-optimal adapters as PEFT folders, each reloaded in a fresh process and scored again.
+    """Write Pareto-optimal adapters as PEFT folders.
+
+    Each is reloaded in a fresh process and scored again; one whose score differs from the ledger's is refused.
 
     Example: `peftsearch export quickstart --to adapters --domain legal --pick knee`
     """
@@ -269,7 +288,10 @@ def ui(
     host: Annotated[str, typer.Option(help="Address to listen on; loopback unless you say otherwise")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on")] = 5000,
 ) -> None:
-    """The MLflow UI on the storage's studies."""
+    """Open the MLflow UI on the storage's studies.
+
+    Example: `peftsearch ui --port 5001`
+    """
     from peftsearch.storage import storage_folder
     from peftsearch.tracking.ui import serve_ui
 
@@ -278,7 +300,10 @@ def ui(
 
 @app.command()
 def sync(name: NameArgument, storage: StorageOption = None) -> None:
-    """Bring MLflow up to date from the ledger."""
+    """Bring MLflow up to date from the ledger.
+
+    Example: `peftsearch sync quickstart`
+    """
     from peftsearch.study import Study
 
     chosen = Study.open(name, storage)
@@ -288,17 +313,24 @@ def sync(name: NameArgument, storage: StorageOption = None) -> None:
 
 @app.command()
 def doctor(storage: StorageOption = None, as_json: JsonOption = False) -> None:
-    """What works on this machine: CPU/GPU, Ray, MLflow, model and data access."""
+    """Say what works on this machine, and how to mend what does not.
+
+    Looks at the processors, the libraries, the storage, the quickstart's packages, and access to the Hub.
+
+    Example: `peftsearch doctor`
+    """
     from peftsearch.cli.doctor import examine
     from peftsearch.storage import storage_folder
 
     findings = examine(storage_folder(storage))
+    works = all(item.ok or item.optional for item in findings)
     if as_json:
-        _print_json({"ok": all(item.ok for item in findings), "findings": [item.__dict__ for item in findings]})
+        _print_json({"ok": works, "findings": [item.__dict__ for item in findings]})
     else:
         for item in findings:
-            out.print(f"{'ok  ' if item.ok else 'FAIL'}  {item.what:<18} {item.detail}", markup=False)
-    if not all(item.ok or item.optional for item in findings):
+            mark = "ok" if item.ok else ("no" if item.optional else "FAIL")
+            out.print(f"{mark:<4}  {item.what:<18} {item.detail}", markup=False)
+    if not works:
         raise typer.Exit(1)
 
 

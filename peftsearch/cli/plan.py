@@ -31,8 +31,10 @@ def print_plan(console: Console, study: Study, plan: StudyPlan) -> None:
     for name, domain in plan.domains.items():
         for warning in domain.warnings:
             console.print(f"Note on {name}: {warning}.", markup=False, style="yellow")
-    console.print(Fitted(_models(plan)))
-    console.print(Fitted(_cells(plan)))
+    for table in (_models(plan), _cells(plan)):
+        console.print()
+        console.print(Fitted(table))
+    console.print()
     for line in totals(plan, estimate(plan)):
         console.print(line, markup=False)
 
@@ -66,13 +68,13 @@ def _table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
 
 
 def _domains(plan: StudyPlan) -> Table:
-    numbers = ("train", "validation", "test", "labels", "max length", "steps per trial")
+    numbers = ("train", "validation", "test", "labels", "length", "steps", "evaluations")
     table = _table("Domains", "domain", "task", "metric", *numbers, "source", right=numbers)
     for name, domain in plan.domains.items():
         budget = plan.budgets[name]
         rows = [f"{domain.rows[split]:,}" if split in domain.rows else "-" for split in ("train", "validation", "test")]
         words = [name, domain.task_name, domain.metric, *rows, str(len(domain.labels)), str(domain.max_length)]
-        words += [f"{budget.total_steps:,} ({len(budget.evaluation_steps)} evaluations)", domain.source]
+        words += [f"{budget.total_steps:,}", str(len(budget.evaluation_steps)), domain.source]
         table.add_row(*map(Text, words))
     return table
 

@@ -206,6 +206,8 @@ def _loading_notes(card: CardFacts) -> list[str]:
             " The base model is in a folder: whoever loads the adapter elsewhere has to change `base` (and, for PEFT's "
             "`AutoPeftModel` classes, `base_model_name_or_path` in `adapter_config.json`)."
         )
+    if not card.complete:
+        notes[0] += " `transformers` will say that the base's task head is missing: the adapter brings it."
     return notes
 
 

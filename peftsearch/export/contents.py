@@ -53,7 +53,7 @@ def trained_model(base: FrozenBase, domain: PreparedDomain, record: TrialRecord,
         model = build_model(base, domain, record.method, record.hyperparameters, record.seed)
         load_trained(model, weights)
         if isinstance(model, PeftModel):
-            _keep_untrained(model, base._template(domain.task, domain.labels).fresh)
+            _keep_untrained(model, base.template(domain).fresh)
             model.peft_config["default"].revision = base.revision
     except OSError as error:
         raise StudyError(

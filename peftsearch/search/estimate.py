@@ -19,10 +19,11 @@ Format = Literal["fp32", "bf16"]
 PROCESS_BYTES = 600 * 2**20
 """A worker before it holds a model: Python with torch, transformers, PEFT and Ray Train (resident, measured)."""
 
-EFFICIENCY: Mapping[Format, float] = {"fp32": 0.7, "bf16": 0.4}
-"""Share of a large matrix product's speed that training reaches: attention, normalisation, the optimiser and conversions
-cost time and hardly any of the operations that are counted. Measured with MiniLM on two AVX-512 cores (0.5 to 0.9 in
-fp32, 0.3 to 0.4 under bf16 autocast); large models on GPUs reach about as much (Chowdhery et al. 2022, "PaLM", 0.46)."""
+EFFICIENCY: Mapping[Format, float] = {"fp32": 0.7, "bf16": 0.3}
+"""Share of `measured_speed` that training reaches: attention, normalisation, conversions and the optimiser take time
+and hardly any of the operations that are counted. Measured with MiniLM on AVX-512 cores (0.7 in fp32, 0.2 to 0.3 under
+bf16 autocast); large models on accelerators do better (Chowdhery et al. 2022, "PaLM": 0.46), small ones worse.
+"""
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def training_operations(shape: ModelShape, tokens: float, trains_copy: bool) -> 
     """Floating-point operations of training on so many tokens.
 
     ``6 N T`` where all weights are trained: 2 in the forward pass, 2 backward through the activations, 2 for the
-    weights' gradients (Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1; N without embeddings).
+    weights' gradients (Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1; N is counted without
+    embeddings).
     ``4 N T`` where the weights are frozen: their gradients are not computed.
     """
     return (6 if trains_copy else 4) * (shape.parameters - shape.embeddings) * tokens
@@ -121,7 +123,10 @@ def padded_length(lengths: Iterable[int], batch: int) -> float:
 
 
 def measured_speed(device: torch.device, number_format: Format, seconds: float = 0.1) -> float:
-    """Floating-point operations per second of a large matrix product on this machine.
+    """Floating-point operations per second of a matrix product: of a GPU, or of all CPU cores.
+
+    The fastest of many products counts, and a CPU is measured on one core and multiplied, because whatever else the
+    machine is doing would slow down the others.
 
     Args:
         device: Where to measure.
@@ -132,21 +137,26 @@ def measured_speed(device: torch.device, number_format: Format, seconds: float =
 
     import torch
 
-    size = 8192 if device.type == "cuda" else 1024
-    dtype = torch.bfloat16 if number_format == "bf16" else torch.float32
-    left = torch.ones(size, size, dtype=dtype, device=device)
-
-    def multiply() -> None:
-        left @ left
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    multiply()
-    count, began = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - began) < seconds or not count:
-        multiply()
-        count += 1
-    return 2 * size**3 * count / elapsed
+    on_gpu = device.type == "cuda"
+    size = 4096 if on_gpu else 768
+    factors = torch.ones(size, size, dtype=torch.bfloat16 if number_format == "bf16" else torch.float32, device=device)
+    threads = torch.get_num_threads()
+    fastest = float("inf")
+    try:
+        if not on_gpu:
+            torch.set_num_threads(1)
+        end = time.perf_counter() + seconds
+        while fastest == float("inf") or time.perf_counter() < end:
+            # Several at least: the first product warms up.
+            for _ in range(4):
+                began = time.perf_counter()
+                factors @ factors
+                if on_gpu:
+                    torch.cuda.synchronize(device)
+                fastest = min(fastest, time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(threads)
+    return 2 * size**3 / fastest * (1 if on_gpu else threads)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,9 @@ class StudyPlan:
     spec: StudySpec
     cells: tuple[CellPlan, ...]
     domains: Mapping[str, PreparedDomain]
+    """Each domain as prepared for the first model; labels, rows and metric are the same for every model."""
+    prepared: Mapping[tuple[str, str], PreparedDomain]
+    """The data by model and domain: models have tokenizers of their own."""
     budgets: Mapping[str, Budget]
     models: Mapping[str, ModelPlace]
     model_facts: Mapping[str, ModelFacts]
@@ -60,7 +63,7 @@ class StudyPlan:
         return WorkerPlan(
             study_folder=study_folder,
             models=dict(self.models),
-            domains={name: domain.folder for name, domain in self.domains.items()},
+            domains={key: domain.folder for key, domain in self.prepared.items()},
             budgets=dict(self.budgets),
             training=self.spec.training,
             threads=threads,
@@ -82,15 +85,17 @@ def plan_study(file: StudyFile, cache: Path) -> StudyPlan:
     models = {model.path: _place(index, spec, file.folder) for index, model in enumerate(spec.models)}
     # Everything is checked before anything is written: a mistake in the last domain leaves nothing of the first.
     checked = _check_domains(spec, file.folder, models)
-    counter = ParameterCounter(models, checked)
+    first_model = next(iter(models))
+    counter = ParameterCounter(models, {name: checked[first_model, name] for name in spec.domains})
     for index, path in enumerate(models):
-        for name in checked:
+        for name in spec.domains:
             try:
                 counter.total(path, name)
             except StudyError as error:
                 raise StudyError(error.message, _model_loc(spec, index)) from None
     cell_plans = tuple(_cell_plan(cell, counter) for cell in cells)
-    domains = {name: domain.prepare(cache) for name, domain in checked.items()}
+    prepared = {key: domain.prepare(cache) for key, domain in checked.items()}
+    domains = {name: prepared[first_model, name] for name in spec.domains}
     budgets = {
         name: Budget.of(domain.rows["train"], spec.training.batch_size, spec.training.epochs, spec.training.evaluations)
         for name, domain in domains.items()
@@ -106,7 +111,7 @@ def plan_study(file: StudyFile, cache: Path) -> StudyPlan:
         )
         for path, place in models.items()
     }
-    return StudyPlan(spec, cell_plans, domains, budgets, models, facts, counter)
+    return StudyPlan(spec, cell_plans, domains, prepared, budgets, models, facts, counter)
 
 
 def _place(index: int, spec: StudySpec, folder: Path) -> ModelPlace:
@@ -147,10 +152,12 @@ def _model_loc(spec: StudySpec, index: int) -> tuple[str | int, ...]:
     return ("model",) if len(spec.models) == 1 else ("models", index)
 
 
-def _check_domains(spec: StudySpec, folder: Path, models: Mapping[str, ModelPlace]) -> dict[str, CheckedDomain]:
-    place = next(iter(models.values()))
+def _check_domains(
+    spec: StudySpec, folder: Path, models: Mapping[str, ModelPlace]
+) -> dict[tuple[str, str], CheckedDomain]:
     return {
-        name: check_domain(name, spec, folder=folder, model_location=place.location, revision=place.revision)
+        (path, name): check_domain(name, spec, folder=folder, model_location=place.location, revision=place.revision)
+        for path, place in models.items()
         for name in spec.domains
     }
 

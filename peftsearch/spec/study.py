@@ -149,7 +149,7 @@ class TrainingSpec(_Section):
     max_length: int = Field(default=128, ge=4, description="Tokens per text; longer ones are truncated")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto",
-        description="auto trains under bf16 autocast where the hardware computes in it; evaluation never does",
+        description="auto trains in bf16 (autocast) where the hardware has it; the final evaluation never does",
     )
     warmup: float = Field(default=0.1, ge=0, le=1, description="Share of the steps with rising learning rate")
     schedule: Literal["linear", "cosine", "constant"] = Field(

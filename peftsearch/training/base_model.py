@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from peftsearch.spec import StudyError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from peftsearch.domains import Task
+    from peftsearch.domains import PreparedDomain, Task
 
 
 class FrozenBase:
@@ -31,22 +32,21 @@ class FrozenBase:
         self.location = location
         self.revision = revision
         self.device = device or torch.device("cpu")
-        self._templates: dict[tuple[str, tuple[str, ...]], _Template] = {}
+        self._templates: dict[tuple[str, tuple[str, ...]], Template] = {}
         self._tensors: dict[str, nn.Parameter] = {}
 
-    def trial_model(self, task: Task, labels: Sequence[str], *, seed: int, copy_weights: bool) -> PreTrainedModel:
+    def trial_model(self, domain: PreparedDomain, *, seed: int, copy_weights: bool) -> PreTrainedModel:
         """A model for one trial: the base's own tensors (frozen), in modules of its own, with a freshly drawn head.
 
         The modules are the trial's: PEFT may replace them at will and nothing needs to be undone afterwards, which is
         what makes a warm worker exact. The head is drawn from torch's global generator: seed it before.
 
         Args:
-            task: Decides the head.
-            labels: The task's labels.
+            domain: Its task and labels decide the head.
             seed: Seeds torch's global generator, from which the head (and then the method's own weights) are drawn.
             copy_weights: Give the trial a copy of the weights, for methods that train them.
         """
-        template = self._template(task, tuple(labels))
+        template = self.template(domain)
         # Only now: loading a template, which the first trial of a worker does, draws random numbers itself.
         torch.manual_seed(seed)
         model = copy.deepcopy(template.model) if copy_weights else share_tensors(template.model)
@@ -57,7 +57,9 @@ class FrozenBase:
         """A hash per pretrained tensor; equal before and after a study, or something wrote to the base."""
         return {name: _hash(tensor) for name, tensor in self._tensors.items()}
 
-    def _template(self, task: Task, labels: tuple[str, ...]) -> _Template:
+    def template(self, domain: PreparedDomain) -> Template:
+        """The model with a domain's head, around the base's tensors; loaded at the first call for such a head."""
+        task, labels = domain.task, domain.labels
         key = (task.auto_model, labels)
         if key not in self._templates:
             model, fresh = _load(self.location, self.revision, task, labels)
@@ -69,16 +71,25 @@ class FrozenBase:
                     _replace(model, name, known)
                 else:
                     self._tensors[name] = parameter
+            # Decoders classify at the last token before the padding: the model must know what batches are padded with.
+            model.config.pad_token_id = domain.pad_token_id
             model.requires_grad_(False)
             model.to(self.device)
-            self._templates[key] = _Template(model, fresh)
+            self._templates[key] = Template(model, fresh)
         return self._templates[key]
 
 
-class _Template:
-    def __init__(self, model: PreTrainedModel, fresh: frozenset[str]) -> None:
-        self.model = model
-        self.fresh = fresh
+@dataclass(frozen=True)
+class Template:
+    """What trial models are made from.
+
+    Attributes:
+        model: The model with a task head; its weights are the base's.
+        fresh: Names of the parameters that the checkpoint does not hold: the head's, and sometimes a pooler's.
+    """
+
+    model: PreTrainedModel
+    fresh: frozenset[str]
 
 
 def _load(
@@ -99,7 +110,6 @@ def _load(
         )
     mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
     model.eval()
-    _set_pad_token(model)
     return model, frozenset(set(info["missing_keys"]) | mismatched)
 
 
@@ -120,9 +130,7 @@ def meta_model(location: str, revision: str | None, task: Task, labels: Sequence
         raise StudyError(
             f"the model {location!r} ({config.model_type}) cannot do {task.name}: {str(error).splitlines()[0]}"
         ) from None
-    model.requires_grad_(False)
-    _set_pad_token(model)
-    return model
+    return model.requires_grad_(False)
 
 
 def model_config(location: str, revision: str | None, **kwargs: Any) -> Any:
@@ -171,14 +179,6 @@ def count_exported(model: nn.Module) -> int:
     if isinstance(model, PeftModel):
         return sum(tensor.numel() for tensor in get_peft_model_state_dict(model).values())
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _set_pad_token(model: PreTrainedModel) -> None:
-    """Decoders classify at the last token before the padding, so the model must know the padding."""
-    config = model.config
-    if getattr(config, "pad_token_id", None) is None:
-        eos = getattr(config, "eos_token_id", None)
-        config.pad_token_id = eos[0] if isinstance(eos, list) else eos
 
 
 def _draw_anew(model: PreTrainedModel, names: frozenset[str]) -> None:

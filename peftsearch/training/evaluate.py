@@ -25,7 +25,7 @@ class Evaluation:
 def evaluate(
     model: nn.Module, domain: PreparedDomain, split: str, batch_size: int, group: WorkerGroup | None = None
 ) -> Evaluation:
-    """Predict a split and score it, in the weights' own precision.
+    """Predict a split and score it; in the weights' own precision, unless called under autocast.
 
     Rows are ordered by length so that little is padded; several workers take every n-th batch each.
 

@@ -23,8 +23,8 @@ def training_autocast(
 ) -> AbstractContextManager[object]:
     """The context for a training step's forward pass.
 
-    Evaluation runs outside of it, in the weights' own format, so that a recorded score is what plain `transformers`
-    gives for the exported adapter.
+    The evaluation at the full budget runs outside of it, in the weights' own format, so that a recorded score is what
+    plain `transformers` gives for the exported adapter.
     """
     if precision == "bf16" or (precision == "auto" and computes_bf16(device)):
         return torch.autocast(device.type, dtype=torch.bfloat16)

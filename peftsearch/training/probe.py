@@ -56,7 +56,7 @@ def probe(base: FrozenBase, domain: PreparedDomain, batch_size: int, group: Work
 def _features(
     base: FrozenBase, domain: PreparedDomain, split: str, batch_size: int, device: torch.device
 ) -> np.ndarray:
-    model = base.trial_model(domain.task, domain.labels, seed=0, copy_weights=False)
+    model = base.trial_model(domain, seed=0, copy_weights=False)
     backbone = model.base_model
     backbone.eval()
     data = domain.split(split)

@@ -25,8 +25,8 @@ class WorkerPlan:
 
     study_folder: Path
     models: Mapping[str, ModelPlace]
-    domains: Mapping[str, Path]
-    """Folder of each prepared domain."""
+    domains: Mapping[tuple[str, str], Path]
+    """Folder of the prepared data by model and domain: models have tokenizers of their own."""
     budgets: Mapping[str, Budget]
     training: TrainingSpec
     threads: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def build_model(
     """
     chosen = METHODS[method]
     chosen.check(hyperparameters)
-    model = base.trial_model(domain.task, domain.labels, seed=seed, copy_weights=chosen.trains_copy)
+    model = base.trial_model(domain, seed=seed, copy_weights=chosen.trains_copy)
     context = AttachContext(domain.task.peft_task_type, base.location, domain.labels)
     attached = chosen.attach(model, hyperparameters, context)
     if count_trainable(attached) == 0:
@@ -156,7 +157,7 @@ class TrialSession:
         train_loss = self._train(to_step)
         self._random_state = _random_state(self.group.device)
         trained = time.perf_counter()
-        evaluation = self._evaluate()
+        evaluation = self._evaluate(final)
         evaluated = time.perf_counter()
         self._write(final)
         written = time.perf_counter()
@@ -204,8 +205,14 @@ class TrialSession:
             raise DivergedError(f"the training loss became {mean} before step {to_step} (learning rate {rate:g})")
         return mean
 
-    def _evaluate(self) -> Evaluation:
-        evaluation = evaluate(self.model, self.domain, "validation", self.training.evaluation_batch_size, self.group)
+    def _evaluate(self, final: bool) -> Evaluation:
+        # The score at the full budget is the adapter's: what plain transformers gives, in the weights' own precision.
+        # On the way there the training's precision is as good for comparing trials, and up to four times as fast.
+        context = nullcontext() if final else training_autocast(self.training.precision, self.group.device)
+        with context:
+            evaluation = evaluate(
+                self.model, self.domain, "validation", self.training.evaluation_batch_size, self.group
+            )
         if not math.isfinite(evaluation.loss):
             raise DivergedError(f"the validation loss is {evaluation.loss} after step {self.step}")
         return evaluation

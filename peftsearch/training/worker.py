@@ -35,15 +35,15 @@ class Worker:
         self.group = group
         torch.set_num_threads(plan.threads)
         self._bases: dict[str, FrozenBase] = {}
-        self._domains: dict[str, PreparedDomain] = {}
+        self._domains: dict[tuple[str, str], PreparedDomain] = {}
         self._sessions: OrderedDict[int, TrialSession] = OrderedDict()
 
     def warm_up(self) -> None:
         """Load what the first segment would wait for: the first model with each domain's head, and the data."""
         first = next(iter(self.plan.models))
-        for name in self.plan.domains:
-            domain = self.domain(name)
-            self.base(first).trial_model(domain.task, domain.labels, seed=0, copy_weights=False)
+        for model, name in self.plan.domains:
+            if model == first:
+                self.base(first).trial_model(self.domain(model, name), seed=0, copy_weights=False)
 
     def base(self, model: str) -> FrozenBase:
         """The frozen base of a model, loaded at first use."""
@@ -52,11 +52,12 @@ class Worker:
             self._bases[model] = FrozenBase(place.location, place.revision, self.group.device)
         return self._bases[model]
 
-    def domain(self, name: str) -> PreparedDomain:
-        """A domain's tokenised data, memory-mapped at first use."""
-        if name not in self._domains:
-            self._domains[name] = PreparedDomain.load(self.plan.domains[name])
-        return self._domains[name]
+    def domain(self, model: str, name: str) -> PreparedDomain:
+        """A domain's data, tokenised for a model and memory-mapped at first use."""
+        key = (model, name)
+        if key not in self._domains:
+            self._domains[key] = PreparedDomain.load(self.plan.domains[key])
+        return self._domains[key]
 
     def do(self, work: Work) -> Outcome:
         """Do one piece of work. What is the trial's own fault comes back as a `Failure`; the worker stays usable."""
@@ -64,7 +65,7 @@ class Worker:
             if isinstance(work, Probe):
                 return probe(
                     self.base(work.model),
-                    self.domain(work.domain),
+                    self.domain(work.model, work.domain),
                     self.plan.training.evaluation_batch_size,
                     self.group,
                 )
@@ -126,7 +127,7 @@ class Worker:
         return TrialSession(
             trial,
             self.base(trial.model),
-            self.domain(trial.domain),
+            self.domain(trial.model, trial.domain),
             self.plan.training,
             self.plan.budgets[trial.domain],
             self.group,

@@ -108,7 +108,7 @@ def test_a_label_that_train_never_shows(tmp_path: Path, study: Make) -> None:
 
 
 def test_a_label_that_only_a_cut_takes_from_train_is_a_warning(tmp_path: Path, study: Make) -> None:
-    """A rare label inside documents of a common one: the cut, which keeps documents together, may take it from train."""
+    """A rare label inside documents of a common one: the cut keeps documents together and may take it from train."""
     common = [{**row, "doc": f"{row['label']}-{number // 8}"} for number, row in enumerate(rows(80))]
     rare = [{"text": f"rare {n}", "label": "rare", "doc": common[16 * n]["doc"]} for n in range(1)]
     write_json_lines(tmp_path / "a.jsonl", [*common, *rare])

@@ -55,7 +55,7 @@ def trained(
     package.mkdir()
     (package / "__init__.py").touch()
     shutil.copytree(tiny_base, package / "model")
-    # A freshly initialised BERT sees no difference between texts; with larger weights even a prompt has something to do.
+    # A freshly initialised BERT sees no difference between texts; with larger weights even a prompt can do something.
     file = package / "model" / "model.safetensors"
     tensors = {name: 8 * tensor if tensor.ndim == 2 else tensor for name, tensor in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})

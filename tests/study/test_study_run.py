@@ -324,3 +324,42 @@ def test_a_killed_worker_costs_no_trial(finished: tuple[Path, Path], tmp_path: P
     _, stderr = process.communicate(timeout=180)
     assert process.returncode == 0, stderr[-3000:]
     assert ledger("tiny", tmp_path) == ledger("tiny", storage)
+
+
+def test_models_with_different_tokenizers_are_compared_in_one_study(
+    write_study: Callable[..., Path], tmp_path: Path, tiny_base: Path
+) -> None:
+    """Each model reads the texts through its own tokenizer: the second one's word ids are all shifted."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / "other-base"
+    shutil.copytree(tiny_base, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    special = {word for word in vocabulary if word.startswith("[")}
+    words = [word for word in vocabulary if word not in special]
+    moved = dict(zip(words, [*words[1:], words[0]], strict=True))
+    tokenizer["model"]["vocab"] = {w: vocabulary[w] if w in special else vocabulary[moved[w]] for w in vocabulary}
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    weights = load_file(other / "model.safetensors")
+    name = next(key for key in weights if key.endswith("word_embeddings.weight"))
+    table = weights[name].clone()
+    for word in words:
+        table[vocabulary[moved[word]]] = weights[name][vocabulary[word]]
+    save_file({**weights, name: table}, other / "model.safetensors", metadata={"format": "pt"})
+    assert not torch.equal(table, weights[name])
+
+    # The same model under other word ids: with its own tokenizer, every number is the same.
+    import yaml
+
+    path = write_study("two-models", methods={"lora": {"rank": 4, "learning_rate": 5e-3}}, search={"trials": 1})
+    document = yaml.safe_load(path.read_text())
+    document["models"] = [document.pop("model"), str(other)]
+    path.write_text(yaml.safe_dump(document))
+    run(path, tmp_path)
+    first, second = Study.open("two-models", tmp_path).trials()
+    assert first.model != second.model
+    assert [r.loss for r in second.rungs] == pytest.approx([r.loss for r in first.rungs], rel=1e-5)
