@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -101,11 +102,19 @@ class PreparedDomain:
         Raises:
             KeyError: The domain has no such split.
         """
-        import datasets
-
         if name not in self.rows:
             raise KeyError(f"domain {self.name!r} has no split {name!r}; its splits: {', '.join(self.rows)}")
-        return datasets.load_from_disk(str(self.folder / name))
+        return _open_split(self.folder / name)
+
+    def lengths(self, name: str) -> tuple[int, ...]:
+        """Tokens of each row of a split.
+
+        Raises:
+            KeyError: The domain has no such split.
+        """
+        if name not in self.rows:
+            raise KeyError(f"domain {self.name!r} has no split {name!r}; its splits: {', '.join(self.rows)}")
+        return _lengths(self.folder / name)
 
     def facts(self) -> DomainFacts:
         """What the study records about the domain."""
@@ -242,6 +251,21 @@ def _overlap_warnings(keys: Mapping[str, list[str]]) -> list[str]:
     ]
 
 
+@functools.lru_cache(maxsize=64)
+def _open_split(folder: Path) -> datasets.Dataset:
+    """Opening a split reads its description and maps its files anew: once per process is enough."""
+    import datasets
+
+    return datasets.load_from_disk(str(folder))
+
+
+@functools.lru_cache(maxsize=64)
+def _lengths(folder: Path) -> tuple[int, ...]:
+    import pyarrow.compute
+
+    return tuple(pyarrow.compute.list_value_length(_open_split(folder).data.column("input_ids")).to_pylist())
+
+
 @dataclass(frozen=True)
 class CheckedDomain:
     """A domain that is known to be sound; nothing of it has been written yet.
@@ -366,11 +390,18 @@ def _load_tokenizer(location: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(location, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(location, revision=revision)
     except Exception as error:
         # Missing files, unknown ids and missing networks all raise differently, by version.
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise StudyError(f"cannot load the tokenizer of {location!r}: {lines[0].rstrip('.')}", ("model",)) from None
+    # Where the files are missing, transformers makes an empty tokenizer, to which every word is unknown.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise StudyError(
+            f"the model {location!r} brings no vocabulary: save its tokenizer beside it with save_pretrained",
+            ("model",),
+        )
+    return tokenizer
 
 
 def _check_length(max_length: int, tokenizer: Any, spec: StudySpec, name: str) -> None:

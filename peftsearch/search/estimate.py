@@ -5,8 +5,9 @@ Good to a factor of about two: enough to tell minutes from days, and a model tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -102,24 +103,6 @@ def training_operations(shape: ModelShape, tokens: float, trains_copy: bool) -> 
 def evaluation_operations(shape: ModelShape, tokens: float) -> float:
     """Floating-point operations of a forward pass: ``2 N T``."""
     return 2 * (shape.parameters - shape.embeddings) * tokens
-
-
-def padded_length(lengths: Iterable[int], batch: int) -> float:
-    """Mean length of randomly drawn batches, each padded to its longest text: the expected maximum of ``batch`` draws.
-
-    Args:
-        lengths: Tokens of each text.
-        batch: Texts per batch.
-    """
-    ordered = sorted(lengths)
-    if not ordered:
-        return 0.0
-    expected, below = 0.0, 0.0
-    for rank, length in enumerate(ordered, start=1):
-        up_to = (rank / len(ordered)) ** batch
-        expected += length * (up_to - below)
-        below = up_to
-    return expected
 
 
 def measured_speed(device: torch.device, number_format: Format, seconds: float = 0.1) -> float:
@@ -222,27 +205,17 @@ def _memory(plan: StudyPlan, training: Format, on_gpu: bool) -> tuple[int, str]:
     return (0 if on_gpu else PROCESS_BYTES) + bases + peak, method
 
 
-def _seconds(plan: StudyPlan, training_speed: float, evaluation_speed: float) -> float:
+def _seconds(plan: StudyPlan, training_speed: float, full_speed: float) -> float:
+    """Evaluations on the way run in the training's precision, the one at the full budget in the weights' own."""
     shapes = {model: _shape(plan, model) for model in plan.models}
-    tokens = {}
-    for name, domain in plan.domains.items():
-        budget, batch = plan.budgets[name], plan.spec.training.batch_size
-        train = budget.total_steps * batch * padded_length(_lengths(plan, name, "train"), batch)
-        validation = len(budget.evaluation_steps) * sum(_lengths(plan, name, "validation"))
-        tokens[domain.name] = (train, validation)
     seconds = 0.0
     for item in plan.cells:
         cell, shape = item.cell, shapes[item.cell.model]
-        train, validation = tokens[cell.domain]
-        trial = training_operations(shape, train, cell.space.method.trains_copy) / training_speed
-        trial += evaluation_operations(shape, validation) / evaluation_speed
+        budget, data = plan.budgets[cell.domain], plan.prepared[cell.model, cell.domain]
+        # Batches hold texts of similar length (training/data_order.py), so hardly anything is padded.
+        tokens = budget.total_steps * plan.spec.training.batch_size * fmean(data.lengths("train"))
+        evaluation = evaluation_operations(shape, sum(data.lengths("validation")))
+        trial = training_operations(shape, tokens, cell.space.method.trains_copy) / training_speed
+        trial += (len(budget.evaluation_steps) - 1) * evaluation / training_speed + evaluation / full_speed
         seconds += plan.spec.search.trials * trial
     return seconds
-
-
-def _lengths(plan: StudyPlan, domain: str, split: str) -> Sequence[int]:
-    import pyarrow.compute
-
-    column = plan.domains[domain].split(split).data.column("input_ids")
-    lengths: list[int] = pyarrow.compute.list_value_length(column).to_pylist()
-    return lengths

@@ -2,8 +2,8 @@
 
 Successive halving evaluates trials at rungs (after 1, eta, eta^2, ... evaluations) and lets the best 1/eta of those
 seen so far at the rung go on (Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning",
-arXiv:1810.05934). With two objectives, "best" is decided by non-dominated sorting (Schmucker et al. 2021, "Multi-objective Asynchronous
-Successive Halving", arXiv:2106.12639).
+arXiv:1810.05934). With two objectives, "best" is decided by non-dominated sorting (Schmucker et al. 2021,
+"Multi-objective Asynchronous Successive Halving", arXiv:2106.12639).
 """
 
 from __future__ import annotations

@@ -38,8 +38,7 @@ def evaluate(
     """
     group = group or WorkerGroup()
     task, data = domain.task, domain.split(split)
-    lengths = np.asarray([len(ids) for ids in data["input_ids"]])
-    order = np.argsort(lengths, kind="stable").tolist()
+    order = np.argsort(domain.lengths(split), kind="stable").tolist()
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     was_training = model.training
     model.eval()

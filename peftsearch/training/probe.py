@@ -60,7 +60,7 @@ def _features(
     backbone = model.base_model
     backbone.eval()
     data = domain.split(split)
-    order = np.argsort([len(ids) for ids in data["input_ids"]], kind="stable")
+    order = np.argsort(domain.lengths(split), kind="stable")
     chunks: list[np.ndarray] = []
     for start in range(0, len(order), batch_size):
         batch = domain.task.collate(data[order[start : start + batch_size].tolist()], domain.pad_token_id)

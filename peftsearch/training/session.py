@@ -122,7 +122,7 @@ class TrialSession:
             group.device,
         )
         self.wrapped = group.wrap(self.model)
-        self.order = DataOrder(domain.rows["train"], training.batch_size, plan.seed)
+        self.order = DataOrder(domain.lengths("train"), training.batch_size, plan.seed)
         # Ranks draw different dropout masks; rank 0's stream is that of a single worker.
         torch.manual_seed(plan.seed * 65_537 + 1 + group.rank)
         self._random_state = _random_state(group.device)
