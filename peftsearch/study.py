@@ -300,7 +300,7 @@ class Study:
     # --- inside ---
 
     def _facts(self, plan: StudyPlan) -> StudyFacts:
-        from peftsearch.provenance import provenance
+        from peftsearch.tracking.provenance import provenance
 
         assert self.file is not None
         before = read_json(self.folder.facts)

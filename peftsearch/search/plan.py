@@ -155,11 +155,17 @@ def _model_loc(spec: StudySpec, index: int) -> tuple[str | int, ...]:
 def _check_domains(
     spec: StudySpec, folder: Path, models: Mapping[str, ModelPlace]
 ) -> dict[tuple[str, str], CheckedDomain]:
-    return {
-        (path, name): check_domain(name, spec, folder=folder, model_location=place.location, revision=place.revision)
-        for path, place in models.items()
-        for name in spec.domains
-    }
+    checked = {}
+    for index, (path, place) in enumerate(models.items()):
+        for name in spec.domains:
+            try:
+                checked[path, name] = check_domain(
+                    name, spec, folder=folder, model_location=place.location, revision=place.revision
+                )
+            except StudyError as error:
+                loc = _model_loc(spec, index) if error.loc == ("model",) else error.loc
+                raise StudyError(error.message, loc) from None
+    return checked
 
 
 def _cell_plan(cell: Cell, counter: ParameterCounter) -> CellPlan:

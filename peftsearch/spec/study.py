@@ -167,6 +167,13 @@ class ConfirmSpec(_Section):
 
     seeds: int = Field(default=0, ge=0, le=100, description="Seeds per finalist; 0 leaves the front unconfirmed")
 
+    @field_validator("seeds")
+    @classmethod
+    def _seeds(cls, value: int) -> int:
+        if value:
+            raise ValueError("confirmation with further seeds is not available yet: write 0 or leave 'confirm' out")
+        return value
+
 
 class ResourcesSpec(_Section):
     """What a slot (a warm worker group) takes, and how many there are."""

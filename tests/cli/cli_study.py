@@ -83,8 +83,18 @@ def write_study(folder: Path, study: dict[str, Any]) -> Path:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Every file below a folder with a hash of its content; empty where there is no folder."""
+    """Every file below a folder with a hash of its content; empty where there is no folder.
+
+    Of a ledger only that it is there: SQLite moves what was written between its files when somebody reads.
+    """
     return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        str(path.relative_to(folder)): _content(path)
         for path in sorted(folder.rglob("*"))
+        if not path.name.endswith(("-wal", "-shm"))
     }
+
+
+def _content(path: Path) -> str:
+    if path.is_dir() or path.name == "ledger.db":
+        return path.name
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -272,6 +272,15 @@ def test_model_that_cannot_be_loaded(
     assert no_ray()
 
 
+def test_the_second_of_two_models(peftsearch: Cli, base: Path, own_base: Path, project: Path, storage: Path) -> None:
+    for breaks in (no_tokenizer, wrong_kind_of_model, no_weights):
+        sentence = breaks(own_base)
+        study = {key: value for key, value in small_study(base).items() if key != "model"}
+        path = write_study(project, {**study, "models": [str(base), str(own_base)]})
+        check(peftsearch("validate", path, "--storage", storage), "models.1: ", str(own_base), sentence)
+        assert list(tree(storage)) == ["note.txt"]
+
+
 def test_model_on_a_hub_that_cannot_be_reached(
     peftsearch: Cli, project: Path, storage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

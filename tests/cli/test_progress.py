@@ -281,7 +281,7 @@ def test_words() -> None:
     assert [duration(seconds, rough=True) for seconds in (1, 42, 58, 95, 185, 3599)] == [
         "5 s",
         "40 s",
-        "60 s",
+        "1 min",
         "2 min",
         "3 min",
         "1 h 00 min",
