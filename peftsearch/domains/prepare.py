@@ -394,7 +394,11 @@ def _load_tokenizer(location: str, revision: str | None) -> Any:
     except Exception as error:
         # Missing files, unknown ids and missing networks all raise differently, by version.
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise StudyError(f"cannot load the tokenizer of {location!r}: {lines[0].rstrip('.')}", ("model",)) from None
+        raise StudyError(
+            f"cannot load the tokenizer of {location!r}: {lines[0].rstrip(' .:')} (save it beside the model with "
+            "save_pretrained)",
+            ("model",),
+        ) from None
     # Where the files are missing, transformers makes an empty tokenizer, to which every word is unknown.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise StudyError(

@@ -196,5 +196,8 @@ def quiet_ray_environment() -> None:
         "OMP_WAIT_POLICY": "PASSIVE",
         # Without this Ray overrides CUDA_VISIBLE_DEVICES of processes that ask for no GPU, and warns about it.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # Controllers, dispatcher and trial actors are processes without a CPU of their own; with as few cores as a
+        # laptop's Ray takes their number for a mistake and says so on standard output.
+        "RAY_worker_maximum_startup_concurrency": "16",
     }.items():
         os.environ.setdefault(name, value)

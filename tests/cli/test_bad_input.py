@@ -272,13 +272,22 @@ def test_model_that_cannot_be_loaded(
     assert no_ray()
 
 
-def test_the_second_of_two_models(peftsearch: Cli, base: Path, own_base: Path, project: Path, storage: Path) -> None:
-    for breaks in (no_tokenizer, wrong_kind_of_model, no_weights):
-        sentence = breaks(own_base)
-        study = {key: value for key, value in small_study(base).items() if key != "model"}
-        path = write_study(project, {**study, "models": [str(base), str(own_base)]})
-        check(peftsearch("validate", path, "--storage", storage), "models.1: ", str(own_base), sentence)
-        assert list(tree(storage)) == ["note.txt"]
+@pytest.mark.parametrize("breaks", [no_tokenizer, wrong_kind_of_model, no_weights])
+def test_the_second_of_two_models(
+    breaks: Callable[[Path], str], peftsearch: Cli, base: Path, own_base: Path, project: Path, storage: Path
+) -> None:
+    sentence = breaks(own_base)
+    study = {key: value for key, value in small_study(base).items() if key != "model"}
+    path = write_study(project, {**study, "models": [str(base), str(own_base)]})
+    check(peftsearch("validate", path, "--storage", storage), "models.1: ", str(own_base), sentence)
+    assert list(tree(storage)) == ["note.txt"]
+
+
+def test_tokenizer_that_cannot_be_made(peftsearch: Cli, own_base: Path, project: Path, storage: Path) -> None:
+    (own_base / "tokenizer.json").write_text("{")
+    path = write_study(project, small_study(own_base))
+    wanted = ("model: cannot load the tokenizer", str(own_base), "save_pretrained")
+    check(peftsearch("validate", path, "--storage", storage), *wanted)
 
 
 def test_model_on_a_hub_that_cannot_be_reached(
