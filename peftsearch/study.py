@@ -158,17 +158,21 @@ class Study:
                             for record in ledger.records:
                                 tracker.update(record)
                         observers = [_ToMlflow(tracker)] if tracker else []
-                        run_study(
-                            plan,
-                            ledger,
-                            facts,
-                            self.folder.path,
-                            address,
-                            events,
-                            observers,
-                            self._save_facts,
-                            stopped,
-                        )
+                        try:
+                            run_study(
+                                plan,
+                                ledger,
+                                facts,
+                                self.folder.path,
+                                address,
+                                events,
+                                observers,
+                                self._save_facts,
+                                stopped,
+                            )
+                        except StudyError as error:
+                            assert self.file is not None
+                            raise StudyError(self.file.explain(error)) from None
                         if not stopped():
                             self._discard_dominated_weights(ledger.records, facts)
                     except BaseException as error:

@@ -260,6 +260,7 @@ def evaluate(
     study: Annotated[Path, typer.Option(help="The study file that describes the data")],
     domain: Annotated[str, typer.Option(help="Domain of the study to score on")],
     split: Annotated[Literal["train", "validation", "test"], typer.Option(help="Split of the domain's data")] = "test",
+    storage: StorageOption = None,
     as_json: JsonOption = False,
     settings: SetOption = None,
 ) -> None:
@@ -269,10 +270,11 @@ def evaluate(
     """
     from peftsearch.export import evaluate_adapter
     from peftsearch.spec import StudyFile
+    from peftsearch.storage import storage_folder
 
     file = StudyFile.load(study, settings or ())
     try:
-        result = evaluate_adapter(adapter, file, domain, split)
+        result = evaluate_adapter(adapter, file, domain, split, storage_folder(storage) / "cache")
     except StudyError as error:
         raise StudyError(file.explain(error)) from None
     if as_json:

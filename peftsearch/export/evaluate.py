@@ -10,7 +10,9 @@ from peftsearch.export.folder import LABELS, ExportedFolder, scoring_device
 from peftsearch.spec import StudyError, StudyFile
 
 
-def evaluate_adapter(adapter: Path, file: StudyFile, domain: str, split: str) -> dict[str, Any]:
+def evaluate_adapter(
+    adapter: Path, file: StudyFile, domain: str, split: str, cache: Path | None = None
+) -> dict[str, Any]:
     """Score an exported adapter on a split of a study's domain.
 
     Args:
@@ -18,6 +20,7 @@ def evaluate_adapter(adapter: Path, file: StudyFile, domain: str, split: str) ->
         file: The study file that describes the data.
         domain: One of its domains.
         split: ``train``, ``validation`` or ``test``.
+        cache: Where tokenised data is kept for the next time; nowhere if None.
 
     Returns:
         ``adapter``, ``domain``, ``split``, ``metric`` (the domain's), ``value`` (in that metric), ``examples`` (how
@@ -32,9 +35,14 @@ def evaluate_adapter(adapter: Path, file: StudyFile, domain: str, split: str) ->
     from peftsearch.training.evaluate import evaluate
 
     exported = ExportedFolder.read(adapter)
-    with tempfile.TemporaryDirectory(prefix="peftsearch-evaluate-") as cache:
+    with tempfile.TemporaryDirectory(prefix="peftsearch-evaluate-") as temporary:
         prepared = prepare_domain(
-            domain, file.spec, folder=file.folder, model_location=str(adapter), revision=None, cache=Path(cache)
+            domain,
+            file.spec,
+            folder=file.folder,
+            model_location=str(adapter),
+            revision=None,
+            cache=cache or Path(temporary),
         )
         if split not in prepared.rows:
             known = ", ".join(prepared.rows)

@@ -23,8 +23,8 @@ from peftsearch.export.contents import (
 from peftsearch.export.folder import scoring_device
 from peftsearch.export.verify import Job, Score, score_folders
 from peftsearch.frontier.front import Pick, domain_fronts, pick
-from peftsearch.tracking.provenance import provenance
 from peftsearch.spec import StudyError, StudyFacts, StudySpec, TrialRecord, model_location, suggest
+from peftsearch.tracking.provenance import provenance
 
 if TYPE_CHECKING:
     from torch import nn
