@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -77,7 +76,6 @@ def ray_cluster(address: str | None) -> Iterator[list[dict[str, float]]]:
             include_dashboard=False if local else None,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            **({"num_cpus": os.cpu_count()} if local else {}),
         )
     try:
         yield [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -121,6 +119,8 @@ def run_study(
     if run.finished() and not _missing_baselines(plan, facts):
         events.planned(run)
         return
+    if stopped():
+        return
     events.phase("starting Ray")
     with ray_cluster(address) as nodes:
         slots = SlotPlan.fit(spec.resources, nodes)
@@ -131,24 +131,21 @@ def run_study(
         try:
             from peftsearch.search.tune import run_trials
 
-            pool.wait_ready()
+            pool.wait_ready(stopped)
+
+            def over() -> bool:
+                return stopped() or pool.lost()
+
             probes = _start_probes(pool, plan, facts, save_facts, events)
             events.planned(run)
-            run_trials(run, pool.dispatcher, slots.slots, stopped)
-            while probes.is_alive() and not stopped():
+            run_trials(run, pool.dispatcher, slots.slots, over)
+            while probes.is_alive() and not over():
                 probes.join(0.2)
-            if reason := _fatal(pool):
-                raise RuntimeError(reason)
+            if pool.lost() and not stopped():
+                raise RuntimeError(pool.why_lost())
         finally:
             # An interrupted segment is not waited for: it is trained again from its checkpoint.
             pool.stop(timeout=5.0 if stopped() else 30.0)
-
-
-def _fatal(pool: SlotPool) -> str | None:
-    import ray
-
-    reason: str | None = ray.get(pool.dispatcher.status.remote())["fatal"]
-    return reason
 
 
 def _missing_baselines(plan: StudyPlan, facts: StudyFacts) -> list[tuple[str, str]]:

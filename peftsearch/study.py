@@ -328,6 +328,13 @@ class Study:
                     )
                 if old is not None:
                     domain.baselines.update(old.baselines)
+            for path, model in facts.models.items():
+                before_model = known.models.get(path)
+                if before_model is not None and before_model.fingerprint != model.fingerprint:
+                    raise StudyError(
+                        f"the model {path!r} has changed since the study {self.name!r} began: restore it, or start a "
+                        "new study with --name"
+                    )
         return facts
 
     def _save_facts(self, facts: StudyFacts) -> None:

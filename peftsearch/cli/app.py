@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -61,9 +62,12 @@ def run(
         with Progress(err, chosen) as progress:
             fronts = chosen.run(address=address, events=progress)
     except StudyInterrupted:
-        err.print(
-            f"Stopped. Everything so far is recorded; continue with:\n  peftsearch run {study}{option}", markup=False
-        )
+        again = ["peftsearch", "run", str(study)]
+        for flag, value in (("--name", name), ("--storage", storage), ("--address", address)):
+            again += [flag, str(value)] if value else []
+        for setting in settings or ():
+            again += ["--set", setting]
+        err.print(f"Stopped. Everything so far is recorded; continue with:\n  {shlex.join(again)}", markup=False)
         raise typer.Exit(130) from None
     _print_fronts(chosen, fronts)
     out.print(f"Trials in MLflow:   peftsearch ui{option}", markup=False)

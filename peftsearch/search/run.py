@@ -87,9 +87,12 @@ class StudyRun:
                 for prior in fitting_priors(cell.space)[: search.trials]:
                     ledger.enqueue(cell.key, prior)
         for record in ledger.records:
+            running = record.state is TrialState.RUNNING
             for index, rung in enumerate(record.rungs, start=1):
-                self._pruners[record.domain].record(index, self._candidate(record, rung))
-            if record.state is TrialState.RUNNING:
+                if not (running and rung is record.rungs[-1]):
+                    self._pruners[record.domain].record(index, self._candidate(record, rung))
+        for record in ledger.records:
+            if record.state is TrialState.RUNNING and not self._settled(record):
                 self._interrupted.append(record.number)
 
     @property
@@ -153,6 +156,19 @@ class StudyRun:
     def failed(self, number: int, error: str, retries: int = 0) -> None:
         """Record that a trial cannot go on."""
         self._tell(self.ledger.fail(number, error, retries=self.ledger.record(number).retries + retries))
+
+    def _settled(self, record: TrialRecord) -> bool:
+        """Take the decision that a driver died over, between recording a trial's evaluation and its consequence."""
+        if not record.rungs:
+            return False
+        last = record.rungs[-1]
+        if last.step >= self.domains[record.domain].budget.total_steps:
+            self._tell(self.ledger.complete(record.number, checkpoint=f"trials/{record.number:05d}"))
+            return True
+        if not self._pruners[record.domain].goes_on(len(record.rungs), self._candidate(record, last)):
+            self._tell(self.ledger.prune(record.number))
+            return True
+        return False
 
     def _next_cell(self) -> Cell | None:
         started = [(self.ledger.started(cell.key), index) for index, cell in enumerate(self.cells)]

@@ -72,7 +72,8 @@ class Ledger:
                 directions=[cell.direction, "minimize"],
                 load_if_exists=True,
             )
-            if name not in existing:
+            if _CELL not in created.user_attrs:
+                # Last, so that a driver that dies here finds the cell unfinished and not half made.
                 created.set_metric_names([cell.metric, "trainable_parameters"])
                 created.set_user_attr(_CELL, cell.__dict__)
                 existing.add(name)

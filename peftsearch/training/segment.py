@@ -74,7 +74,6 @@ class SegmentResult:
         scores: All of the task's scores on the validation split.
         train_seconds: Time in training steps.
         evaluation_seconds: Time in evaluation.
-        checkpoint_seconds: Time to build or restore the trial and to write its state.
         peak_memory_bytes: Peak GPU memory of the trial so far, or resident memory of the worker on CPU.
     """
 
@@ -84,7 +83,6 @@ class SegmentResult:
     scores: dict[str, float]
     train_seconds: float
     evaluation_seconds: float
-    checkpoint_seconds: float
     peak_memory_bytes: int
     worker: str = ""
 

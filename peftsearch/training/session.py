@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,14 @@ from peftsearch.methods import METHODS, AttachContext
 from peftsearch.spec import TrainingSpec
 from peftsearch.training.base_model import FrozenBase, count_trainable, trainable
 from peftsearch.training.budget import Budget
-from peftsearch.training.checkpoint import STATE, WEIGHTS, read_checkpoint, trial_folder, write_checkpoint
+from peftsearch.training.checkpoint import (
+    STATE,
+    WEIGHTS,
+    CorruptCheckpointError,
+    read_checkpoint,
+    trial_folder,
+    write_checkpoint,
+)
 from peftsearch.training.data_order import DataOrder
 from peftsearch.training.distributed import WorkerGroup
 from peftsearch.training.evaluate import Evaluation, evaluate
@@ -74,6 +82,15 @@ def load_trained(model: nn.Module, path: Path) -> dict[str, Any]:
     return meta
 
 
+def finished_result(study_folder: Path, number: int) -> SegmentResult | None:
+    """The last result of a trial that has been trained to its full budget already; None where it has not."""
+    try:
+        _, meta = read_checkpoint(trial_folder(study_folder, number) / WEIGHTS)
+    except (FileNotFoundError, CorruptCheckpointError):
+        return None
+    return SegmentResult(**meta["result"])
+
+
 class TrialSession:
     """A trial between its segments.
 
@@ -110,6 +127,8 @@ class TrialSession:
         self.group = group
         self.folder = trial_folder(study_folder, plan.number)
         self.step = 0
+        self.last: SegmentResult | None = None
+        """Result of the segment that ended at `step`: given again when the answer was lost on its way."""
         if group.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(group.device)
         self.model = build_model(base, domain, plan.method, plan.hyperparameters, plan.seed)
@@ -141,6 +160,7 @@ class TrialSession:
         load_optimizer_tensors(self.optimizer, self.parameters, _strip(tensors, "optimizer/"))
         self._random_state = _strip(tensors, f"random/{self.group.rank}/")
         self.step = int(meta["step"])
+        self.last = SegmentResult(**meta["result"])
 
     def run(self, to_step: int, *, final: bool) -> SegmentResult:
         """Train up to a step, evaluate on the validation split, and write the state.
@@ -159,18 +179,17 @@ class TrialSession:
         trained = time.perf_counter()
         evaluation = self._evaluate(final)
         evaluated = time.perf_counter()
-        self._write(final)
-        written = time.perf_counter()
-        return SegmentResult(
+        self.last = SegmentResult(
             step=self.step,
             loss=evaluation.loss,
             train_loss=train_loss,
             scores=evaluation.scores,
             train_seconds=trained - began,
             evaluation_seconds=evaluated - trained,
-            checkpoint_seconds=written - evaluated,
             peak_memory_bytes=_peak_memory(self.group.device),
         )
+        self._write(final)
+        return self.last
 
     def _train(self, to_step: int) -> float:
         group, task, data = self.group, self.domain.task, self.domain.split("train")
@@ -221,7 +240,7 @@ class TrialSession:
         random_states = self.group.gather(self._random_state)
         if self.group.rank != 0:
             return
-        meta = {"number": self.plan.number, "step": self.step}
+        meta = {"number": self.plan.number, "step": self.step, "result": asdict(self.last) if self.last else None}
         weights = {name: parameter.data for name, parameter in self.parameters.items()}
         if final:
             write_checkpoint(self.folder / WEIGHTS, weights, meta)

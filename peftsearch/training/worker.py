@@ -14,7 +14,7 @@ from peftsearch.training.checkpoint import CorruptCheckpointError
 from peftsearch.training.distributed import WorkerGroup
 from peftsearch.training.probe import probe
 from peftsearch.training.segment import Failure, Outcome, Probe, Segment, Work, WorkerPlan
-from peftsearch.training.session import DivergedError, TrialSession
+from peftsearch.training.session import DivergedError, TrialSession, finished_result
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +75,9 @@ class Worker:
             return Failure(str(error))
         except torch.OutOfMemoryError as error:
             self._drop(work)
+            if self.group.size > 1:
+                # The other workers wait in a collective that this one will not enter.
+                raise
             torch.cuda.empty_cache()
             return Failure(f"out of GPU memory: {str(error).splitlines()[0]}")
         except Exception as error:
@@ -95,7 +98,16 @@ class Worker:
             self._sessions.pop(work.trial.number, None)
 
     def _segment(self, segment: Segment) -> Outcome:
+        number = segment.trial.number
+        if segment.final and number not in self._sessions:
+            # The answer to a trial's last segment may have been lost with the driver; its weights were not.
+            done = finished_result(self.plan.study_folder, number) if self.group.rank == 0 else None
+            done = self.group.from_first(done)
+            if done is not None and done.step == segment.to_step:
+                return done
         session = self._session(segment)
+        if session.last is not None and session.last.step == segment.to_step:
+            return session.last
         result = session.run(segment.to_step, final=segment.final)
         if segment.final:
             self._drop(segment)
@@ -104,7 +116,7 @@ class Worker:
     def _session(self, segment: Segment) -> TrialSession:
         number = segment.trial.number
         session = self._sessions.get(number)
-        if session is not None and session.step < segment.to_step:
+        if session is not None and session.step <= segment.to_step:
             self._sessions.move_to_end(number)
             return session
         session = self._new_session(segment)
@@ -113,9 +125,11 @@ class Worker:
         except CorruptCheckpointError as error:
             log.warning("%s; the trial begins anew", error)
             session = self._new_session(segment)
-        if session.step >= segment.to_step:
-            # The segment had been trained when its answer was lost. Training it again from the start of the trial is
-            # the price of keeping a single checkpoint, and gives the same numbers.
+        if len(set(self.group.gather(session.step))) > 1:
+            raise OSError(f"the workers read different checkpoints of trial {number}: is the storage shared?")
+        if session.step > segment.to_step:
+            # Only a trial whose actor was lost is asked for an earlier step than its checkpoint's. Training it again
+            # from its start is the price of keeping a single checkpoint, and gives the same numbers.
             session = self._new_session(segment)
         self._sessions[number] = session
         while len(self._sessions) > _SESSIONS_KEPT:

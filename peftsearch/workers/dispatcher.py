@@ -65,7 +65,7 @@ class Dispatcher:
         self._leases = itertools.count()
         self._changed = asyncio.Event()
         self._stopping = False
-        self._fatal: str | None = None
+        self._unusable: dict[int, str] = {}
         self._watch: asyncio.Task[None] | None = None
 
     # --- asked by trial actors and the driver ---
@@ -88,11 +88,10 @@ class Dispatcher:
             self._queue.remove(job)
             job.answer.cancel()
 
-    async def wait_ready(self, slots: int = 1) -> str | None:
-        """Return when so many slots are warm; the reason where no slot can work."""
-        while self._fatal is None and sum(slot.ready for slot in self._slots.values()) < slots:
+    async def wait_ready(self) -> None:
+        """Return when a slot is warm."""
+        while not any(slot.ready for slot in self._slots.values()):
             await self._wait()
-        return self._fatal
 
     async def status(self) -> dict[str, Any]:
         """Counts for the progress display: warm slots, busy slots, queued work."""
@@ -100,7 +99,7 @@ class Dispatcher:
             "ready": sum(slot.ready for slot in self._slots.values()),
             "busy": sum(bool(slot.leased) for slot in self._slots.values()),
             "queued": len(self._queue),
-            "fatal": self._fatal,
+            "unusable": list(self._unusable.values()),
             "slots": {number: slot.info for number, slot in self._slots.items()},
         }
 
@@ -124,14 +123,11 @@ class Dispatcher:
             mine.ready, mine.info = True, info
             self._wake()
 
-    async def unusable(self, slot: int, reason: str) -> None:
-        """The slot cannot load model or data: the study cannot run."""
-        self._fatal = reason
-        for job in self._queue:
-            if not job.answer.done():
-                job.answer.set_result((Failure(reason), job.attempts))
-        self._queue.clear()
-        self._wake()
+    async def unusable(self, slot: int, incarnation: str, reason: str) -> None:
+        """The slot cannot load model or data and leaves. Its work waits for another slot: no trial is to blame."""
+        if self._mine(slot, incarnation) is not None:
+            self._unusable[slot] = reason
+            del self._slots[slot]
 
     async def beat(self, slot: int, incarnation: str) -> None:
         """The slot is alive."""
@@ -178,7 +174,13 @@ class Dispatcher:
         for job in self._queue:
             if isinstance(job.work, Segment) and job.work.trial.number in slot.holds:
                 return job
-        held_elsewhere = {number for other in self._slots.values() if not other.leased for number in other.holds}
+        alive = time.monotonic() - 3 * _POLL_SECONDS
+        held_elsewhere = {
+            number
+            for other in self._slots.values()
+            if not other.leased and other.seen > alive
+            for number in other.holds
+        }
         for job in self._queue:
             # A free slot that holds the trial's state in memory is about to ask for it.
             if not (isinstance(job.work, Segment) and job.work.trial.number in held_elsewhere):

@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,25 +123,29 @@ class SlotPool:
             thread.start()
             self._threads.append(thread)
 
-    def wait_ready(self) -> None:
-        """Wait until a first slot is warm; the others join when they are.
-
-        Raises:
-            RuntimeError: No slot can work.
-        """
+    def wait_ready(self, stopped: Callable[[], bool]) -> None:
+        """Wait until a first slot is warm (the others join when they are), none can be, or somebody asked to stop."""
         import ray
 
         pending = self.dispatcher.wait_ready.remote()
-        while True:
+        while not self.lost() and not stopped():
             ready, _ = ray.wait([pending], timeout=0.5)
             if ready:
-                reason = ray.get(pending)
-                if reason:
-                    raise RuntimeError(reason)
                 return
-            if not any(thread.is_alive() for thread in self._threads):
-                reason = self.errors[-1] if self.errors else "its Ray Train run ended"
-                raise RuntimeError(f"no slot could be started: {reason}")
+
+    def lost(self) -> bool:
+        """Whether every slot has left for good though nobody told it to: nothing would ever be trained again."""
+        return not self._stopping and not any(thread.is_alive() for thread in self._threads)
+
+    def why_lost(self) -> str:
+        """The reason, in one sentence."""
+        import ray
+
+        try:
+            reasons = ray.get(self.dispatcher.status.remote(), timeout=10)["unusable"]
+        except Exception:  # the cluster is gone, and the dispatcher with it
+            reasons = []
+        return f"no slot can work: {([*self.errors, *reasons] or ['their Ray Train runs ended'])[-1]}"
 
     def stop(self, timeout: float = 30.0) -> None:
         """Tell the slots to leave, and wait for them."""

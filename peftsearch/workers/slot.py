@@ -46,7 +46,11 @@ def slot_loop(config: dict[str, Any]) -> None:
     try:
         worker.warm_up()
     except Exception as error:
-        ray.get(dispatcher.unusable.remote(slot, f"{me} cannot load model or data: {type(error).__name__}: {error}"))
+        ray.get(
+            dispatcher.unusable.remote(
+                slot, incarnation, f"{me} cannot load model or data: {type(error).__name__}: {error}"
+            )
+        )
         return
     if not leads:
         _follow(worker, group)

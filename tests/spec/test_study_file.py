@@ -164,8 +164,10 @@ def test_wrong_override(override: str, sentence: str) -> None:
 
 
 def test_overrides_reach_sections_that_the_file_leaves_out() -> None:
-    spec = StudyFile.parse(STUDY, overrides=("search.trials=4", "confirm.seeds=3", "methods.prompt={tokens: 5}")).spec
-    assert (spec.search.trials, spec.confirm.seeds, spec.methods["prompt"]) == (4, 3, {"tokens": 5})
+    spec = StudyFile.parse(
+        STUDY, overrides=("search.trials=4", "tracking.mlflow=off", "methods.prompt={tokens: 5}")
+    ).spec
+    assert (spec.search.trials, spec.tracking.mlflow, spec.methods["prompt"]) == (4, "off", {"tokens": 5})
 
 
 def test_meaning() -> None:

@@ -134,6 +134,13 @@ def test_a_trial_that_was_asked_for_but_never_recorded_is_taken_up_again(url: st
     assert len(optuna.load_study(study_name="s/d/lora/m", storage=url).trials) == 1
 
 
+def test_a_cell_that_was_left_half_made_is_finished(url: str) -> None:
+    """A driver killed between creating a cell's Optuna study and describing it."""
+    optuna.create_study(storage=url, study_name="s/d/lora/m", directions=["maximize", "minimize"])
+    assert ask(open_ledger(url)).number == 0
+    assert len(Ledger(url, "s").records) == 1
+
+
 def test_a_configuration_that_does_not_fit_is_failed_at_once(url: str) -> None:
     ledger = open_ledger(url)
     record = ask(ledger, error="rank 64 exceeds the layer")

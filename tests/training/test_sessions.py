@@ -14,7 +14,7 @@ import torch
 
 from peftsearch.search.plan import StudyPlan, plan_study
 from peftsearch.spec import StudyFile
-from peftsearch.training.checkpoint import STATE, WEIGHTS, trial_folder
+from peftsearch.training.checkpoint import STATE, WEIGHTS, read_checkpoint, trial_folder
 from peftsearch.training.distributed import WorkerGroup
 from peftsearch.training.segment import Failure, Probe, ProbeResult, Segment, SegmentResult, TrialPlan
 from peftsearch.training.worker import Worker
@@ -68,8 +68,10 @@ def numbers(results: list[SegmentResult]) -> list[tuple[Any, ...]]:
     return [(r.step, r.loss, r.train_loss, r.scores) for r in results]
 
 
-def weights(folder: Path, number: int) -> bytes:
-    return (trial_folder(folder, number) / WEIGHTS).read_bytes()
+def weights(folder: Path, number: int) -> dict[str, bytes]:
+    tensors, _ = read_checkpoint(trial_folder(folder, number) / WEIGHTS)
+    assert tensors
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
 
 
 FRESH = """
@@ -141,6 +143,22 @@ def test_training_goes_on_from_the_checkpoint_as_if_nothing_had_happened(
     assert weights(tmp_path / "a", 0) == weights(tmp_path / "b", 0)
 
 
+@pytest.mark.parametrize("again", ["same worker", "new worker"])
+@pytest.mark.parametrize("segment", [1, -1])
+def test_an_answer_that_was_lost_is_given_again(again: str, segment: int, plan: StudyPlan, tmp_path: Path) -> None:
+    """The driver died after the slot had written its checkpoint: no step is trained twice, and no number differs."""
+    worker = new_worker(plan, tmp_path)
+    steps = plan.budgets["topics"].evaluation_steps
+    for index, step in enumerate(steps[: segment % len(steps) + 1]):
+        asked = Segment(trial(plan, "lora"), step, final=index == len(steps) - 1)
+        lost = worker.do(asked)
+    if again == "new worker":
+        worker = new_worker(plan, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in trial_folder(tmp_path, 0).iterdir()}
+    assert worker.do(asked) == lost
+    assert {path: path.stat().st_mtime_ns for path in trial_folder(tmp_path, 0).iterdir()} == before
+
+
 def test_trials_may_take_turns_on_one_worker(plan: StudyPlan, tmp_path: Path) -> None:
     alone = [numbers(train(new_worker(plan, tmp_path / m), plan, trial(plan, m, 1))) for m in ("lora", "full")]
     worker = new_worker(plan, tmp_path / "both")
@@ -200,11 +218,13 @@ def test_a_configuration_that_does_not_fit_fails_with_its_reason(
     assert message in outcome.error
 
 
-def test_every_method_learns(plan: StudyPlan, tmp_path: Path) -> None:
+def test_every_method_learns(write_study: Callable[..., Path], tmp_path: Path) -> None:
+    training = {"epochs": 12, "evaluations": 4, "batch_size": 16, "max_length": 16, "head_learning_rate": 0.02}
+    plan = plan_study(StudyFile.load(write_study(training=training)), tmp_path / "cache")
     worker = new_worker(plan, tmp_path)
     for number, method in enumerate(CONFIGURATIONS):
         results = train(worker, plan, trial(plan, method, number))
-        assert results[-1].train_loss < results[0].train_loss, method
+        assert results[-1].train_loss < 0.95 * results[0].train_loss, method
 
 
 def test_baselines_are_scored_by_the_worker(plan: StudyPlan, tmp_path: Path) -> None:

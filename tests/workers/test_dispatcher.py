@@ -175,16 +175,37 @@ def test_slots_hear_which_trials_have_ended() -> None:
     run(scenario)
 
 
-def test_an_unusable_slot_is_reported_and_pending_work_fails() -> None:
+def test_an_unusable_slot_is_reported_and_its_work_waits_for_another() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(max_retries=1)
         task = asyncio.create_task(dispatcher.submit(segment(1)))
-        ready = asyncio.create_task(dispatcher.wait_ready())
         await asyncio.sleep(0)
-        await dispatcher.join(0, "life")
-        await dispatcher.unusable(0, "cannot load the model")
-        assert await ready == "cannot load the model"
-        assert (await task)[0] == Failure("cannot load the model")
+        await dispatcher.join(0, "life-0")
+        await dispatcher.unusable(0, "life-0", "cannot load the model")
+        assert (await dispatcher.status())["unusable"] == ["cannot load the model"]
+        assert not task.done()
+        await started(dispatcher, 1)
+        assert (await take(dispatcher, 1)).work == segment(1)
+        task.cancel()
+
+    run(scenario)
+
+
+def test_a_slot_that_vanished_while_idle_does_not_keep_its_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(max_retries=1)
+        await started(dispatcher, 0, 1)
+        tasks = [asyncio.create_task(dispatcher.submit(segment(1)))]
+        await asyncio.sleep(0)
+        order = await take(dispatcher, 0)
+        await dispatcher.finish(0, "life-0", order.lease or 0, outcome("first"))
+        tasks.append(asyncio.create_task(dispatcher.submit(segment(1, 2))))
+        await asyncio.sleep(0)
+        monkeypatch.setattr("peftsearch.workers.dispatcher._POLL_SECONDS", 0.1)
+        await asyncio.sleep(0.4)
+        assert (await take(dispatcher, 1)).work == segment(1, 2)
+        for task in tasks:
+            task.cancel()
 
     run(scenario)
 
