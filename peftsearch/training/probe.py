@@ -68,13 +68,8 @@ def _features(
         hidden = backbone(**inputs).last_hidden_state.float()
         mask = inputs["attention_mask"].unsqueeze(-1).float()
         pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1.0)
-        chunks.append(nn_normalise(pooled).cpu().numpy())
+        chunks.append(torch.nn.functional.normalize(pooled, dim=1).cpu().numpy())
     features = np.concatenate(chunks)
     back = np.empty_like(features)
     back[order] = features
     return back
-
-
-def nn_normalise(vectors: torch.Tensor) -> torch.Tensor:
-    """Rows scaled to length 1."""
-    return torch.nn.functional.normalize(vectors, dim=1)
