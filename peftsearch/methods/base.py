@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+Quantization = Literal["nf4", "int8"]
+
+
 @dataclass(frozen=True)
 class Hyperparameter:
     """One searchable hyperparameter of a method.
@@ -100,11 +103,14 @@ class AttachContext:
         peft_task_type: PEFT's name of the task, for example ``SEQ_CLS``.
         model_location: Folder or Hub id of the base model (and of its tokenizer).
         label_names: The task's labels, or () where it has none.
+        modules_to_save: Paths of the modules that the base's checkpoint does not hold (the task head, sometimes a
+            pooler): every method trains them and PEFT saves them in full.
     """
 
-    peft_task_type: str
+    peft_task_type: str | None
     model_location: str
     label_names: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
 
 
 class Method(ABC):
@@ -121,6 +127,10 @@ class Method(ABC):
     """Published defaults, tried first. Hyperparameters that a prior leaves out are sampled."""
     trains_copy: ClassVar[bool] = False
     """Whether the base's own weights are trained, so that the model needs a copy of them."""
+
+    def quantization(self, hyperparameters: Mapping[str, Any]) -> Quantization | None:
+        """How the frozen base is stored for a configuration: nf4 or int8 (bitsandbytes), or None for as it is."""
+        return None
 
     @abstractmethod
     def attach(self, model: PreTrainedModel, hyperparameters: Mapping[str, Any], context: AttachContext) -> nn.Module:

@@ -39,7 +39,7 @@ def study_cells(spec: StudySpec) -> list[Cell]:
     Raises:
         StudyError: An unknown method or hyperparameter, or a value out of bounds.
     """
-    spaces = [method_space(name, written) for name, written in spec.methods.items()]
+    spaces = [method_space(name, written.space) for name, written in spec.methods.items()]
     if not spaces:
         raise StudyError("no method is named", ("methods",))
     return [Cell(model.path, domain, space) for domain in spec.domains for model in spec.models for space in spaces]

@@ -6,9 +6,11 @@ from peftsearch.spec.locations import model_location, package_path
 from peftsearch.spec.space import Range, Scalar, Space
 from peftsearch.spec.study import (
     ColumnsSpec,
+    ConfirmSpec,
     DataSpec,
     DomainSpec,
     LimitSpec,
+    MethodSpec,
     ModelSpec,
     ResourcesSpec,
     SearchSpec,
@@ -19,20 +21,23 @@ from peftsearch.spec.study import (
     check_name,
 )
 from peftsearch.spec.study_file import StudyFile, suggest
-from peftsearch.spec.trial import Confirmed, Rung, TrialRecord, TrialState
+from peftsearch.spec.trial import Confirmed, Reading, Rung, TrialRecord, TrialState
 
 __all__ = [
     "Baseline",
     "ColumnsSpec",
+    "ConfirmSpec",
     "Confirmed",
     "DataSpec",
     "Direction",
     "DomainFacts",
     "DomainSpec",
     "LimitSpec",
+    "MethodSpec",
     "ModelFacts",
     "ModelSpec",
     "Range",
+    "Reading",
     "ResourcesSpec",
     "Rung",
     "Scalar",

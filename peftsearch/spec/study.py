@@ -44,11 +44,20 @@ class ModelSpec(_Section):
 
 
 class ColumnsSpec(_Section):
-    """Which columns of the data hold what."""
+    """Which columns of the data hold what. A task reads the roles that it needs; a role's default is its own name."""
 
-    text: str = Field(default="text", description="The text to classify")
+    text: str = Field(default="text", description="The text, or the first of a pair")
     text_pair: str | None = Field(default=None, description="A second text, for sentence pairs")
-    label: str = Field(default="label", description="The label")
+    label: str = Field(default="label", description="The label; a list of labels, or a number, where the task says so")
+    tokens: str = Field(default="tokens", description="A list of words, for token classification")
+    tags: str = Field(default="tags", description="A list of IOB tags, one for each word")
+    question: str = Field(default="question", description="The question to answer")
+    context: str = Field(default="context", description="The text that holds the answer")
+    answers: str = Field(default="answers", description="{text: [...], answer_start: [...]}; empty if unanswerable")
+    choices: str | list[str] = Field(
+        default="choices", description="A column with a list of choices, or one column for each choice"
+    )
+    target: str = Field(default="target", description="The text to write: a summary, a response")
 
 
 class SplitSpec(_Section):
@@ -69,9 +78,21 @@ class SplitSpec(_Section):
 class LimitSpec(_Section):
     """Use at most so many rows of a split, chosen deterministically by the split's seed."""
 
-    train: int | None = Field(default=None, ge=1)
+    train: int | tuple[int, ...] | None = Field(
+        default=None, description="A list makes one domain for each size: a few-shot curve from one study file"
+    )
     validation: int | None = Field(default=None, ge=1)
     test: int | None = Field(default=None, ge=1)
+
+    @field_validator("train")
+    @classmethod
+    def _sizes(cls, value: int | tuple[int, ...] | None) -> int | tuple[int, ...] | None:
+        sizes = value if isinstance(value, tuple) else () if value is None else (value,)
+        if any(size < 1 for size in sizes):
+            raise ValueError("must be a whole number of at least 1")
+        if isinstance(value, tuple) and (not value or len(set(value)) < len(value)):
+            raise ValueError("list at least one size, and each only once")
+        return value
 
 
 class DataSpec(_Section):
@@ -89,8 +110,9 @@ class DataSpec(_Section):
     test: str | None = Field(default=None, description="File of the test split; cut from train where absent")
     config: str | None = Field(default=None, description="Configuration (subset) of a Hub data set")
     revision: str | None = Field(default=None, description="Revision of a Hub data set")
-    format: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet"] = Field(
-        default="auto", description="Format of the files"
+    format: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "iob"] = Field(
+        default="auto",
+        description="Format of the files; iob: one word and its tag per line, a blank line after each sentence",
     )
     header: list[str] | None = Field(
         default=None, min_length=1, description="Column names of a CSV or TSV file without a header line"
@@ -98,14 +120,27 @@ class DataSpec(_Section):
     columns: ColumnsSpec = ColumnsSpec()
     split: SplitSpec = SplitSpec()
     limit: LimitSpec = LimitSpec()
+    join: dict[Name, DataSpec] | None = Field(
+        default=None,
+        description="Several data sets of the same task, learned by one adapter; each scored by itself too",
+    )
 
     @field_validator("limit", mode="before")
     @classmethod
     def _limit(cls, value: Any) -> Any:
-        return {"train": value} if isinstance(value, int) and not isinstance(value, bool) else value
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return {"train": value} if whole or isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.join is not None:
+            if self.source is not None or self.train is not None:
+                raise ValueError("'join' names the data of each part: 'source' and 'train' stand there, not beside it")
+            if any(part.join is not None for part in self.join.values()):
+                raise ValueError("a part of 'join' cannot join others itself")
+            if len(self.join) < 2:
+                raise ValueError("'join' needs at least two parts")
+            return self
         if (self.source is None) == (self.train is None):
             raise ValueError("name the data: either 'source', or 'train' with optional 'validation' and 'test'")
         if self.source is not None and (self.validation or self.test):
@@ -119,6 +154,9 @@ class DomainSpec(_Section):
     task: str = Field(default="classification", description="What the model must do with a text")
     data: DataSpec
     metric: str | None = Field(default=None, description="The objective; the task's first metric where absent")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Settings of the task, for example prompt, generation, windows"
+    )
     max_length: int | None = Field(default=None, ge=4, description="Tokens per text; training.max_length where absent")
 
 
@@ -137,6 +175,15 @@ class SearchSpec(_Section):
     seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of the sampler and of the trials")
     eta: float = Field(default=3.0, gt=1, le=100, description="A rung lets the top 1/eta go on")
     grace: int = Field(default=1, ge=1, description="Evaluations before the first rung that may prune")
+    warm_start: str | None = Field(
+        default=None, min_length=1, description="A finished study of the same storage: its fronts are the first guesses"
+    )
+    max_parameters: int | None = Field(
+        default=None, ge=1, description="Configurations that train more are not run (an Optuna constraint)"
+    )
+    max_memory: float | None = Field(
+        default=None, gt=0, description="GiB per worker: configurations expected to need more are not run"
+    )
 
 
 class TrainingSpec(_Section):
@@ -160,19 +207,62 @@ class TrainingSpec(_Section):
     head_learning_rate: float | None = Field(
         default=None, gt=0, le=1, description="Learning rate of the task head; the trial's learning rate where absent"
     )
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="Share of the target spread over all classes")
+    class_weights: Literal["none", "balanced"] = Field(
+        default="none", description="balanced weighs rare classes up: n / (classes * count) (scikit-learn's formula)"
+    )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="Early stopping: evaluations without improvement after which a trial ends with its best weights",
+    )
+    gradient_accumulation: int = Field(
+        default=1, ge=1, description="Forward passes per optimiser step: the batch is cut into so many parts"
+    )
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        default="adamw", description="adamw_8bit (bitsandbytes, GPU) keeps its moments in 8 bits"
+    )
+
+
+class MethodTraining(_Section):
+    """What one method does otherwise than ``training`` says, for comparisons as others published them.
+
+    Methods with settings of their own do not have equal budgets, and the report says so.
+    """
+
+    epochs: float | None = Field(default=None, gt=0, le=10_000)
+    batch_size: int | None = Field(default=None, ge=1)
+    warmup: float | None = Field(default=None, ge=0, le=1)
+    schedule: Literal["linear", "cosine", "constant"] | None = None
+    weight_decay: float | None = Field(default=None, ge=0)
+    max_grad_norm: float | None = Field(default=None, gt=0)
+    head_learning_rate: float | None = Field(default=None, gt=0, le=1)
+    label_smoothing: float | None = Field(default=None, ge=0, lt=1)
+    gradient_accumulation: int | None = Field(default=None, ge=1)
+    optimizer: Literal["adamw", "adamw_8bit"] | None = None
+
+
+class MethodSpec(_Section):
+    """One method of a study: its search space, and its training where that differs.
+
+    In the study file both stand in one section: ``lora: {rank: [4, 8], training: {epochs: 5}}``.
+    """
+
+    space: dict[str, Space] = Field(default_factory=dict)
+    training: MethodTraining = MethodTraining()
 
 
 class ConfirmSpec(_Section):
-    """Re-training the front with further seeds; the test split is read only then."""
+    """Re-training the finalists with further seeds; the test split is read only then."""
 
     seeds: int = Field(default=0, ge=0, le=100, description="Seeds per finalist; 0 leaves the front unconfirmed")
-
-    @field_validator("seeds")
-    @classmethod
-    def _seeds(cls, value: int) -> int:
-        if value:
-            raise ValueError("confirmation with further seeds is not available yet: write 0 or leave 'confirm' out")
-        return value
+    finalists: Literal["front", "methods", "both"] = Field(
+        default="both",
+        description="front: each domain's front; methods: each method's best trial per model; both: their union",
+    )
+    max_finalists: int | None = Field(
+        default=None, ge=1, description="Per domain at most so many; each method's best first, then the front"
+    )
 
 
 class ResourcesSpec(_Section):
@@ -217,7 +307,7 @@ class StudySpec(_Section):
     description: str | None = Field(default=None, description="What the study is for; shown in MLflow")
     models: tuple[ModelSpec, ...] = Field(min_length=1, description="Base models to compare ('model: ...' for one)")
     domains: dict[Name, DomainSpec] = Field(min_length=1)
-    methods: dict[str, dict[str, Space]] = Field(
+    methods: dict[str, MethodSpec] = Field(
         min_length=1, description="Methods to compare, each with its search space ({} for the default one)"
     )
     search: SearchSpec = SearchSpec()
@@ -242,7 +332,10 @@ class StudySpec(_Section):
             data["models"] = [{"path": item} if isinstance(item, str) else item for item in data["models"]]
         methods = data.get("methods")
         if isinstance(methods, Mapping):
-            data["methods"] = {key: {} if space is None else space for key, space in methods.items()}
+            data["methods"] = {key: _method(written) for key, written in methods.items()}
+        domains = data.get("domains")
+        if isinstance(domains, Mapping):
+            data["domains"] = _few_shot_curves(domains)
         return data
 
     @model_validator(mode="after")
@@ -255,3 +348,34 @@ class StudySpec(_Section):
     def domain_max_length(self, domain: str) -> int:
         """Tokens per text in a domain."""
         return self.domains[domain].max_length or self.training.max_length
+
+    def training_of(self, method: str) -> TrainingSpec:
+        """``training`` with what a method does otherwise."""
+        own = self.methods[method].training.model_dump(exclude_none=True) if method in self.methods else {}
+        return self.training.model_copy(update=own)
+
+
+def _method(written: Any) -> Any:
+    """Tell a method's search space from its ``training``; what was dumped from a `MethodSpec` passes as it is."""
+    if written is None:
+        return {}
+    if not isinstance(written, Mapping) or set(written) == {"space", "training"}:
+        return written
+    space = {key: value for key, value in written.items() if key != "training"}
+    return {"space": space, **({"training": written["training"]} if "training" in written else {})}
+
+
+def _few_shot_curves(domains: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A domain whose training limit is a list becomes one domain for each size, ``NAME-SIZE``."""
+    found: dict[Any, Any] = {}
+    for name, domain in domains.items():
+        data = domain.get("data") if isinstance(domain, Mapping) else None
+        limit = data.get("limit") if isinstance(data, Mapping) else None
+        sizes = limit.get("train") if isinstance(limit, Mapping) else limit
+        if not isinstance(sizes, list) or not sizes or not all(type(size) is int for size in sizes):
+            found[name] = domain
+            continue
+        others = limit if isinstance(limit, Mapping) else {}
+        for size in sizes:
+            found[f"{name}-{size}"] = {**domain, "data": {**data, "limit": {**others, "train": size}}}
+    return found

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from peftsearch.spec.errors import StudyError
 from peftsearch.spec.space import Range
-from peftsearch.spec.study import StudySpec
+from peftsearch.spec.study import MethodTraining, StudySpec
 from peftsearch.spec.yaml_file import Loc, parse_yaml
 
 
@@ -86,6 +86,7 @@ class StudyFile:
         return f"{self._place(error.loc)}: {error.message}"
 
     def _place(self, loc: Loc) -> str:
+        loc = self._as_written(loc)
         known = list(loc)
         while known and tuple(known) not in self.lines:
             known.pop()
@@ -125,11 +126,24 @@ class StudyFile:
             ):
                 break
             parts.append(part)
+        parts = list(self._as_written(tuple(parts)))
         if parts[:2] == ["models", 0] and ("models",) not in self.lines:
             parts = ["model", *parts[2:]]
         if parts[-1:] == ["path"] and tuple(parts[:-1]) in self.lines and not self._is_section(tuple(parts[:-1])):
             # A model that was written as a plain string.
             parts.pop()
+        return tuple(parts)
+
+    def _as_written(self, loc: Loc) -> Loc:
+        """Where a place of the specification stands in the file: search spaces have no section of their own there, and
+        the domains of a few-shot curve stand there once."""
+        parts = list(loc)
+        if parts[:1] == ["methods"] and parts[2:3] == ["space"]:
+            del parts[2]
+        if parts[:1] == ["domains"] and len(parts) > 1 and tuple(parts[:2]) not in self.lines:
+            name, _, size = str(parts[1]).rpartition("-")
+            if size.isdigit() and ("domains", name) in self.lines:
+                parts[1] = name
         return tuple(parts)
 
     def _is_section(self, loc: Loc) -> bool:
@@ -158,6 +172,8 @@ def _expected(kind: str, message: str) -> str:
 
 def _keys_at(loc: Loc) -> list[str]:
     if loc[:1] == ("methods",):
+        if loc[2:] == ("training",):
+            return list(MethodTraining.model_fields)
         return list(Range.model_fields) if len(loc) == 3 else []
     model: Any = StudySpec
     for part in loc:

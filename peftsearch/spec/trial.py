@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
+from statistics import fmean, stdev
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -36,16 +38,54 @@ class Rung(BaseModel):
     )
 
 
+class Reading(BaseModel):
+    """One re-training of a confirmed configuration, and its one reading of the test split."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    seed: int = Field(description="Seed of the re-training")
+    value: float = Field(description="The domain's metric on the validation split, at the full budget")
+    loss: float = Field(description="Mean validation loss")
+    test: float | None = Field(default=None, description="The domain's metric on the test split; None without one")
+    test_loss: float | None = None
+    test_scores: dict[str, float] = Field(default_factory=dict, description="All scores of the task on the test split")
+    test_examples: int = 0
+    read_at: str | None = Field(default=None, description="When the test split was read: ISO 8601, UTC")
+    predictions: str | None = Field(
+        default=None, description="File of the predictions on the test split, relative to the study's folder"
+    )
+    steps: int = 0
+    train_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    peak_memory_bytes: int | None = None
+    examples_per_second: float | None = Field(default=None, description="Inference on the test split")
+
+
 class Confirmed(BaseModel):
-    """The same configuration with further seeds, and its one reading of the test split."""
+    """The same configuration with further seeds: mean and sample standard deviation over its readings."""
 
     model_config = ConfigDict(extra="forbid")
 
     seeds: int
     mean: float
     std: float
-    test_mean: float
-    test_std: float
+    test_mean: float | None = None
+    test_std: float | None = None
+    readings: tuple[Reading, ...] = ()
+
+    @classmethod
+    def of(cls, readings: Sequence[Reading]) -> Confirmed:
+        """Summarise readings (at least one); the deviation of a single one is 0."""
+        values = [reading.value for reading in readings]
+        tests = [reading.test for reading in readings if reading.test is not None]
+        return cls(
+            seeds=len(readings),
+            mean=fmean(values),
+            std=stdev(values) if len(values) > 1 else 0.0,
+            test_mean=fmean(tests) if tests else None,
+            test_std=(stdev(tests) if len(tests) > 1 else 0.0) if tests else None,
+            readings=tuple(readings),
+        )
 
 
 class TrialRecord(BaseModel):
@@ -78,6 +118,8 @@ class TrialRecord(BaseModel):
     started: str | None = Field(default=None, description="ISO 8601, UTC")
     finished: str | None = Field(default=None, description="ISO 8601, UTC")
     retries: int = Field(default=0, description="Segments done again because a worker died")
+    estimated_memory_bytes: int | None = Field(default=None, description="Peak expected before the trial was run")
+    estimated_seconds: float | None = Field(default=None, description="Training and evaluation expected beforehand")
 
     @property
     def scores(self) -> dict[str, float]:

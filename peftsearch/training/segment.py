@@ -43,6 +43,13 @@ class TrialPlan:
     method: str
     hyperparameters: Mapping[str, Any]
     seed: int
+    confirmation: bool = False
+    """Whether a finished trial's configuration is trained again, with another seed."""
+
+    @property
+    def key(self) -> str:
+        """Unique among everything that is trained in a study; names the folder of its files."""
+        return f"{self.number:05d}" + (f"-seed{self.seed}" if self.confirmation else "")
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,8 @@ class Segment:
     to_step: int
     final: bool = False
     """Whether ``to_step`` is the full budget: the weights are then kept for export."""
+    read_test: bool = False
+    """Whether the test split is read after the last step; only for confirmations."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,27 @@ class Probe:
 
     model: str
     domain: str
+
+
+@dataclass(frozen=True)
+class TestReading:
+    """What a confirmed model scored on the test split.
+
+    Attributes:
+        loss: Mean loss.
+        scores: All of the task's scores.
+        examples: How many they rest on.
+        seconds: Time that predicting took.
+        predictions: File of the predictions, relative to the study's folder.
+        read_at: When: ISO 8601, UTC.
+    """
+
+    loss: float
+    scores: dict[str, float]
+    examples: int
+    seconds: float
+    predictions: str
+    read_at: str
 
 
 @dataclass(frozen=True)
@@ -85,6 +115,9 @@ class SegmentResult:
     evaluation_seconds: float
     peak_memory_bytes: int
     worker: str = ""
+    test: TestReading | None = None
+    stopped: bool = False
+    """Whether early stopping ended the trial: this is its last result."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftsearch.spec import Range, StudyError, StudyFile, model_location, suggest
+from peftsearch.spec import Range, StudyError, StudyFile, StudySpec, model_location, suggest
 from peftsearch.spec.yaml_file import parse_yaml
 
 STUDY = """\
@@ -57,9 +57,13 @@ WRONG: list[tuple[str, str, str]] = [
     (DATA, "{}", "s.yaml, line 5: domains.clinical.data: name the data: either 'source', or 'train' with"),
     (DATA, "a.csv", f"s.yaml, line 5: domains.clinical.data: {SECTION}, not 'a.csv'"),
     (DATA, "{source: a, test: b}", "data: 'validation' and 'test' go with 'train', not with 'source'"),
-    (DATA, "{source: a, format: xml}", "data.format: 'xml' is not one of 'auto', 'csv', 'tsv', 'json', 'jsonl' or"),
+    (
+        DATA,
+        "{source: a, format: xml}",
+        "data.format: 'xml' is not one of 'auto', 'csv', 'tsv', 'json', 'jsonl', 'parquet' or",
+    ),
     (DATA, "{source: a, header: []}", "s.yaml, line 5: domains.clinical.data.header: must not be empty"),
-    (DATA, "{source: a, limit: 0}", "data.limit.train: must be greater than or equal to 1, not 0"),
+    (DATA, "{source: a, limit: 0}", "data.limit.train: must be a whole number of at least 1"),
     (DATA, "{source: a, limit: some}", f"data.limit: {SECTION}, not 'some'"),
     (DATA, "{source: a, columns: {txt: b}}", "data.columns.txt: unknown key; did you mean 'text'?"),
     (
@@ -167,14 +171,44 @@ def test_overrides_reach_sections_that_the_file_leaves_out() -> None:
     spec = StudyFile.parse(
         STUDY, overrides=("search.trials=4", "tracking.mlflow=off", "methods.prompt={tokens: 5}")
     ).spec
-    assert (spec.search.trials, spec.tracking.mlflow, spec.methods["prompt"]) == (4, "off", {"tokens": 5})
+    assert (spec.search.trials, spec.tracking.mlflow, spec.methods["prompt"].space) == (4, "off", {"tokens": 5})
 
 
 def test_meaning() -> None:
     spec = StudyFile.parse(STUDY.replace("  lora:", "  full:\n  lora:")).spec
     assert [model.path for model in spec.models] == ["package:gt/model"]
-    assert spec.methods == {"full": {}, "lora": {"rank": Range(low=1, high=64, log=True)}}
+    assert {name: method.space for name, method in spec.methods.items()} == {
+        "full": {},
+        "lora": {"rank": Range(low=1, high=64, log=True)},
+    }
     assert spec.domain_max_length("clinical") == spec.training.max_length
+
+
+def test_a_method_may_train_otherwise_than_the_others() -> None:
+    spec = StudyFile.parse(STUDY.replace("  lora:", "  full: {training: {epochs: 7}}\n  lora:")).spec
+    assert spec.methods["full"].space == {}
+    assert spec.training_of("full").epochs == 7
+    assert spec.training_of("lora") == spec.training
+    assert StudySpec.model_validate(spec.model_dump(mode="json")) == spec
+
+
+def test_a_list_of_limits_makes_a_domain_of_each_size() -> None:
+    spec = StudyFile.parse(STUDY.replace(DATA, "{source: a, limit: {train: [16, 64], test: 9}}")).spec
+    limits = {name: domain.data.limit for name, domain in spec.domains.items()}
+    assert {name: (limit.train, limit.test) for name, limit in limits.items()} == {
+        "clinical-16": (16, 9),
+        "clinical-64": (64, 9),
+    }
+
+
+def test_a_place_in_a_few_shot_domain_or_a_search_space_is_named_as_it_is_written() -> None:
+    file = StudyFile.parse(STUDY.replace(DATA, "{source: a, limit: [16, 64]}"))
+    complaint = file.explain(StudyError("x", ("domains", "clinical-16", "data", "source")))
+    assert complaint.endswith("domains.clinical.data.source: x")
+    with pytest.raises(StudyError, match=r"methods\.full\.training\.epoch: unknown key; did you mean 'epochs'"):
+        StudyFile.parse(STUDY.replace("  lora:", "  full: {training: {epoch: 7}}\n  lora:"))
+    with pytest.raises(StudyError, match=r"methods\.full\.rank\.low: is missing"):
+        StudyFile.parse(STUDY.replace("  lora:", "  full: {rank: {high: 7}}\n  lora:"))
 
 
 def test_words_that_yaml_1_1_would_change() -> None:
