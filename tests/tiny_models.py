@@ -29,7 +29,7 @@ WORDS = tuple(
     share dividend bond yield equity hedge market price company money
     question answer context summary summarize text sentence label entity classify translate choice
     red green blue white black one two three four five run eat see go make take give find
-    """.split()
+    """.split()  # noqa: SIM905
 )
 """Words that are one token each (single letters, digits and punctuation are too)."""
 
