@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftsearch.frontier.front import DomainFront, complete, domain_fronts
 from peftsearch.frontier.tables import front_columns, front_rows, verdict
-from peftsearch.spec import StudyError, StudyFacts, TrialRecord, TrialState, suggest
+from peftsearch.spec import Confirmed, StudyError, StudyFacts, TrialRecord, TrialState, suggest
 from peftsearch.tracking.names import configuration_text, shorten
 
 if TYPE_CHECKING:
@@ -29,6 +29,21 @@ _PLOTLY_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "star", "pentag
 _MATPLOTLIB_SYMBOLS = ("o", "s", "D", "^", "*", "p", "h")
 _STEP_COLOUR = "#6b7280"
 _BASELINE_COLOUR = "#6b7280"
+
+
+def method_colour(index: int) -> str:
+    """Colour of the study's method number ``index``."""
+    return _COLOURS[index % len(_COLOURS)]
+
+
+def method_marker(index: int) -> str:
+    """Matplotlib's symbol of the study's method number ``index``."""
+    return _MATPLOTLIB_SYMBOLS[_symbol(index)]
+
+
+def _symbol(index: int) -> int:
+    """From the eighth method on, colours come back with another symbol."""
+    return (index + index // len(_COLOURS)) % len(_COLOURS)
 
 
 def front_figure(records: Iterable[TrialRecord], domain: str, facts: StudyFacts) -> go.Figure:
@@ -107,8 +122,8 @@ def front_png(records: Iterable[TrialRecord], facts: StudyFacts, domain: str | N
         for axis in axes[len(fronts) :]:
             axis.set_axis_off()
         for axis, front in zip(axes, fronts, strict=False):
-            _draw(axis, front, facts)
-        handles = _legend(fronts, facts)
+            draw_front(axis, front, facts)
+        handles = front_legend(fronts, facts)
         if handles:
             figure.legend(
                 handles=handles, loc="outside lower center", ncols=min(len(handles), 4 * columns), frameon=False
@@ -138,7 +153,7 @@ def _domain(records: Iterable[TrialRecord], domain: str, facts: StudyFacts) -> D
     return fronts[domain]
 
 
-def _methods(fronts: Iterable[DomainFront], facts: StudyFacts) -> list[str]:
+def methods_in_order(fronts: Iterable[DomainFront], facts: StudyFacts) -> list[str]:
     """In the order of the study file, so that a method looks the same in every picture of the study."""
     return list(dict.fromkeys([*facts.methods, *(record.method for front in fronts for record in front.records)]))
 
@@ -147,7 +162,7 @@ def _groups(front: DomainFront, facts: StudyFacts) -> list[_Group]:
     chosen = {record.number for record in front.front}
     groups = []
     for on_front in (False, True):
-        for method in _methods([front], facts):
+        for method in methods_in_order([front], facts):
             mine = [
                 record
                 for record in complete(front.records)
@@ -181,6 +196,8 @@ def _x_range(front: DomainFront) -> tuple[float, float]:
 def _y_range(front: DomainFront) -> tuple[float, float]:
     values = [record.value for record in [*complete(front.records), *_pruned(front)] if record.value is not None]
     values += [value for _, value in _baselines(front)]
+    for item in _confirmed(front):
+        values += [item.mean - item.std, item.mean + item.std]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     margin = max(0.08 * (high - low), 0.005)
     return low - margin, high + margin
@@ -222,6 +239,14 @@ def _label_sides(values: Sequence[float], low: float, high: float) -> list[bool]
     return above
 
 
+def _confirmed_trials(front: DomainFront) -> list[TrialRecord]:
+    return [record for record in complete(front.records) if record.confirmed and math.isfinite(record.confirmed.mean)]
+
+
+def _confirmed(front: DomainFront) -> list[Confirmed]:
+    return [record.confirmed for record in _confirmed_trials(front) if record.confirmed]
+
+
 def _metric(front: DomainFront) -> str:
     return front.facts.metric.replace("_", " ")
 
@@ -232,7 +257,7 @@ def _metric(front: DomainFront) -> str:
 def _figure(front: DomainFront, facts: StudyFacts) -> go.Figure:
     import plotly.graph_objects as go
 
-    methods = _methods([front], facts)
+    methods = methods_in_order([front], facts)
     low, high = _x_range(front)
     bottom, top = _y_range(front)
     figure = go.Figure()
@@ -277,9 +302,9 @@ def _figure(front: DomainFront, facts: StudyFacts) -> go.Figure:
                 legendrank=1000 + style,
                 showlegend=group.method not in shown,
                 marker={
-                    "symbol": _PLOTLY_SYMBOLS[style % len(_PLOTLY_SYMBOLS)],
+                    "symbol": _PLOTLY_SYMBOLS[_symbol(style)],
                     "size": 12 if group.on_front else 8,
-                    "color": _COLOURS[style % len(_COLOURS)],
+                    "color": method_colour(style),
                     "opacity": 1.0 if group.on_front else 0.4,
                     "line": {"width": 1.2 if group.on_front else 0, "color": "white"},
                 },
@@ -288,6 +313,20 @@ def _figure(front: DomainFront, facts: StudyFacts) -> go.Figure:
             )
         )
         shown.add(group.method)
+    confirmed = _confirmed(front)
+    if confirmed:
+        figure.add_trace(
+            go.Scatter(
+                x=[_x(record) for record in _confirmed_trials(front)],
+                y=[item.mean for item in confirmed],
+                error_y={"type": "data", "array": [item.std for item in confirmed], "width": 5, "thickness": 1.2},
+                mode="lines",
+                line={"width": 0, "color": _STEP_COLOUR},
+                name="confirmed: mean ± deviation over seeds",
+                legendrank=2500,
+                hoverinfo="skip",
+            )
+        )
     baselines = _baselines(front)
     sides = _label_sides([value for _, value in baselines], bottom, top)
     for (title, value), above in zip(baselines, sides, strict=True):
@@ -455,11 +494,12 @@ _SCRIPT = """
 # --- matplotlib ---
 
 
-def _draw(axis: Axes, front: DomainFront, facts: StudyFacts) -> None:
+def draw_front(axis: Axes, front: DomainFront, facts: StudyFacts) -> None:
+    """Draw one domain's front with matplotlib; confirmed trials carry the mean and deviation over their seeds."""
     from matplotlib.patheffects import withStroke
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    methods = _methods([front], facts)
+    methods = methods_in_order([front], facts)
     low, high = _x_range(front)
     bottom, top = _y_range(front)
     axis.set_xscale("log")
@@ -512,25 +552,39 @@ def _draw(axis: Axes, front: DomainFront, facts: StudyFacts) -> None:
         axis.text(0.5, 0.5, "no finished trial yet", transform=axis.transAxes, ha="center", color="#374151")
     for group in _groups(front, facts):
         style = methods.index(group.method)
-        marker = _MATPLOTLIB_SYMBOLS[style % len(_MATPLOTLIB_SYMBOLS)]
+        marker = method_marker(style)
         axis.scatter(
             [_x(record) for record in group.records],
             [float(record.value or 0) for record in group.records],
             marker=marker,
             s=(75 if group.on_front else 30) * (1.9 if marker == "*" else 1),
-            color=_COLOURS[style % len(_COLOURS)],
+            color=method_colour(style),
             alpha=1.0 if group.on_front else 0.35,
             edgecolors="white" if group.on_front else "none",
             linewidths=1.0,
             zorder=5 if group.on_front else 2,
         )
+    confirmed = _confirmed(front)
+    if confirmed:
+        axis.errorbar(
+            [_x(record) for record in _confirmed_trials(front)],
+            [item.mean for item in confirmed],
+            yerr=[item.std for item in confirmed],
+            fmt="_",
+            color="#374151",
+            markersize=7,
+            capsize=2.5,
+            linewidth=1.1,
+            zorder=6,
+        )
 
 
-def _legend(fronts: Sequence[DomainFront], facts: StudyFacts) -> list[Any]:
+def front_legend(fronts: Sequence[DomainFront], facts: StudyFacts) -> list[Any]:
+    """Handles for matplotlib's legend of `draw_front`."""
     from matplotlib.lines import Line2D
 
     handles: list[Any] = []
-    methods = _methods(fronts, facts)
+    methods = methods_in_order(fronts, facts)
     present = {record.method for front in fronts for record in complete(front.records)}
     for style, method in enumerate(methods):
         if method in present:
@@ -539,8 +593,8 @@ def _legend(fronts: Sequence[DomainFront], facts: StudyFacts) -> list[Any]:
                     [],
                     [],
                     linestyle="none",
-                    marker=_MATPLOTLIB_SYMBOLS[style % len(_MATPLOTLIB_SYMBOLS)],
-                    color=_COLOURS[style % len(_COLOURS)],
+                    marker=method_marker(style),
+                    color=method_colour(style),
                     markersize=8,
                     label=method,
                 )
@@ -551,6 +605,10 @@ def _legend(fronts: Sequence[DomainFront], facts: StudyFacts) -> list[Any]:
             Line2D(
                 [], [], linestyle="none", marker="o", color=_STEP_COLOUR, alpha=0.3, markersize=5.5, label="dominated"
             )
+        )
+    if any(_confirmed(front) for front in fronts):
+        handles.append(
+            Line2D([], [], linestyle="none", marker="_", color="#374151", markersize=8, label="mean ± std over seeds")
         )
     if any(_pruned(front) for front in fronts):
         handles.append(
