@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import multiprocessing
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from peftsearch.events import StudyEvents
+from peftsearch.frontier.front import finalists
+from peftsearch.search.cells import Cell
+from peftsearch.search.confirmation import Confirmations
+from peftsearch.search.counts import ParameterCount
+from peftsearch.search.estimate import Format, TrialCosts, measured_speeds, number_formats
 from peftsearch.search.plan import StudyPlan
-from peftsearch.search.run import Observer, StudyRun
+from peftsearch.search.run import Observer, StudyRun, TrialCost
 from peftsearch.spec import Baseline, StudyFacts
 from peftsearch.tracking import Ledger
+from peftsearch.training.segment import Segment
 from peftsearch.workers import SlotPlan, SlotPool, quiet_ray_environment
 
 log = logging.getLogger(__name__)
-
-_BASELINE_TITLES = {"majority": "majority class", "linear_probe": "logistic regression on frozen embeddings"}
 
 
 class StopRequest:
@@ -94,8 +100,9 @@ def run_study(
     observers: Sequence[Observer],
     save_facts: Callable[[StudyFacts], None],
     stopped: StopRequest,
+    guesses: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> None:
-    """Run the remaining trials of a study.
+    """Run the remaining trials of a study, and then confirm its finalists.
 
     Args:
         plan: The checked study.
@@ -107,23 +114,42 @@ def run_study(
         observers: Further observers of trials.
         save_facts: Called when facts have been added.
         stopped: Whether somebody asked to stop.
+        guesses: By method, configurations of another study to try first.
 
     Raises:
         StudyError: The cluster cannot hold a slot.
         RuntimeError: No worker could be started.
     """
     spec = plan.spec
+    listeners = [events, *observers]
+    costs = _Costs(plan)
     run = StudyRun(
-        spec.search, [item.cell for item in plan.cells], plan.searches(), plan.count, ledger, [events, *observers]
+        spec.search,
+        [item.cell for item in plan.cells],
+        plan.searches(),
+        plan.count,
+        ledger,
+        listeners,
+        cost=costs,
+        guesses=guesses,
     )
-    if run.finished() and not _missing_baselines(plan, facts):
+
+    def confirmations() -> Confirmations:
+        seeds = range(spec.search.seed + 1, spec.search.seed + 1 + spec.confirm.seeds)
+        chosen = finalists(ledger.records, facts, spec.confirm)
+        return Confirmations(chosen, seeds, run.domains, ledger, folder, listeners, events.warning)
+
+    if run.finished() and confirmations().finished and not _missing_baselines(plan, facts):
         events.planned(run)
         return
     if stopped():
         return
+    if not run.finished():
+        costs.measure()
     events.phase("starting Ray")
     with ray_cluster(address) as nodes:
         slots = SlotPlan.fit(spec.resources, nodes)
+        costs.slot(slots)
         workers = plan.for_workers(folder, slots.cpus)
         pool = SlotPool(workers, slots, spec.resources.max_retries, folder / "ray")
         events.phase(f"warming up {slots.slots} slot{'s' if slots.slots > 1 else ''}")
@@ -139,6 +165,8 @@ def run_study(
             probes = _start_probes(pool, plan, facts, save_facts, events)
             events.planned(run)
             run_trials(run, pool.dispatcher, slots.slots, over)
+            if spec.confirm.seeds and not over():
+                _confirm(confirmations(), pool, slots.slots, over, events)
             while probes.is_alive() and not over():
                 probes.join(0.2)
             if pool.lost() and not stopped():
@@ -146,6 +174,74 @@ def run_study(
         finally:
             # An interrupted segment is not waited for: it is trained again from its checkpoint.
             pool.stop(timeout=5.0 if stopped() else 30.0)
+
+
+class _Costs:
+    """`TrialCosts` for the slots of this run. How fast they are is measured on the driver's machine, before the workers
+    take its cores; without that measurement, time is not estimated."""
+
+    def __init__(self, plan: StudyPlan) -> None:
+        self._plan = plan
+        self._costs = TrialCosts(plan)
+        self._speeds: dict[Format, float] | None = None
+
+    def measure(self) -> None:
+        """Take about 0.2 s to see how fast this machine is."""
+        formats = number_formats(self._plan)
+        if not self._plan.spec.resources.gpus_per_worker:
+            self._speeds = measured_speeds(formats, on_gpu=False)
+            return
+        # A process that has touched a GPU keeps some of its memory, which the workers need: another one does it.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            try:
+                self._speeds = process.submit(measured_speeds, formats, True).result()
+            except Exception as error:  # the GPU's driver, the machine's limits: only an estimate is missing then
+                log.warning("the speed of this machine's GPU could not be measured: %s", error)
+
+    def slot(self, slots: SlotPlan) -> None:
+        """From now on, say how long a trial takes on one of these slots."""
+        import torch
+
+        if self._speeds is not None:
+            share = slots.workers * (1 if slots.gpus else slots.cpus / torch.get_num_threads())
+            self._costs = TrialCosts(self._plan, {name: speed * share for name, speed in self._speeds.items()})
+
+    def __call__(self, cell: Cell, hyperparameters: Mapping[str, Any], count: ParameterCount) -> TrialCost:
+        return self._costs(cell, hyperparameters, count)
+
+
+def _confirm(
+    confirmations: Confirmations, pool: SlotPool, concurrency: int, over: Callable[[], bool], events: StudyEvents
+) -> None:
+    """Train the finalists again, as many at once as there are slots; the same slots that ran the trials."""
+    import ray
+
+    def tell() -> None:
+        events.confirmations(confirmations.done, confirmations.failed, confirmations.planned)
+
+    def submit(segment: Segment) -> None:
+        pending[pool.dispatcher.submit.remote(segment)] = segment
+
+    if confirmations.finished:
+        return
+    events.phase("confirming the finalists with further seeds")
+    tell()
+    pending: dict[Any, Segment] = {}
+    while not over():
+        while len(pending) < concurrency and (first := confirmations.next()) is not None:
+            submit(first)
+        if not pending:
+            return
+        ready, _ = ray.wait(list(pending), timeout=0.5)
+        for reference in ready:
+            segment = pending.pop(reference)
+            outcome, _ = ray.get(reference)
+            following = confirmations.answered(segment, outcome)
+            if following is not None:
+                submit(following)
+            else:
+                pool.dispatcher.end.remote(segment.trial.key)
+                tell()
 
 
 def _missing_baselines(plan: StudyPlan, facts: StudyFacts) -> list[tuple[str, str]]:
@@ -188,7 +284,7 @@ def _start_probes(
             metric = facts.domains[domain].metric
             found = {
                 name: Baseline(
-                    title=_BASELINE_TITLES[name],
+                    title=outcome.titles[name],
                     value=scores[metric],
                     scores=scores,
                     trainable_parameters=outcome.parameters[name],

@@ -22,6 +22,9 @@ class StudyEvents(Protocol):
     def trial_changed(self, record: TrialRecord) -> None:
         """A trial was started, evaluated or ended."""
 
+    def confirmations(self, done: int, failed: int, planned: int) -> None:
+        """So many re-trainings of finalists are done, could not be done, and are planned."""
+
     def baselines(self, domain: str, baselines: dict[str, Baseline]) -> None:
         """A domain's baselines are known."""
 
@@ -42,6 +45,9 @@ class SilentEvents:
         """See `StudyEvents`."""
 
     def trial_changed(self, record: TrialRecord) -> None:
+        """See `StudyEvents`."""
+
+    def confirmations(self, done: int, failed: int, planned: int) -> None:
         """See `StudyEvents`."""
 
     def baselines(self, domain: str, baselines: dict[str, Baseline]) -> None:

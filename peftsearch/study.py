@@ -117,6 +117,7 @@ class Study:
             raise StudyError("this study was opened by name: load it from its file to validate or run it")
         _check_storage(self.folder)
         try:
+            self._guesses()
             return plan_study(self.file, self.folder.cache)
         except StudyError as error:
             raise StudyError(self.file.explain(error)) from None
@@ -144,10 +145,13 @@ class Study:
             events.phase("checking the study and preparing its data")
             self._check_unchanged()
             plan = self.validate()
+            guesses, found_in = self._guesses()
             self._check_ledger()
             self.folder.create()
             with self.folder.held():
                 facts = self._facts(plan)
+                if found_in:
+                    facts.provenance["warm_start"] = found_in
                 self._write_files()
                 self._save_facts(facts)
                 with closing(self._ledger(plan)) as ledger:
@@ -169,6 +173,7 @@ class Study:
                                 observers,
                                 self._save_facts,
                                 stopped,
+                                guesses,
                             )
                         except StudyError as error:
                             assert self.file is not None
@@ -221,18 +226,26 @@ class Study:
         return fronts if domain is None else {domain: fronts[domain]}
 
     def status(self) -> dict[str, Any]:
-        """Where the study stands, in the shape of ``status --json``."""
+        """Where the study stands, in the shape of ``status --json``.
+
+        ``confirmations.planned`` is None until the search has ended: who the finalists are is not known before.
+        """
+        from peftsearch.search.cells import planned_trials
+
         driver = read_json(self.folder.driver) or {}
-        records = self.trials()
+        with closing(Ledger(self.ledger_url, self.name)) as ledger:
+            records = ledger.records
+            planned = planned_trials(self.spec) - _left_out(self.spec, ledger)
+            confirmations = self._confirmations(ledger, planned)
         counts = {state.value.lower(): sum(r.state is state for r in records) for state in TrialState}
         held = self.folder.is_held()
         state = "running" if held else ("finished" if driver.get("state") == "finished" else "interrupted")
-        planned = self.spec.search.trials * len(self.spec.models) * len(self.spec.domains) * len(self.spec.methods)
         return {
             "study": self.name,
             "state": state,
             "counts": counts,
             "planned": planned,
+            "confirmations": confirmations,
             "elapsed_seconds": _elapsed(driver, held),
             "ledger": hide_password(self.ledger_url),
             "mlflow_tracking_uri": self.mlflow_tracking_uri,
@@ -303,6 +316,60 @@ class Study:
 
     # --- inside ---
 
+    def _guesses(self) -> tuple[dict[str, list[dict[str, Any]]], str]:
+        """What ``search.warm_start`` brings: configurations by method, best first, and where they are from.
+
+        A study's fronts are taken model by model. Scores of different domains do not compare: the best trials of all
+        fronts come first, then the second ones, and so on.
+
+        Raises:
+            StudyError: There is no such study, it has not finished, or it is this one.
+        """
+        name = self.spec.search.warm_start
+        if name is None:
+            return {}, ""
+        loc = ("search", "warm_start")
+        if name == self.name:
+            raise StudyError("a study cannot start from its own front: name another one", loc)
+        try:
+            other = Study.open(name, self.folder.storage)
+            if other.status()["state"] != "finished":
+                raise StudyError(f"the study {name!r} has not finished: run it to its end first")
+            fronts = other.frontier()
+        except StudyError as error:
+            raise StudyError(error.message, loc) from None
+        ranked: list[tuple[int, TrialRecord]] = []
+        for front in fronts.values():
+            for records in front.by_model.values():
+                sign = 1 if front.facts.direction == "maximize" else -1
+                best_first = sorted(records, key=lambda record: (-sign * (record.value or 0.0), record.number))
+                methods: dict[str, int] = {}
+                for record in best_first:
+                    methods[record.method] = methods.get(record.method, -1) + 1
+                    ranked.append((methods[record.method], record))
+        guesses: dict[str, list[dict[str, Any]]] = {}
+        used: list[int] = []
+        for _, record in sorted(ranked, key=lambda item: item[0]):
+            if record.method in self.spec.methods:
+                guesses.setdefault(record.method, []).append(dict(record.hyperparameters))
+                used.append(record.number)
+        trials = ", ".join(map(str, sorted(used))) or "none of its trials has a method of this study"
+        return guesses, f"{name}: {trials}"
+
+    def _confirmations(self, ledger: Ledger, planned: int) -> dict[str, int | None]:
+        from peftsearch.frontier.front import finalists
+
+        records = ledger.records
+        done = sum(len(record.confirmed.readings) for record in records if record.confirmed)
+        failed = sum(len(ledger.failed_confirmations(record.number)) for record in records)
+        searched = len(records) >= planned and not any(record.state is TrialState.RUNNING for record in records)
+        wanted: int | None = None
+        if self.spec.confirm.seeds == 0:
+            wanted = 0
+        elif searched:
+            wanted = self.spec.confirm.seeds * len(finalists(records, self.facts(), self.spec.confirm))
+        return {"done": done, "failed": failed, "planned": wanted}
+
     def _facts(self, plan: StudyPlan) -> StudyFacts:
         from peftsearch.tracking.provenance import provenance
 
@@ -363,7 +430,8 @@ class Study:
             old, new = before.get(key), now.get(key)
             if old == new or key.startswith(("resources.", "description")) or key == "tracking.mlflow":
                 continue
-            if key == "search.trials" and isinstance(old, int) and isinstance(new, int) and new > old:
+            more = isinstance(old, int) and isinstance(new, int) and new > old
+            if more and key in ("search.trials", "confirm.seeds"):
                 continue
             raise StudyError(
                 f"the study {self.name!r} was begun with {key} = {old!r} and the file now says {new!r}: "
@@ -413,7 +481,8 @@ class Study:
             tracker.report(name, domain_report(records, facts, name))
 
     def _discard_dominated_weights(self, records: list[TrialRecord], facts: StudyFacts) -> None:
-        """Keep the weights of the trials that can be exported: those on the front of their domain and model.
+        """Keep the weights of the trials that can be exported: those on the front of their domain and model, and those
+        that were confirmed.
 
         A trial that is dominated stays so, whatever is tried later; full fine-tuning would otherwise fill the disk.
         """
@@ -426,6 +495,7 @@ class Study:
             for model in facts.models:
                 own = [record for record in records if record.domain == name and record.model == model]
                 kept |= {record.number for record in front(own, domain.direction)}
+                kept |= {record.number for record in own if record.confirmed}
         for record in records:
             if record.state is not TrialState.RUNNING and record.number not in kept:
                 shutil.rmtree(self.folder.path / "trials" / f"{record.number:05d}", ignore_errors=True)
@@ -464,6 +534,20 @@ def _check_storage(folder: StudyFolder) -> None:
         raise StudyError(
             f"cannot write to the storage {folder.storage}: choose another with --storage or PEFTSEARCH_STORAGE"
         )
+
+
+def _left_out(spec: StudySpec, ledger: Ledger) -> int:
+    """Combinations of grids that are outside the study's limits, where that leaves a cell fewer trials."""
+    from peftsearch.search.cells import study_cells, trials_of
+    from peftsearch.search.proposals import Grid
+
+    if spec.search.sampler != "grid":
+        return 0
+    left_out = 0
+    for cell in study_cells(spec):
+        fitting = Grid(cell.space).size - ledger.infeasible(cell.key)
+        left_out += max(0, trials_of(spec.search, cell.space) - fitting)
+    return left_out
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

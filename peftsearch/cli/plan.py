@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from peftsearch.study import Study
 
 
+_WANTED = {
+    "front": "the trials of each domain's front",
+    "methods": "each method's best trials",
+    "both": "each method's best trials and those of each domain's front",
+}
+
+
 def print_plan(console: Console, study: Study, plan: StudyPlan) -> None:
     """Print a checked study: its domains, models and cells, how much it will train, and what that roughly takes."""
     from peftsearch.search.estimate import estimate
@@ -42,14 +49,30 @@ def print_plan(console: Console, study: Study, plan: StudyPlan) -> None:
 def totals(plan: StudyPlan, estimated: Estimate) -> list[str]:
     """Trials, steps, memory and time, in sentences."""
     spec = plan.spec
-    trials = spec.search.trials * len(plan.cells)
-    steps = sum(spec.search.trials * plan.budgets[item.cell.domain].total_steps for item in plan.cells)
+    trials = sum(plan.trials(item.cell) for item in plan.cells)
+    steps = sum(
+        plan.trials(item.cell) * plan.budgets[item.cell.domain, item.cell.method].total_steps for item in plan.cells
+    )
     where = "of GPU memory" if spec.resources.gpus_per_worker else "of memory"
     lines = [
         f"{trials:,} trials in {len(plan.cells)} cells, {steps:,} optimiser steps if none is pruned "
         f"(scheduler: {spec.search.scheduler}).",
         f"Rough estimate: about {size(estimated.worker_bytes)} {where} per worker ({estimated.largest} needs most).",
     ]
+    small = sorted({item.cell.method for item in plan.cells if plan.trials(item.cell) < spec.search.trials})
+    if small:
+        verb = "has" if len(small) == 1 else "have"
+        lines.append(
+            f"The grid of {', '.join(small)} {verb} fewer combinations than search.trials ({spec.search.trials}): "
+            "those cells are done when their grid is."
+        )
+    limits = {"parameters": spec.search.max_parameters, "GiB of memory per worker": spec.search.max_memory}
+    lines += [f"Configurations with more than {limit:,} {what} are not run." for what, limit in limits.items() if limit]
+    if spec.confirm.seeds:
+        lines.append(
+            f"Then {_WANTED[spec.confirm.finalists]} are trained again with {spec.confirm.seeds} further "
+            f"seed{'s' if spec.confirm.seeds > 1 else ''}, and scored once on the test split."
+        )
     if estimated.seconds is None:
         lines.append(f"Rough estimate of the time: none, {estimated.device}.")
     else:
@@ -71,10 +94,13 @@ def _domains(plan: StudyPlan) -> Table:
     numbers = ("train", "validation", "test", "labels", "length", "steps", "evaluations")
     table = _table("Domains", "domain", "task", "metric", *numbers, "source", right=numbers)
     for name, domain in plan.domains.items():
-        budget = plan.budgets[name]
+        budgets = [plan.budgets[name, method] for method in plan.spec.methods]
+        steps = sorted({budget.total_steps for budget in budgets})
+        evaluations = sorted({len(budget.evaluation_steps) for budget in budgets})
         rows = [f"{domain.rows[split]:,}" if split in domain.rows else "-" for split in ("train", "validation", "test")]
         words = [name, domain.task_name, domain.metric, *rows, str(len(domain.labels)), str(domain.max_length)]
-        words += [f"{budget.total_steps:,}", str(len(budget.evaluation_steps)), domain.source]
+        words += [_span(f"{steps[0]:,}", f"{steps[-1]:,}"), _span(str(evaluations[0]), str(evaluations[-1]))]
+        words += [domain.source]
         table.add_row(*map(Text, words))
     return table
 
@@ -93,7 +119,7 @@ def _cells(plan: StudyPlan) -> Table:
     for item in plan.cells:
         cell = item.cell
         total = plan.model_facts[cell.model].total_parameters
-        words = [cell.domain, *([cell.model] if several else []), cell.method, str(plan.spec.search.trials)]
+        words = [cell.domain, *([cell.model] if several else []), cell.method, str(plan.trials(cell))]
         words += [
             _span(f"{item.smallest.trainable:,}", f"{item.largest.trainable:,}"),
             _span(_percent(item.smallest.trainable / total), _percent(item.largest.trainable / total)),

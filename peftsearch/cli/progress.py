@@ -96,6 +96,7 @@ class Progress:
         self._trials: dict[int, tuple[str, TrialState, float]] = {}
         self._domains: dict[str, _Domain] = {}
         self._reasons: set[str] = set()
+        self._confirmed: tuple[int, int, int] | None = None
         # Last, as it asks for the view at once.
         self._live = Live(get_renderable=self._view, console=console, refresh_per_second=4)
 
@@ -169,6 +170,17 @@ class Progress:
         if line:
             self._say(line)
 
+    def confirmations(self, done: int, failed: int, planned: int) -> None:
+        """See `StudyEvents`."""
+        with self._lock:
+            self._confirmed = (done, failed, planned)
+            say = self._plain and (done + failed == planned or self._clock() - self._said >= INTERVAL)
+            if say:
+                self._said = self._clock()
+            text = self._confirmations()
+        if say:
+            self._say(text)
+
     def baselines(self, domain: str, baselines: dict[str, Baseline]) -> None:
         """See `StudyEvents`."""
         with self._lock:
@@ -237,6 +249,12 @@ class Progress:
         counts = self._counts
         return ", ".join(f"{counts[state]} {state.value.lower()}" for state in order)
 
+    def _confirmations(self) -> str:
+        assert self._confirmed is not None
+        done, failed, planned = self._confirmed
+        lost = f", {failed} failed" if failed else ""
+        return f"{done} of {planned} confirmations{lost}; {duration(self._clock() - self._began)}"
+
     def _line(self) -> str:
         best = [
             f"{name} {domain.best.value:.4f} ({domain.best.method})"
@@ -278,6 +296,8 @@ class Progress:
                     Text(self._numbers(), style="dim"),
                 )
                 parts += [bar, self._table()]
+            if self._confirmed is not None:
+                parts.append(Text(self._confirmations()))
             if self._stopping:
                 parts.append(Text(_STOPPING, style="bold yellow"))
             return Fitted(Group(*parts))

@@ -14,7 +14,16 @@ from typing import Literal, get_args
 import numpy as np
 
 from peftsearch.search.pareto import non_dominated
-from peftsearch.spec import Direction, DomainFacts, StudyError, StudyFacts, TrialRecord, TrialState, suggest
+from peftsearch.spec import (
+    ConfirmSpec,
+    Direction,
+    DomainFacts,
+    StudyError,
+    StudyFacts,
+    TrialRecord,
+    TrialState,
+    suggest,
+)
 
 Pick = Literal["frontier", "best", "knee"]
 
@@ -136,6 +145,41 @@ def domain_fronts(records: Iterable[TrialRecord], facts: StudyFacts) -> dict[str
             mine,
         )
     return fronts
+
+
+def finalists(records: Iterable[TrialRecord], facts: StudyFacts, confirm: ConfirmSpec) -> list[TrialRecord]:
+    """The trials to train again with further seeds: each method's best for each model, and the domain's front.
+
+    Args:
+        records: All trials of the study.
+        facts: The study's facts.
+        confirm: Which of the two, and how many per domain.
+
+    Returns:
+        Domain by domain; within a domain the methods' best (the best of them first), then the front from its most
+        accurate trial on. None twice; what is beyond ``max_finalists`` is left out.
+    """
+    records = list(records)
+    chosen: list[TrialRecord] = []
+    for domain, domain_facts in facts.domains.items():
+        direction = domain_facts.direction
+        cells: dict[tuple[str, str], list[TrialRecord]] = {}
+        for record in complete(record for record in records if record.domain == domain):
+            cells.setdefault((record.model, record.method), []).append(record)
+        methods = _by_goodness([_best(mine, direction) for mine in cells.values()], direction)
+        over_all = _by_goodness(front([record for mine in cells.values() for record in mine], direction), direction)
+        wanted = (methods if confirm.finalists != "front" else []) + (
+            over_all if confirm.finalists != "methods" else []
+        )
+        distinct = {record.number: record for record in wanted}
+        chosen += list(distinct.values())[: confirm.max_finalists]
+    return chosen
+
+
+def _by_goodness(records: Iterable[TrialRecord], direction: Direction) -> list[TrialRecord]:
+    return sorted(
+        records, key=lambda record: (-goodness(record, direction), record.trainable_parameters, record.number)
+    )
 
 
 def pick(

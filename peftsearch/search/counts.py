@@ -33,7 +33,7 @@ class ParameterCounter:
         self._models = models
         # Only what decides a head: a checked domain holds its whole text.
         self._heads = {name: (domain.task, domain.labels) for name, domain in domains.items()}
-        self._bare: dict[tuple[str, str], Any] = {}
+        self._bare: dict[tuple[str, str], tuple[Any, tuple[str, ...]]] = {}
         self._counts: dict[tuple[Any, ...], ParameterCount] = {}
 
     def count(self, model: str, domain: str, space: MethodSpace, hyperparameters: Mapping[str, Any]) -> ParameterCount:
@@ -49,19 +49,22 @@ class ParameterCounter:
 
     def total(self, model: str, domain: str) -> int:
         """Parameters of the whole model with the domain's head."""
-        return sum(parameter.numel() for parameter in self._meta(model, domain).parameters())
+        return sum(parameter.numel() for parameter in self._meta(model, domain)[0].parameters())
 
     def architecture(self, model: str, domain: str) -> str:
         """Class of the model."""
-        return type(self._meta(model, domain)).__name__
+        return type(self._meta(model, domain)[0]).__name__
 
-    def _meta(self, model: str, domain: str) -> Any:
+    def _meta(self, model: str, domain: str) -> tuple[Any, tuple[str, ...]]:
+        """The model on the meta device, and its modules to save."""
+        from peftsearch.domains.models import architecture_of, model_config
         from peftsearch.training.base_model import meta_model
 
         key = (model, domain)
         if key not in self._bare:
             place, (task, labels) = self._models[model], self._heads[domain]
-            self._bare[key] = meta_model(place.location, place.revision, task, labels)
+            head = task.heads[architecture_of(model_config(place.location, place.revision))]
+            self._bare[key] = meta_model(place.location, place.revision, task, head, labels)
         return self._bare[key]
 
     def _build(self, model: str, domain: str, method: str, hyperparameters: Mapping[str, Any]) -> ParameterCount:
@@ -69,12 +72,16 @@ class ParameterCounter:
 
         import torch
 
+        from peftsearch.domains.models import architecture_of, model_config
         from peftsearch.methods import AttachContext
         from peftsearch.training.base_model import count_exported, count_trainable
 
         chosen, (task, labels) = METHODS[method], self._heads[domain]
         chosen.check(hyperparameters)
-        context = AttachContext(task.peft_task_type, self._models[model].location, labels)
+        place = self._models[model]
+        head = task.heads[architecture_of(model_config(place.location, place.revision))]
+        bare, modules_to_save = self._meta(model, domain)
+        context = AttachContext(head.peft_task_type, place.location, labels, modules_to_save)
         with torch.device("meta"):
-            attached = chosen.attach(copy.deepcopy(self._meta(model, domain)), hyperparameters, context)
+            attached = chosen.attach(copy.deepcopy(bare), hyperparameters, context)
         return ParameterCount(count_trainable(attached), count_exported(attached))

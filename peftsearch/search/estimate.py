@@ -5,14 +5,21 @@ Good to a factor of about two: enough to tell minutes from days, and a model tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
+from peftsearch.search.cells import corners
+from peftsearch.search.run import TrialCost
+
 if TYPE_CHECKING:
     import torch
 
+    from peftsearch.methods import Quantization
+    from peftsearch.search.cells import Cell
+    from peftsearch.search.counts import ParameterCount
     from peftsearch.search.plan import StudyPlan
 
 Format = Literal["fp32", "bf16"]
@@ -61,6 +68,19 @@ class ModelShape:
             hidden=hidden,
             weight_bytes=int(getattr(dtype, "itemsize", 4)),
         )
+
+
+QUANTIZED_BYTES: Mapping[Quantization, float] = {"nf4": 0.5 + 0.127 / 8, "int8": 1.0}
+"""Bytes per quantised weight: nf4 with double quantisation takes 4.127 bits (Dettmers et al. 2023, "QLoRA", section 3);
+int8 has one byte and a scale per row, which is next to nothing."""
+
+
+def frozen_bytes(shape: ModelShape, quantization: Quantization | None) -> int:
+    """The frozen base in memory; of a quantised one the embeddings keep their format."""
+    if quantization is None:
+        return shape.parameters * shape.weight_bytes
+    multiplied = shape.parameters - shape.embeddings
+    return round(multiplied * QUANTIZED_BYTES[quantization] + shape.embeddings * shape.weight_bytes)
 
 
 def activation_bytes(shape: ModelShape, batch: int, length: int, compute_bytes: int) -> int:
@@ -163,59 +183,111 @@ def estimate(plan: StudyPlan) -> Estimate:
     """Estimate a checked study; measures this machine for about 0.2 s."""
     import torch
 
-    from peftsearch.training.precision import computes_bf16
-
     on_gpu = plan.spec.resources.gpus_per_worker > 0
     device = torch.device("cuda" if on_gpu else "cpu")
-    missing = on_gpu and not torch.cuda.is_available()
-    bf16 = not missing and plan.spec.training.precision != "fp32" and computes_bf16(device)
-    training: Format = "bf16" if bf16 or plan.spec.training.precision == "bf16" else "fp32"
-    worker_bytes, largest = _memory(plan, training, on_gpu)
-    if missing:
+    costs = TrialCosts(plan, measured_speeds(number_formats(plan), on_gpu))
+    peaks = {item.cell.key: (costs.memory(item.cell, item.largest), item.cell.method) for item in plan.cells}
+    worker_bytes, largest = max(peaks.values())
+    if costs.speeds is None:
         return Estimate(worker_bytes, largest, None, "no GPU on this machine")
-    speeds = {name: measured_speed(device, name) * EFFICIENCY[name] for name in sorted({training, "fp32"})}
     count = torch.cuda.device_count() if on_gpu else 1
     name = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} CPU cores"
-    seconds = _seconds(plan, speeds[training], speeds["fp32"]) / count
+    seconds = sum(plan.trials(item.cell) * (costs.seconds(item.cell) or 0.0) for item in plan.cells) / count
     return Estimate(worker_bytes, largest, seconds, f"{count} x {name}" if count > 1 else name)
 
 
+def number_formats(plan: StudyPlan) -> list[Format]:
+    """The formats that a study computes in."""
+    return sorted({_training_format(plan), "fp32"})
+
+
+def measured_speeds(formats: Sequence[Format], on_gpu: bool) -> dict[Format, float] | None:
+    """Operations per second that training reaches on this machine, by format.
+
+    None where a GPU is wanted and this machine has none.
+    """
+    import torch
+
+    if on_gpu and not torch.cuda.is_available():
+        return None
+    device = torch.device("cuda" if on_gpu else "cpu")
+    return {name: measured_speed(device, name) * EFFICIENCY[name] for name in formats}
+
+
+def _training_format(plan: StudyPlan) -> Format:
+    import torch
+
+    from peftsearch.training.precision import computes_bf16
+
+    on_gpu = plan.spec.resources.gpus_per_worker > 0
+    if plan.spec.training.precision != "auto":
+        return plan.spec.training.precision
+    missing = on_gpu and not torch.cuda.is_available()
+    return "bf16" if not missing and computes_bf16(torch.device("cuda" if on_gpu else "cpu")) else "fp32"
+
+
+class TrialCosts:
+    """Memory and time of single configurations, by the formulas above.
+
+    Args:
+        plan: The checked study.
+        speeds: Operations per second of a slot, see `measured_speeds`; None where time cannot be said.
+    """
+
+    def __init__(self, plan: StudyPlan, speeds: Mapping[Format, float] | None = None) -> None:
+        self.plan = plan
+        self.speeds = speeds
+        self._shapes = {model: _shape(plan, model) for model in plan.models}
+        self._format: Format = _training_format(plan)
+        # A worker keeps every base of the study that it has seen, and of each its quantised forms.
+        self._bases = sum(frozen_bytes(self._shapes[model], form) for model, form in _bases(plan))
+        self._seconds = functools.cache(self._seconds_of)
+
+    def __call__(self, cell: Cell, hyperparameters: Mapping[str, Any], count: ParameterCount) -> TrialCost:
+        """A configuration's cost, given its parameters."""
+        return TrialCost(self.memory(cell, count), self.seconds(cell))
+
+    def memory(self, cell: Cell, count: ParameterCount) -> int:
+        """Peak of one worker, in bytes: of the GPU where it trains on one."""
+        shape, training = self._shapes[cell.model], self.plan.spec.training_of(cell.method)
+        workers = self.plan.spec.resources.workers_per_trial
+        batch = -(-training.batch_size // (workers * training.gradient_accumulation))
+        length = self.plan.domains[cell.domain].max_length
+        activations = activation_bytes(shape, batch, length, 2 if self._format == "bf16" else 4)
+        trial = trial_bytes(shape, count.trainable, cell.space.method.trains_copy, activations)
+        process = 0 if self.plan.spec.resources.gpus_per_worker else PROCESS_BYTES
+        return process + self._bases + trial
+
+    def seconds(self, cell: Cell) -> float | None:
+        """Training and evaluation up to the full budget; the same for all configurations of a cell."""
+        return self._seconds(cell.model, cell.domain, cell.method, cell.space.method.trains_copy)
+
+    def _seconds_of(self, model: str, domain: str, method: str, trains_copy: bool) -> float | None:
+        """Evaluations on the way run in the training's precision, the one at the full budget in the weights' own."""
+        if self.speeds is None:
+            return None
+        plan, shape = self.plan, self._shapes[model]
+        budget, data = plan.budgets[domain, method], plan.prepared[model, domain]
+        # Batches hold texts of similar length (training/data_order.py), so hardly anything is padded.
+        tokens = budget.total_steps * plan.spec.training_of(method).batch_size * fmean(data.lengths("train"))
+        evaluation = evaluation_operations(shape, sum(data.lengths("validation")))
+        training, full = self.speeds[self._format], self.speeds["fp32"]
+        seconds = training_operations(shape, tokens, trains_copy) / training
+        return seconds + (len(budget.evaluation_steps) - 1) * evaluation / training + evaluation / full
+
+
+def _bases(plan: StudyPlan) -> set[tuple[str, Quantization | None]]:
+    found: set[tuple[str, Quantization | None]] = set()
+    for item in plan.cells:
+        space, method = item.cell.space.space, item.cell.space.method
+        # How a base is stored is chosen by words, which are listed: a value of each other hyperparameter is enough.
+        for values in corners(item.cell, {name for name, chosen in space.items() if isinstance(chosen, tuple)}):
+            found.add((item.cell.model, method.quantization(values)))
+    return found
+
+
 def _shape(plan: StudyPlan, model: str) -> ModelShape:
-    from peftsearch.training.base_model import model_config
+    from peftsearch.domains.models import model_config
 
     place = plan.models[model]
     return ModelShape.of(model_config(place.location, place.revision), plan.model_facts[model].total_parameters)
-
-
-def _memory(plan: StudyPlan, training: Format, on_gpu: bool) -> tuple[int, str]:
-    shapes = {model: _shape(plan, model) for model in plan.models}
-    resources = plan.spec.resources
-    batch = -(-plan.spec.training.batch_size // resources.workers_per_trial)
-    # A worker keeps every base of the study that it has seen.
-    bases = sum(shape.parameters * shape.weight_bytes for shape in shapes.values())
-    peaks = {}
-    for item in plan.cells:
-        cell, shape = item.cell, shapes[item.cell.model]
-        length = plan.domains[cell.domain].max_length
-        compute_bytes = 2 if training == "bf16" else 4
-        activations = activation_bytes(shape, batch, length, compute_bytes)
-        peak = trial_bytes(shape, item.largest.trainable, cell.space.method.trains_copy, activations)
-        peaks[cell.key] = (peak, cell.method)
-    peak, method = max(peaks.values())
-    return (0 if on_gpu else PROCESS_BYTES) + bases + peak, method
-
-
-def _seconds(plan: StudyPlan, training_speed: float, full_speed: float) -> float:
-    """Evaluations on the way run in the training's precision, the one at the full budget in the weights' own."""
-    shapes = {model: _shape(plan, model) for model in plan.models}
-    seconds = 0.0
-    for item in plan.cells:
-        cell, shape = item.cell, shapes[item.cell.model]
-        budget, data = plan.budgets[cell.domain], plan.prepared[cell.model, cell.domain]
-        # Batches hold texts of similar length (training/data_order.py), so hardly anything is padded.
-        tokens = budget.total_steps * plan.spec.training.batch_size * fmean(data.lengths("train"))
-        evaluation = evaluation_operations(shape, sum(data.lengths("validation")))
-        trial = training_operations(shape, tokens, cell.space.method.trains_copy) / training_speed
-        trial += (len(budget.evaluation_steps) - 1) * evaluation / training_speed + evaluation / full_speed
-        seconds += plan.spec.search.trials * trial
-    return seconds

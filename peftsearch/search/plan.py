@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from peftsearch.domains import CheckedDomain, PreparedDomain, check_domain
-from peftsearch.search.cells import Cell, study_cells
+from peftsearch.search.cells import Cell, corners, study_cells, trials_of
 from peftsearch.search.counts import ParameterCount, ParameterCounter
-from peftsearch.search.run import DomainSearch
-from peftsearch.spec import ModelFacts, Range, Scalar, StudyError, StudyFile, StudySpec, model_location
+from peftsearch.search.run import DomainSearch, excesses
+from peftsearch.spec import ModelFacts, StudyError, StudyFile, StudySpec, TrainingSpec, model_location
 from peftsearch.training.budget import Budget
 from peftsearch.training.segment import ModelPlace, WorkerPlan
 
@@ -42,7 +42,8 @@ class StudyPlan:
     """Each domain as prepared for the first model; labels, rows and metric are the same for every model."""
     prepared: Mapping[tuple[str, str], PreparedDomain]
     """The data by model and domain: models have tokenizers of their own."""
-    budgets: Mapping[str, Budget]
+    budgets: Mapping[tuple[str, str], Budget]
+    """By domain and method: methods may have a training of their own."""
     models: Mapping[str, ModelPlace]
     model_facts: Mapping[str, ModelFacts]
     counter: ParameterCounter
@@ -51,10 +52,16 @@ class StudyPlan:
         """Parameters of a configuration; raises ValueError where it does not fit the model."""
         return self.counter.count(cell.model, cell.domain, cell.space, hyperparameters)
 
+    def trials(self, cell: Cell) -> int:
+        """Trials of a cell: as many as every other's, unless its grid has fewer."""
+        return trials_of(self.spec.search, cell.space)
+
     def searches(self) -> dict[str, DomainSearch]:
         """What the search needs to know of each domain."""
         return {
-            name: DomainSearch(domain.metric, domain.direction, self.budgets[name])
+            name: DomainSearch(
+                domain.metric, domain.direction, {method: self.budgets[name, method] for method in self.spec.methods}
+            )
             for name, domain in self.domains.items()
         }
 
@@ -65,7 +72,7 @@ class StudyPlan:
             models=dict(self.models),
             domains={key: domain.folder for key, domain in self.prepared.items()},
             budgets=dict(self.budgets),
-            training=self.spec.training,
+            training={method: self.spec.training_of(method) for method in self.spec.methods},
             threads=threads,
         )
 
@@ -97,8 +104,9 @@ def plan_study(file: StudyFile, cache: Path) -> StudyPlan:
     prepared = {key: domain.prepare(cache) for key, domain in checked.items()}
     domains = {name: prepared[first_model, name] for name in spec.domains}
     budgets = {
-        name: Budget.of(domain.rows["train"], spec.training.batch_size, spec.training.epochs, spec.training.evaluations)
+        (name, method): _budget(len(domain.lengths("train")), spec.training_of(method))
         for name, domain in domains.items()
+        for method in spec.methods
     }
     first = next(iter(domains))
     facts = {
@@ -111,11 +119,47 @@ def plan_study(file: StudyFile, cache: Path) -> StudyPlan:
         )
         for path, place in models.items()
     }
-    return StudyPlan(spec, cell_plans, domains, prepared, budgets, models, facts, counter)
+    plan = StudyPlan(spec, cell_plans, domains, prepared, budgets, models, facts, counter)
+    _check_limits(plan)
+    return plan
+
+
+def _check_limits(plan: StudyPlan) -> None:
+    """In every cell something is within the limits.
+
+    Raises:
+        StudyError: Names the first cell of which even the smallest configuration is too large.
+    """
+    from peftsearch.search.estimate import TrialCosts
+
+    search = plan.spec.search
+    if search.max_parameters is None and search.max_memory is None:
+        return
+    costs = TrialCosts(plan)
+    for item in plan.cells:
+        cell, memory = item.cell, costs(item.cell, {}, item.smallest)
+        exceeded = excesses(search, item.smallest, memory)
+        where = f"the smallest configuration of {cell.method} in domain {cell.domain!r}"
+        if exceeded.get("max_parameters", 0) > 0:
+            raise StudyError(
+                f"{where} trains {item.smallest.trainable:,} parameters, more than {search.max_parameters:,}: raise "
+                f"the limit, let methods.{cell.method} search smaller sizes, or leave the method out",
+                ("search", "max_parameters"),
+            )
+        if exceeded.get("max_memory", 0) > 0:
+            raise StudyError(
+                f"{where} is expected to need {memory.memory_bytes / 2**30:.2f} GiB per worker, more than "
+                f"{search.max_memory:g}: raise the limit, lower training.batch_size, or leave the method out",
+                ("search", "max_memory"),
+            )
+
+
+def _budget(examples: int, training: TrainingSpec) -> Budget:
+    return Budget.of(examples, training.batch_size, training.epochs, training.evaluations)
 
 
 def _place(index: int, spec: StudySpec, folder: Path) -> ModelPlace:
-    from peftsearch.training.base_model import model_config
+    from peftsearch.domains.models import model_config
 
     model = spec.models[index]
     try:
@@ -170,7 +214,7 @@ def _check_domains(
 
 def _cell_plan(cell: Cell, counter: ParameterCounter) -> CellPlan:
     counts = []
-    for corner in _corners(cell):
+    for corner in corners(cell):
         try:
             counts.append(counter.count(cell.model, cell.domain, cell.space, corner))
         except ValueError:
@@ -178,33 +222,13 @@ def _cell_plan(cell: Cell, counter: ParameterCounter) -> CellPlan:
             continue
     if not counts:
         try:
-            counter.count(cell.model, cell.domain, cell.space, _corners(cell)[0])
+            counter.count(cell.model, cell.domain, cell.space, corners(cell)[0])
         except ValueError as error:
             raise StudyError(
                 f"no configuration fits the model {cell.model!r}: {error}", ("methods", cell.method)
             ) from None
     ordered = sorted(counts, key=lambda count: count.trainable)
     return CellPlan(cell, ordered[0], ordered[-1])
-
-
-def _corners(cell: Cell) -> list[dict[str, Scalar]]:
-    """Every combination of extremes of the hyperparameters that shape the parameters; the others at one value."""
-    corners: list[dict[str, Scalar]] = [{}]
-    for name, dimension in cell.space.space.items():
-        kind, shapes = (
-            cell.space.method.hyperparameters[name].kind,
-            cell.space.method.hyperparameters[name].shapes_parameters,
-        )
-        values: list[Scalar]
-        if isinstance(dimension, Range):
-            ends = [dimension.low, dimension.high]
-            values = [int(end) for end in ends] if kind == "int" else list(ends)
-        elif isinstance(dimension, tuple):
-            values = list(dimension)
-        else:
-            values = [dimension]
-        corners = [{**corner, name: value} for corner in corners for value in (values if shapes else values[:1])]
-    return corners
 
 
 def _fingerprint(place: ModelPlace) -> str:

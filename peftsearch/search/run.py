@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from peftsearch.search.cells import Cell
 from peftsearch.search.counts import ParameterCount
 from peftsearch.search.halving import PRUNERS, Candidate, Pruner
-from peftsearch.search.proposals import fitting_priors, make_sampler, suggest
+from peftsearch.search.proposals import Grid, first_guesses, make_sampler, suggest
 from peftsearch.spec import Direction, Rung, SearchSpec, TrialRecord, TrialState
 from peftsearch.training.budget import Budget
 from peftsearch.training.segment import SegmentResult, TrialPlan
@@ -28,8 +28,9 @@ class TrialLedger(Protocol):
     def started(self, cell: str) -> int: ...
     def next_number(self) -> int: ...
     def is_new(self, cell: str) -> bool: ...
-    def enqueue(self, cell: str, hyperparameters: Mapping[str, Any]) -> None: ...
-    def ask(self, cell: str, sampler: Any, suggest: Any, describe: Any) -> TrialRecord: ...
+    def enqueue(self, cell: str, configurations: Sequence[Mapping[str, Any]]) -> None: ...
+    def ask(self, cell: str, sampler: Any, suggest: Any, describe: Any) -> TrialRecord | None: ...
+    def infeasible(self, cell: str, number: int | None = None) -> int: ...
     def add_rung(self, number: int, rung: Rung, **updates: Any) -> TrialRecord: ...
     def complete(self, number: int, **updates: Any) -> TrialRecord: ...
     def prune(self, number: int, **updates: Any) -> TrialRecord: ...
@@ -43,13 +44,32 @@ class Observer(Protocol):
         """A trial was started, evaluated or ended."""
 
 
+PROPOSALS = 200
+"""Configurations that are proposed for one trial, before it is given up because none is within the limits."""
+
+
 @dataclass(frozen=True)
 class DomainSearch:
-    """What the search needs to know of a domain."""
+    """What the search needs to know of a domain.
+
+    Attributes:
+        metric: The objective.
+        direction: Of the metric.
+        budgets: The full budget of every method. Where methods have budgets of their own, rungs still compare trials of
+            all methods after the same number of evaluations: after the same share of each one's own budget.
+    """
 
     metric: str
     direction: Direction
-    budget: Budget
+    budgets: Mapping[str, Budget]
+
+
+@dataclass(frozen=True)
+class TrialCost:
+    """What a configuration is expected to take (`peftsearch.search.estimate`)."""
+
+    memory_bytes: int
+    seconds: float | None = None
 
 
 class StudyRun:
@@ -62,6 +82,8 @@ class StudyRun:
         count: Parameters of a configuration; raises ValueError where it does not fit the model.
         ledger: The study's ledger; what it holds already is continued.
         observers: Told of every change.
+        cost: Memory and time of a configuration, given its parameters; not recorded (and no limit) where absent.
+        guesses: By method, configurations to try first, the best one first: what another study found.
     """
 
     def __init__(
@@ -72,20 +94,24 @@ class StudyRun:
         count: Callable[[Cell, Mapping[str, Any]], ParameterCount],
         ledger: TrialLedger,
         observers: Sequence[Observer] = (),
+        *,
+        cost: Callable[[Cell, Mapping[str, Any], ParameterCount], TrialCost] | None = None,
+        guesses: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     ) -> None:
         self.search = search
         self.cells = list(cells)
         self.domains = domains
         self.ledger = ledger
         self._count = count
+        self._cost = cost
         self._observers = observers
         self._cell_of = {(cell.model, cell.domain, cell.method): cell for cell in cells}
         self._pruners = {name: self._pruner(domain) for name, domain in domains.items()}
         self._interrupted: list[int] = []
+        self._grids = {cell.key: Grid(cell.space) for cell in self.cells} if search.sampler == "grid" else {}
         for cell in self.cells:
-            if ledger.is_new(cell.key):
-                for prior in fitting_priors(cell.space)[: search.trials]:
-                    ledger.enqueue(cell.key, prior)
+            if not self._grids and ledger.is_new(cell.key):
+                ledger.enqueue(cell.key, first_guesses(cell.space, search.trials, (guesses or {}).get(cell.method, ())))
         for record in ledger.records:
             running = record.state is TrialState.RUNNING
             for index, rung in enumerate(record.rungs, start=1):
@@ -98,7 +124,7 @@ class StudyRun:
     @property
     def planned(self) -> int:
         """Number of trials of the whole study."""
-        return self.search.trials * len(self.cells)
+        return sum(self._share(cell) for cell in self.cells)
 
     def finished(self) -> bool:
         """Whether every cell has had its trials and none is running."""
@@ -115,6 +141,8 @@ class StudyRun:
             return self.ledger.record(self._interrupted.pop(0))
         while (cell := self._next_cell()) is not None:
             record = self._ask(cell)
+            if record is None:
+                continue
             self._tell(record)
             if record.state is TrialState.RUNNING:
                 return record
@@ -127,13 +155,16 @@ class StudyRun:
         )
 
     def evaluated(self, number: int, result: SegmentResult, retries: int, *, final: bool) -> bool:
-        """Record a segment's result; returns whether the trial goes on (never, after the final one)."""
+        """Record a segment's result; returns whether the trial goes on.
+
+        It does not after the segment that reaches the full budget (``final``), nor after early stopping.
+        """
         before = self.ledger.record(number)
         domain = self.domains[before.domain]
         known = len(before.rungs)
         rung = Rung(
             step=result.step,
-            epoch=round(domain.budget.epoch(result.step), 6),
+            epoch=round(domain.budgets[before.method].epoch(result.step), 6),
             value=result.scores[domain.metric],
             loss=result.loss,
             train_loss=result.train_loss,
@@ -142,9 +173,14 @@ class StudyRun:
             scores=result.scores,
         )
         record = self.ledger.add_rung(
-            number, rung, peak_memory_bytes=result.peak_memory_bytes, retries=before.retries + retries
+            number,
+            rung,
+            peak_memory_bytes=result.peak_memory_bytes,
+            retries=before.retries + retries,
+            # With the evaluation, in one write: a driver that dies now still knows that it was the last one.
+            stopped_early=result.stopped,
         )
-        if final:
+        if final or result.stopped:
             record = self.ledger.complete(number, checkpoint=f"trials/{number:05d}")
         elif len(record.rungs) > known and not self._pruners[record.domain].goes_on(
             len(record.rungs), self._candidate(record, rung)
@@ -162,7 +198,7 @@ class StudyRun:
         if not record.rungs:
             return False
         last = record.rungs[-1]
-        if last.step >= self.domains[record.domain].budget.total_steps:
+        if record.stopped_early or last.step >= record.total_steps:
             self._tell(self.ledger.complete(record.number, checkpoint=f"trials/{record.number:05d}"))
             return True
         if not self._pruners[record.domain].goes_on(len(record.rungs), self._candidate(record, last)):
@@ -172,31 +208,57 @@ class StudyRun:
 
     def _next_cell(self) -> Cell | None:
         started = [(self.ledger.started(cell.key), index) for index, cell in enumerate(self.cells)]
-        fewest, index = min(started)
-        return self.cells[index] if fewest < self.search.trials else None
+        left = [(count, index) for count, index in started if count < self._share(self.cells[index])]
+        return self.cells[min(left)[1]] if left else None
 
-    def _ask(self, cell: Cell) -> TrialRecord:
+    def _share(self, cell: Cell) -> int:
+        """Trials of a cell: a grid may hold fewer than the others have, and not all of it within the limits."""
+        if cell.key not in self._grids:
+            return self.search.trials
+        return min(self.search.trials, self._grids[cell.key].size - self.ledger.infeasible(cell.key))
+
+    def _ask(self, cell: Cell) -> TrialRecord | None:
+        """The next trial of a cell, after as many proposals as it takes to keep the limits; None at a grid's end.
+
+        Proposals outside the limits are recorded in Optuna, so the sampler learns from them and a driver that dies
+        among them continues with the next one.
+        """
         number = self.ledger.next_number()
+        while self._share(cell) > self.ledger.started(cell.key):
+            attempt = self.ledger.infeasible(cell.key, number)
+            last = cell.key not in self._grids and attempt >= PROPOSALS - 1
+            record = self.ledger.ask(
+                cell.key,
+                make_sampler(self.search, number, attempt, self._grids.get(cell.key)),
+                lambda trial: suggest(trial, cell.space),
+                lambda _, values, last=last: self._describe(cell, values, last),
+            )
+            if record is not None:
+                return record
+        return None
 
-        def describe(_: int, hyperparameters: dict[str, Any]) -> dict[str, Any]:
-            fields: dict[str, Any] = {
-                "seed": self.search.seed,
-                "total_steps": self.domains[cell.domain].budget.total_steps,
-            }
-            try:
-                count = self._count(cell, hyperparameters)
-            except ValueError as error:
-                return {**fields, "trainable_parameters": 0, "error": str(error)}
-            return {**fields, "trainable_parameters": count.trainable, "exported_parameters": count.exported}
-
-        return self.ledger.ask(
-            cell.key, make_sampler(self.search, number), lambda trial: suggest(trial, cell.space), describe
-        )
+    def _describe(self, cell: Cell, hyperparameters: dict[str, Any], last: bool) -> dict[str, Any]:
+        fields: dict[str, Any] = {
+            "seed": self.search.seed,
+            "total_steps": self.domains[cell.domain].budgets[cell.method].total_steps,
+        }
+        try:
+            count = self._count(cell, hyperparameters)
+        except ValueError as error:
+            return {**fields, "trainable_parameters": 0, "error": str(error)}
+        fields |= {"trainable_parameters": count.trainable, "exported_parameters": count.exported}
+        cost = self._cost(cell, hyperparameters, count) if self._cost else None
+        if cost is not None:
+            fields |= {"estimated_memory_bytes": cost.memory_bytes, "estimated_seconds": cost.seconds}
+        constraints = excesses(self.search, count, cost)
+        if last and any(excess > 0 for excess in constraints.values()):
+            names = " and ".join(f"search.{name}" for name in constraints)
+            return {**fields, "error": f"none of {PROPOSALS} proposals is within {names}: narrow the search space"}
+        return {**fields, "constraints": constraints}
 
     def _pruner(self, domain: DomainSearch) -> Pruner:
-        return PRUNERS[self.search.scheduler](
-            len(domain.budget.evaluation_steps), self.search.eta, self.search.grace, domain.direction
-        )
+        evaluations = max(len(budget.evaluation_steps) for budget in domain.budgets.values())
+        return PRUNERS[self.search.scheduler](evaluations, self.search.eta, self.search.grace, domain.direction)
 
     def _candidate(self, record: TrialRecord, rung: Rung) -> Candidate:
         cell = self._cell_of.get((record.model, record.domain, record.method))
@@ -206,3 +268,16 @@ class StudyRun:
     def _tell(self, record: TrialRecord) -> None:
         for observer in self._observers:
             observer.trial_changed(record)
+
+
+def excesses(search: SearchSpec, count: ParameterCount, cost: TrialCost | None) -> dict[str, float]:
+    """By how much a configuration exceeds each limit of the study, as a share of it; 0 or less is within.
+
+    These are Optuna's constraints: it adds them up to tell how far from feasible a proposal is.
+    """
+    found = {}
+    if search.max_parameters is not None:
+        found["max_parameters"] = count.trainable / search.max_parameters - 1
+    if search.max_memory is not None and cost is not None:
+        found["max_memory"] = cost.memory_bytes / (search.max_memory * 2**30) - 1
+    return found

@@ -42,14 +42,15 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
         import ray
 
         steps = self._budget.evaluation_steps
-        final = self._evaluation == len(steps) - 1
-        segment = Segment(self._plan, steps[self._evaluation], final)
+        last = self._evaluation == len(steps) - 1
+        segment = Segment(self._plan, steps[self._evaluation], last)
         outcome, retries = ray.get(self._dispatcher.submit.remote(segment))
         if isinstance(outcome, Failure):
             # Not an exception: Tune would throw this process away, and the trial's fault is not the process's.
             return {FAILED: outcome.error, RETRIES: retries, FINAL: True, "done": True}
         assert isinstance(outcome, SegmentResult)
         self._evaluation += 1
+        final = last or outcome.stopped
         return {RESULT: outcome, RETRIES: retries, FINAL: final, "done": final}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:

@@ -94,7 +94,7 @@ class _Searcher(_Adapter, Searcher):  # type: ignore[misc]
         self.live.add(trial_id)
         return {
             "plan": self.run.plan(record),
-            "budget": self.run.domains[record.domain].budget,
+            "budget": self.run.domains[record.domain].budgets[record.method],
             "done": len(record.rungs),
             "dispatcher": self.dispatcher,
         }
@@ -159,10 +159,10 @@ class _Recorder(_Adapter, tune.Callback):  # type: ignore[misc]
             self.run.evaluated(_number(trial), result[RESULT], result[RETRIES], final=True)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.dispatcher.end.remote(_number(trial))
+        self.dispatcher.end.remote(trial.config["plan"].key)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.dispatcher.end.remote(_number(trial))
+        self.dispatcher.end.remote(trial.config["plan"].key)
         if not self.stopped():
             error = trial.get_error()
             self.run.failed(_number(trial), f"its trial actor failed: {_last_line(error)}")

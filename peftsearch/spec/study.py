@@ -168,7 +168,10 @@ class SearchSpec(_Section):
         default="pareto_asha",
         description="pareto_asha ranks by accuracy and parameters, asha by accuracy alone, none never prunes",
     )
-    sampler: Literal["tpe", "random"] = Field(default="tpe", description="How Optuna proposes configurations")
+    sampler: Literal["tpe", "random", "grid"] = Field(
+        default="tpe",
+        description="How configurations are proposed; grid: every combination of the listed values, in order",
+    )
     startup_trials: int | None = Field(
         default=None, ge=1, description="Random trials per cell before TPE takes over; a quarter (4 to 10) where absent"
     )

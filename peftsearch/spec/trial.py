@@ -117,6 +117,7 @@ class TrialRecord(BaseModel):
     checkpoint: str | None = Field(default=None, description="Where the weights are, relative to the study's folder")
     started: str | None = Field(default=None, description="ISO 8601, UTC")
     finished: str | None = Field(default=None, description="ISO 8601, UTC")
+    stopped_early: bool = Field(default=False, description="Early stopping ended the trial before the full budget")
     retries: int = Field(default=0, description="Segments done again because a worker died")
     estimated_memory_bytes: int | None = Field(default=None, description="Peak expected before the trial was run")
     estimated_seconds: float | None = Field(default=None, description="Training and evaluation expected beforehand")

@@ -2,18 +2,21 @@
 
 One Optuna study per cell, named ``STUDY/DOMAIN/METHOD/MODEL``, with two objectives: the domain's metric, and trainable
 parameters. What Optuna has no field for is a user attribute of the trial; what becomes known after a trial's end
-(Optuna freezes finished trials) is a user attribute of the cell's study.
+(Optuna freezes finished trials) is a user attribute of the cell's study: the MLflow run, and each confirmation.
+
+A configuration outside the study's limits is a PRUNED Optuna trial with a violated constraint, which samplers and
+Optuna's front know as infeasible. It is no trial of the study.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from peftsearch.spec import Direction, Rung, StudyError, TrialRecord, TrialState
+from peftsearch.spec import Confirmed, Direction, Reading, Rung, StudyError, TrialRecord, TrialState
 
 if TYPE_CHECKING:
     import optuna
@@ -23,6 +26,10 @@ _TRIAL = "trial"
 _RUNGS = "rungs"
 _ENDED = "ended"
 _RUN_ID = "mlflow_run_id"
+_INFEASIBLE = "infeasible"
+_READING = "reading"
+_UNCONFIRMED = "confirmation_failed"
+_CONFIRMING = "confirming"
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,10 @@ class Ledger:
         self._studies: dict[str, optuna.Study] = {}
         self._trials: dict[int, _Entry] = {}
         self._unstarted: dict[str, list[optuna.trial.FrozenTrial]] = {}
+        self._infeasible: dict[str, list[int]] = {}
+        self._readings: dict[int, dict[int, Reading]] = {}
+        self._unconfirmed: dict[int, dict[int, str]] = {}
+        self._confirming: dict[tuple[int, int], Mapping[str, Any]] = {}
         existing = set(optuna.get_all_study_names(self._storage))
         for cell in cells:
             name = f"{study}/{cell.key}"
@@ -102,12 +113,25 @@ class Ledger:
         return sum(entry.cell == cell for entry in self._trials.values())
 
     def is_new(self, cell: str) -> bool:
-        """Whether nothing has ever been asked for or enqueued in a cell."""
-        return not self._studies[cell].get_trials(deepcopy=False)
+        """Whether nothing has ever been asked for in a cell."""
+        import optuna
 
-    def enqueue(self, cell: str, hyperparameters: Mapping[str, Any]) -> None:
-        """Have a configuration (or a part of one) proposed before anything is sampled."""
-        self._studies[cell].enqueue_trial(dict(hyperparameters))
+        trials = self._studies[cell].get_trials(deepcopy=False)
+        return all(trial.state is optuna.trial.TrialState.WAITING for trial in trials)
+
+    def enqueue(self, cell: str, configurations: Sequence[Mapping[str, Any]]) -> None:
+        """Have configurations (or parts of them) proposed before anything is sampled, in a cell that `is_new`.
+
+        The same call, made again after a driver died in the middle of it, enqueues the rest.
+        """
+        study = self._studies[cell]
+        for configuration in configurations[len(study.get_trials(deepcopy=False)) :]:
+            study.enqueue_trial(dict(configuration))
+
+    def infeasible(self, cell: str, number: int | None = None) -> int:
+        """Proposals of a cell that were outside the study's limits: all of them, or those for one trial."""
+        refused = self._infeasible.get(cell, [])
+        return len(refused) if number is None else refused.count(number)
 
     def ask(
         self,
@@ -115,7 +139,7 @@ class Ledger:
         sampler: optuna.samplers.BaseSampler,
         suggest: Callable[[optuna.Trial], dict[str, Any]],
         describe: Callable[[int, dict[str, Any]], dict[str, Any]],
-    ) -> TrialRecord:
+    ) -> TrialRecord | None:
         """Have Optuna propose the next trial of a cell, and record it as RUNNING.
 
         Args:
@@ -123,7 +147,12 @@ class Ledger:
             sampler: Proposes; seeded for this trial.
             suggest: Draws the hyperparameters from an Optuna trial.
             describe: Number and hyperparameters to further fields of the trial's record (``seed``,
-                ``trainable_parameters``, ...); an ``error`` in them ends the trial as FAILED at once.
+                ``trainable_parameters``, ...). An ``error`` in them ends the trial as FAILED at once. ``constraints``
+                in them are Optuna's, by name: where one is above 0, the proposal is recorded as infeasible and is no
+                trial.
+
+        Returns:
+            The trial; None where the proposal is infeasible.
         """
         import optuna
 
@@ -146,6 +175,16 @@ class Ledger:
             **describe(number, hyperparameters),
         }
         error = fields.pop("error", None)
+        constraints = fields.pop("constraints", {})
+        for name, excess in constraints.items():
+            # Of a trial that is taken up again they are known already.
+            if name not in trial._cached_frozen_trial.constraints:
+                trial.set_constraint(name, excess)
+        if error is None and any(excess > 0 for excess in constraints.values()):
+            trial.set_user_attr(_INFEASIBLE, fields)
+            self._storage.set_trial_state_values(trial._trial_id, optuna.trial.TrialState.PRUNED, None)
+            self._infeasible[cell].append(number)
+            return None
         record = TrialRecord(state=TrialState.RUNNING, **fields)
         # One attribute, one transaction: a trial has all of these or is not started.
         trial.set_user_attr(_TRIAL, fields)
@@ -189,6 +228,44 @@ class Ledger:
             self._studies[entry.cell].set_user_attr(f"{_RUN_ID}:{number}", run_id)
             entry.record = entry.record.model_copy(update={"mlflow_run_id": run_id})
 
+    # --- confirmations ---
+
+    def add_reading(self, number: int, reading: Reading) -> TrialRecord:
+        """Record a re-training of a finished trial and its reading of the test split.
+
+        Written once: a reading that is recorded already (of the same seed) stays as it is.
+        """
+        known = self._readings.setdefault(number, {})
+        entry = self._trials[number]
+        if reading.seed not in known:
+            self._note(number, _READING, reading.seed, reading.model_dump())
+            known[reading.seed] = reading
+            entry.record = entry.record.model_copy(update={"confirmed": _confirmed(known)})
+        return entry.record
+
+    def fail_confirmation(self, number: int, seed: int, error: str) -> None:
+        """Record that a re-training could not go on."""
+        known = self._unconfirmed.setdefault(number, {})
+        if seed not in known:
+            self._note(number, _UNCONFIRMED, seed, error)
+            known[seed] = error
+
+    def failed_confirmations(self, number: int) -> Mapping[int, str]:
+        """The errors of a trial's re-trainings that could not go on, by seed."""
+        return self._unconfirmed.get(number, {})
+
+    def set_confirming(self, number: int, seed: int, progress: Mapping[str, Any]) -> None:
+        """Remember how far a re-training has come, so that another driver asks for what comes next."""
+        self._note(number, _CONFIRMING, seed, dict(progress))
+        self._confirming[number, seed] = dict(progress)
+
+    def confirming(self, number: int, seed: int) -> Mapping[str, Any]:
+        """What `set_confirming` was told of a re-training last; empty at first."""
+        return self._confirming.get((number, seed), {})
+
+    def _note(self, number: int, kind: str, seed: int, value: Any) -> None:
+        self._studies[self._trials[number].cell].set_user_attr(f"{kind}:{number}:{seed}", value)
+
     def close(self) -> None:
         """Release the connections."""
         self._storage.remove_session()
@@ -228,14 +305,27 @@ class Ledger:
             optuna.trial.TrialState.FAIL: TrialState.FAILED,
         }
         self._trials.clear()
+        self._readings.clear()
+        self._unconfirmed.clear()
+        self._confirming.clear()
         for cell, study in self._studies.items():
             late = study.user_attrs
-            self._unstarted[cell] = []
+            self._unstarted[cell], self._infeasible[cell] = [], []
+            for key, value in late.items():
+                kind, *place = key.split(":")
+                if kind == _READING:
+                    self._readings.setdefault(int(place[0]), {})[int(place[1])] = Reading(**value)
+                elif kind == _UNCONFIRMED:
+                    self._unconfirmed.setdefault(int(place[0]), {})[int(place[1])] = value
+                elif kind == _CONFIRMING:
+                    self._confirming[int(place[0]), int(place[1])] = value
             for trial in study.get_trials(deepcopy=False):
                 attributes = trial.user_attrs
                 if trial.state not in states:
                     continue
                 if _TRIAL not in attributes:
+                    if trial.state is optuna.trial.TrialState.PRUNED:
+                        self._infeasible[cell].append(attributes[_INFEASIBLE]["number"])
                     if trial.state is optuna.trial.TrialState.RUNNING:
                         self._unstarted[cell].append(trial)
                     continue
@@ -246,6 +336,7 @@ class Ledger:
                 # A driver that died between the two writes of an end leaves the state RUNNING: then it has not ended.
                 if trial.state is not optuna.trial.TrialState.RUNNING:
                     fields |= attributes.get(_ENDED, {})
+                fields["confirmed"] = _confirmed(self._readings.get(fields["number"], {}))
                 fields["mlflow_run_id"] = late.get(f"{_RUN_ID}:{fields['number']}")
                 record = TrialRecord(**{**fields, "state": states[trial.state]})
                 self._trials[record.number] = _Entry(cell, trial._trial_id, record)
@@ -273,6 +364,10 @@ def _open(url: str) -> optuna.storages.BaseStorage:
 
         rdb.engine.dispose()
     return optuna.storages.get_storage(rdb)
+
+
+def _confirmed(readings: Mapping[int, Reading]) -> Confirmed | None:
+    return Confirmed.of([readings[seed] for seed in sorted(readings)]) if readings else None
 
 
 def _derived(rungs: list[Rung]) -> dict[str, Any]:

@@ -24,8 +24,8 @@ class Order:
 
     lease: int | None = None
     work: Work | None = None
-    ended: tuple[int, ...] = ()
-    """Trials that have ended since the slot last asked: their state can be dropped."""
+    ended: tuple[str, ...] = ()
+    """Keys of the trials that have ended since the slot last asked: their state can be dropped."""
     stop: bool = False
 
 
@@ -44,8 +44,8 @@ class _Slot:
     ready: bool = False
     seen: float = field(default_factory=time.monotonic)
     leased: dict[int, _Job] = field(default_factory=dict)
-    holds: set[int] = field(default_factory=set)
-    ended: list[int] = field(default_factory=list)
+    holds: set[str] = field(default_factory=set)
+    ended: list[str] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
 
 
@@ -79,12 +79,12 @@ class Dispatcher:
         self._wake()
         return await job.answer
 
-    async def end(self, number: int) -> None:
-        """A trial has ended: whoever holds its state may drop it. Its queued work is withdrawn."""
+    async def end(self, key: str) -> None:
+        """A trial has ended (its plan's key): whoever holds its state may drop it. Its queued work is withdrawn."""
         for slot in self._slots.values():
-            slot.holds.discard(number)
-            slot.ended.append(number)
-        for job in [job for job in self._queue if isinstance(job.work, Segment) and job.work.trial.number == number]:
+            slot.holds.discard(key)
+            slot.ended.append(key)
+        for job in [job for job in self._queue if isinstance(job.work, Segment) and job.work.trial.key == key]:
             self._queue.remove(job)
             job.answer.cancel()
 
@@ -172,18 +172,15 @@ class Dispatcher:
 
     def _choose(self, slot: _Slot) -> _Job | None:
         for job in self._queue:
-            if isinstance(job.work, Segment) and job.work.trial.number in slot.holds:
+            if isinstance(job.work, Segment) and job.work.trial.key in slot.holds:
                 return job
         alive = time.monotonic() - 3 * _POLL_SECONDS
         held_elsewhere = {
-            number
-            for other in self._slots.values()
-            if not other.leased and other.seen > alive
-            for number in other.holds
+            key for other in self._slots.values() if not other.leased and other.seen > alive for key in other.holds
         }
         for job in self._queue:
             # A free slot that holds the trial's state in memory is about to ask for it.
-            if not (isinstance(job.work, Segment) and job.work.trial.number in held_elsewhere):
+            if not (isinstance(job.work, Segment) and job.work.trial.key in held_elsewhere):
                 return job
         return None
 
@@ -193,8 +190,8 @@ class Dispatcher:
         slot.leased[lease] = job
         if isinstance(job.work, Segment):
             for other in self._slots.values():
-                other.holds.discard(job.work.trial.number)
-            slot.holds.add(job.work.trial.number)
+                other.holds.discard(job.work.trial.key)
+            slot.holds.add(job.work.trial.key)
         ended, slot.ended = tuple(slot.ended), []
         return Order(lease=lease, work=job.work, ended=ended)
 

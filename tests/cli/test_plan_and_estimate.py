@@ -42,7 +42,7 @@ def test_validate_prints_the_plan(study: Study) -> None:
     assert "Which adaptation [is] best?" in file.getvalue()
     rows = plan.domains["clinical"].rows
     counts = [str(rows[split]) for split in ("train", "validation", "test")]
-    steps = str(plan.budgets["clinical"].total_steps)
+    steps = str(plan.budgets["clinical", "lora"].total_steps)
     assert ["clinical", "classification", "accuracy", *counts, "2", "16", steps, "2", "notes.csv"] in words
     total = plan.model_facts[str(study.spec.models[0].path)].total_parameters
     assert any("BertForSequenceClassification" in line and f"{total:,}" in line for line in words)
@@ -53,7 +53,7 @@ def test_validate_prints_the_plan(study: Study) -> None:
     (full,) = (line for line in words if line[:2] == ["legal", "full"])
     assert full[2:5] == ["2", f"{total:,}", "100"]
     # Two domains with as many steps each, two methods, two trials.
-    steps_of_all = 4 * sum(plan.budgets[name].total_steps for name in plan.domains)
+    steps_of_all = 4 * sum(plan.budgets[name, "lora"].total_steps for name in plan.domains)
     assert f"8 trials in 4 cells, {steps_of_all} optimiser steps if none is pruned" in file.getvalue()
     assert "Rough estimate: about" in file.getvalue()
     assert "without pruning on this machine" in file.getvalue()

@@ -32,7 +32,8 @@ def open_run(ledger: Ledger, trials: int = 6) -> StudyRun:
         return ParameterCount(size * 100, size * 100)
 
     search = SearchSpec(trials=trials, scheduler="pareto_asha")
-    return StudyRun(search, CELLS, {"d": DomainSearch("accuracy", "maximize", BUDGET)}, count, ledger)
+    budgets = {cell.method: BUDGET for cell in CELLS}
+    return StudyRun(search, CELLS, {"d": DomainSearch("accuracy", "maximize", budgets)}, count, ledger)
 
 
 def result(record: TrialRecord, index: int) -> SegmentResult:

@@ -112,7 +112,7 @@ def test_scores_of_single_classes_are_kept_for_the_last_rung(url: str) -> None:
 def test_a_trial_that_was_asked_for_but_never_recorded_is_taken_up_again(url: str) -> None:
     """A driver killed between Optuna's answer and its own note must not lose a prior, nor count a trial twice."""
     ledger = open_ledger(url)
-    ledger.enqueue(CELL.key, {"rank": 16})
+    ledger.enqueue(CELL.key, [{"rank": 16}])
 
     class Killed(BaseException):
         pass

@@ -166,10 +166,10 @@ def test_slots_hear_which_trials_have_ended() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(max_retries=1)
         await started(dispatcher, 0)
-        await dispatcher.end(7)
+        await dispatcher.end("00007")
         task = asyncio.create_task(dispatcher.submit(segment(8)))
         await asyncio.sleep(0)
-        assert (await take(dispatcher, 0)).ended == (7,)
+        assert (await take(dispatcher, 0)).ended == ("00007",)
         task.cancel()
 
     run(scenario)
