@@ -9,11 +9,12 @@ from peftsearch.domains.prepare import (
     load_raw,
     prepare_domain,
 )
-from peftsearch.domains.tasks import TASKS, Metric, Task, get_metric, get_task
+from peftsearch.domains.tasks import TASKS, Head, Metric, Task, get_metric, get_task
 
 __all__ = [
     "TASKS",
     "CheckedDomain",
+    "Head",
     "Metric",
     "PreparedDomain",
     "RawDomain",

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from peftsearch.domains.models import Architecture, architecture_of, model_config
 from peftsearch.domains.sources import RawSplit, describe_source, quiet_datasets, read_source
 from peftsearch.domains.splits import cut_by_stratum, limit, shared, take
-from peftsearch.domains.tasks import Metric, Task, get_metric, get_task
+from peftsearch.domains.tasks import Head, Metric, Task, Tokenization, get_metric, get_task
+from peftsearch.domains.tasks.base import EXAMPLE, GROUP
 from peftsearch.spec import DataSpec, Direction, DomainFacts, StudyError, StudySpec, suggest
 from peftsearch.spec.yaml_file import Loc
 
@@ -26,8 +28,11 @@ if TYPE_CHECKING:
     import datasets
 
 # Part of every fingerprint of prepared data: raise it when what is written changes its form or meaning.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
+PART = "part"
+"""The column that says which data set of a joined domain a row comes from."""
 # The order in which splits are shown.
 SPLITS = ("train", "validation", "test")
 # A share of texts that reach max_length from which a reader should know.
@@ -46,6 +51,7 @@ class RawDomain:
         fingerprint: Hash of texts, labels and splits.
         source: Where the data came from.
         warnings: What a careful reader should know about the data.
+        parts: Names of the data sets that were joined; () for a domain of one.
     """
 
     task: Task
@@ -55,6 +61,7 @@ class RawDomain:
     fingerprint: str
     source: str
     warnings: tuple[str, ...]
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,10 +71,13 @@ class PreparedDomain:
     Attributes:
         name: The domain's name in the study.
         task_name: Its task.
+        options: The task's settings, as the study file says.
+        architecture: Kind of the model that the data was tokenised for.
         metric: The objective: a key of `Task.score`.
         metric_title: The objective's name in tables and plots.
         direction: Whether more of the metric is better.
         labels: Label names; their positions are the label ids.
+        parts: Names of the data sets that were joined; () for a domain of one.
         rows: Examples per split. ``train`` and ``validation`` are always there, ``test`` unless the study wants none.
         max_length: Tokens per text at most.
         fingerprint: Hash of texts, labels and splits, whatever the tokenizer.
@@ -79,10 +89,13 @@ class PreparedDomain:
 
     name: str
     task_name: str
+    options: dict[str, Any]
+    architecture: Architecture
     metric: str
     metric_title: str
     direction: Direction
     labels: tuple[str, ...]
+    parts: tuple[str, ...]
     rows: dict[str, int]
     max_length: int
     fingerprint: str
@@ -94,7 +107,17 @@ class PreparedDomain:
     @property
     def task(self) -> Task:
         """The domain's task."""
-        return get_task(self.task_name)
+        return get_task(self.task_name, options=self.options)
+
+    @property
+    def head(self) -> Head:
+        """How the model that the data was tokenised for does the task."""
+        return self.task.heads[self.architecture]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer that made the data; kept for tasks that write text (`Task.decodes`)."""
+        return _open_tokenizer(self.folder / TOKENIZER)
 
     def split(self, name: str) -> datasets.Dataset:
         """The tokenised rows of a split, memory-mapped.
@@ -107,7 +130,7 @@ class PreparedDomain:
         return _open_split(self.folder / name)
 
     def lengths(self, name: str) -> tuple[int, ...]:
-        """Tokens of each row of a split.
+        """Tokens of each row of a tokenised split (of which an example may have several).
 
         Raises:
             KeyError: The domain has no such split.
@@ -164,25 +187,68 @@ def load_domain(name: str, spec: StudySpec, folder: Path) -> RawDomain:
     domain = spec.domains[name]
     data, place = domain.data, ("domains", name)
     loc = (*place, "data")
-    task = get_task(domain.task, (*place, "task"))
+    task = get_task(domain.task, place, domain.options)
     get_metric(task, domain.metric, (*place, "metric"))
-
-    sources = read_source(data, folder, loc)
-    splits = {split: task.read(raw.table, data, raw.where, loc) for split, raw in sources.items()}
-    _check_group(data, sources["train"], (*loc, "split", "group"))
-    splits, cuts = _cut_missing(task, splits, data, loc)
-    splits = {split: splits[split] for split in SPLITS if split in splits}
+    parts = tuple(data.join or ())
+    if data.join is None:
+        splits, cuts = _read_splits(task, data, folder, loc)
+        warnings = _group_warnings(splits, data)
+    else:
+        splits, cuts, warnings = _join(task, data.join, folder, (*loc, "join"))
     # Before limits: a study on a few rows of each split keeps the labels of the whole.
     labels = task.check(splits, data, loc, cut=cuts)
     metric = get_metric(task, domain.metric, (*place, "metric"), labels)
-    warnings = _group_warnings(splits, data)
-    for split in splits:
-        keep = limit(task.keys(splits[split], data), getattr(data.limit, split), data.split.seed)
-        splits[split] = take(splits[split], keep)
-    warnings += _overlap_warnings({split: task.keys(table, data) for split, table in splits.items()})
-    warnings += task.warnings(splits, data, labels)
-    fingerprint = _digest([split, *row] for split, table in splits.items() for row in ((), *task.content(table, data)))
-    return RawDomain(task, metric, labels, splits, fingerprint, describe_source(data), tuple(warnings))
+    splits = _limit(task, splits, data)
+    warnings += _overlap_warnings({split: task.keys(table) for split, table in splits.items()})
+    warnings += task.warnings(splits, labels)
+    fingerprint = _digest([split, *row] for split, table in splits.items() for row in ((), *task.content(table)))
+    return RawDomain(task, metric, labels, splits, fingerprint, describe_source(data), tuple(warnings), parts)
+
+
+def _read_splits(task: Task, data: DataSpec, folder: Path, loc: Loc) -> tuple[dict[str, pa.Table], tuple[str, ...]]:
+    """The splits of one data set in the task's form, missing ones cut from train; and which were cut."""
+    sources = read_source(data, folder, loc, task.columns(data))
+    _check_group(data, sources["train"], (*loc, "split", "group"))
+    splits = {}
+    for split, raw in sources.items():
+        table = task.read(raw.table, data, raw.where, loc)
+        group = data.split.group
+        if group is not None and group in raw.table.column_names:
+            table = table.append_column(GROUP, raw.table.column(group))
+        splits[split] = table
+    splits, cuts = _cut_missing(task, splits, data, loc)
+    return {split: splits[split] for split in SPLITS if split in splits}, cuts
+
+
+def _join(
+    task: Task, parts: Mapping[str, DataSpec], folder: Path, loc: Loc
+) -> tuple[dict[str, pa.Table], tuple[str, ...], list[str]]:
+    """The splits of several data sets one after another, each row with the name of its part."""
+    joined: dict[str, list[pa.Table]] = {}
+    cuts: set[str] = set()
+    warnings: list[str] = []
+    for name, data in parts.items():
+        splits, cut = _read_splits(task, data, folder, (*loc, name))
+        warnings += [f"{name}: {warning}" for warning in _group_warnings(splits, data)]
+        cuts |= set(cut)
+        for split, table in _limit(task, splits, data).items():
+            # A group of one data set is none of another's.
+            known = table.drop_columns([GROUP]) if GROUP in table.column_names else table
+            joined.setdefault(split, []).append(known.append_column(PART, pa.array([name] * len(table), pa.string())))
+    for split, tables in joined.items():
+        if len(tables) < len(parts):
+            raise StudyError(f"a part of the joined data has no {split} split while another has one", loc)
+    return {split: pa.concat_tables(tables) for split, tables in joined.items()}, tuple(cuts), warnings
+
+
+def _limit(task: Task, splits: Mapping[str, pa.Table], data: DataSpec) -> dict[str, pa.Table]:
+    found = {}
+    for split, table in splits.items():
+        most = getattr(data.limit, split)
+        # A list of sizes has become one domain for each before.
+        assert most is None or isinstance(most, int)
+        found[split] = take(table, limit(task.keys(table), most, data.split.seed))
+    return found
 
 
 def _check_group(data: DataSpec, train: RawSplit, loc: Loc) -> None:
@@ -205,9 +271,9 @@ def _cut_missing(
     if not shares:
         return splits, ()
     if group is None:
-        groups = task.keys(train, data)
+        groups = task.keys(train)
     else:
-        values = train.column(group).to_pylist()
+        values = train.column(GROUP).to_pylist()
         missing = [value is None or value == "" for value in values]
         if any(missing):
             raise StudyError(
@@ -217,7 +283,7 @@ def _cut_missing(
             )
         groups = [str(value) for value in values]
     try:
-        rows = cut_by_stratum(groups, task.strata(train, data) or [""] * len(groups), shares, data.split.seed)
+        rows = cut_by_stratum(groups, task.strata(train) or [""] * len(groups), shares, data.split.seed)
     except ValueError:
         what = "distinct texts" if group is None else f"distinct values in the column {group!r}"
         raise StudyError(
@@ -229,16 +295,13 @@ def _cut_missing(
 
 
 def _group_warnings(splits: Mapping[str, pa.Table], data: DataSpec) -> list[str]:
-    group = data.split.group
-    if group is None:
-        return []
     known = {
-        split: [str(value) for value in table.column(group).to_pylist() if value is not None]
+        split: [str(value) for value in table.column(GROUP).to_pylist() if value is not None]
         for split, table in splits.items()
-        if group in table.column_names
+        if GROUP in table.column_names
     }
     return [
-        f"{count} of {splits[later].num_rows} rows of {later} belong to a {group!r} that {earlier} shows too"
+        f"{count} of {splits[later].num_rows} rows of {later} belong to a {data.split.group!r} that {earlier} shows too"
         for (earlier, later), count in shared(known).items()
     ]
 
@@ -263,7 +326,15 @@ def _open_split(folder: Path) -> datasets.Dataset:
 def _lengths(folder: Path) -> tuple[int, ...]:
     import pyarrow.compute
 
-    return tuple(pyarrow.compute.list_value_length(_open_split(folder).data.column("input_ids")).to_pylist())
+    data = _open_split(folder).data
+    if "length" in data.column_names:
+        return tuple(data.column("length").to_pylist())
+    return tuple(pyarrow.compute.list_value_length(data.column("input_ids")).to_pylist())
+
+
+@functools.lru_cache(maxsize=16)
+def _open_tokenizer(folder: Path) -> Any:
+    return _load_tokenizer(str(folder), None)
 
 
 @dataclass(frozen=True)
@@ -273,18 +344,20 @@ class CheckedDomain:
     Attributes:
         name: The domain's name in the study.
         raw: Its text.
-        data: Where the text came from, as the study file says.
+        options: The task's settings, as the study file says.
         tokenizer: The model's tokenizer.
         model_location: Folder or Hub id of the tokenizer.
         max_length: Tokens per text at most.
+        architecture: Kind of the model.
     """
 
     name: str
     raw: RawDomain
-    data: DataSpec
+    options: dict[str, Any]
     tokenizer: Any
     model_location: str
     max_length: int
+    architecture: Architecture
 
     @property
     def task(self) -> Task:
@@ -295,6 +368,11 @@ class CheckedDomain:
     def labels(self) -> tuple[str, ...]:
         """Label names; their positions are the label ids."""
         return self.raw.labels
+
+    @property
+    def head(self) -> Head:
+        """How the model does the task."""
+        return self.task.heads[self.architecture]
 
     def prepare(self, cache: Path) -> PreparedDomain:
         """Tokenise the domain, unless the same was tokenised before. Several processes may do so at once.
@@ -309,22 +387,24 @@ class CheckedDomain:
         facts = {
             "name": self.name,
             "task_name": raw.task.name,
+            "options": self.options,
+            "architecture": self.architecture,
             "metric": raw.metric.name,
             "metric_title": raw.metric.title,
             "direction": raw.metric.direction,
             "labels": list(raw.labels),
+            "parts": list(raw.parts),
             "rows": {split: table.num_rows for split, table in raw.splits.items()},
             "max_length": self.max_length,
             "fingerprint": raw.fingerprint,
             "source": raw.source,
             "pad_token_id": _pad_token_id(self.tokenizer, self.model_location),
         }
-        columns = self.data.columns.model_dump()
         key = _digest(
             [
                 [
                     str(FORMAT_VERSION),
-                    json.dumps([facts, columns, raw.warnings], sort_keys=True),
+                    json.dumps([facts, raw.warnings], sort_keys=True),
                     _tokenizer_content(self.tokenizer),
                 ]
             ]
@@ -337,23 +417,46 @@ class CheckedDomain:
         tokenised = {}
         warnings = list(raw.warnings)
         for split, table in raw.splits.items():
+            how = Tokenization(self.tokenizer, self.max_length, self.architecture, training=split == "train")
             try:
-                tokenised[split] = raw.task.tokenize(table, self.data, raw.labels, self.tokenizer, self.max_length)
+                tokenised[split] = _with_parts(raw.task.tokenize(table, raw.labels, how), table, raw.parts)
             except ValueError as error:
                 raise StudyError(f"{split}: {error}", ("domains", self.name, "data")) from None
-        full = sum(len(tokens) >= self.max_length for tokens in tokenised["train"].data.column("input_ids").to_pylist())
-        share = full / raw.splits["train"].num_rows
-        if share >= TRUNCATED:
+            warnings += [f"{split}: {warning}" for warning in how.warnings]
+        inputs = tokenised["train"].data.column("input_ids").to_pylist()
+        share = sum(len(tokens) >= self.max_length for tokens in inputs) / len(inputs)
+        # Windows are as long as they may be, and lose nothing.
+        if share >= TRUNCATED and EXAMPLE not in tokenised["train"].column_names:
             warnings.append(f"{share:.0%} of train fills all {self.max_length} tokens of max_length: texts are cut off")
         try:
-            _write(target, tokenised, {**facts, "warnings": warnings})
+            tokenizer = self.tokenizer if raw.task.decodes else None
+            _write(target, tokenised, {**facts, "warnings": warnings}, tokenizer)
         except OSError as error:
             raise StudyError(f"cannot write prepared data to {str(cache)!r}: {error}") from None
         return PreparedDomain.load(target)
 
 
+def _with_parts(tokenised: datasets.Dataset, table: pa.Table, parts: tuple[str, ...]) -> datasets.Dataset:
+    """Carry the part of each example over to its rows, as a number."""
+    import datasets
+
+    if not parts:
+        return tokenised
+    index = {name: number for number, name in enumerate(parts)}
+    of_example = [index[name] for name in table.column(PART).to_pylist()]
+    if EXAMPLE in tokenised.column_names:
+        of_example = [of_example[example] for example in tokenised.data.column(EXAMPLE).to_pylist()]
+    return datasets.Dataset(tokenised.data.table.append_column(PART, pa.array(of_example, pa.int64())))
+
+
 def check_domain(
-    name: str, spec: StudySpec, *, folder: Path, model_location: str, revision: str | None
+    name: str,
+    spec: StudySpec,
+    *,
+    folder: Path,
+    model_location: str,
+    revision: str | None,
+    architecture: Architecture | None = None,
 ) -> CheckedDomain:
     """Check all that can be wrong with a domain, and write nothing.
 
@@ -363,26 +466,43 @@ def check_domain(
         folder: The study file's folder; relative paths start there.
         model_location: Folder or Hub id whose tokenizer is used.
         revision: Hub revision of the tokenizer.
+        architecture: Kind of the model; read from its configuration where absent.
 
     Raises:
-        StudyError: Anything is wrong with the domain, or the model has no usable tokenizer.
+        StudyError: Anything is wrong with the domain, the model has no usable tokenizer, or cannot do the task.
     """
     raw = load_domain(name, spec, folder)
     tokenizer = _load_tokenizer(model_location, revision)
     max_length = spec.domain_max_length(name)
     _check_length(max_length, tokenizer, spec, name)
     _pad_token_id(tokenizer, model_location)
-    return CheckedDomain(name, raw, spec.domains[name].data, tokenizer, model_location, max_length)
+    kind = architecture or architecture_of(model_config(model_location, revision))
+    if kind not in raw.task.heads:
+        able = " and ".join(f"{known}s" for known in raw.task.heads)
+        raise StudyError(
+            f"the model {model_location!r} is an {kind}, and {raw.task.name} is for {able}".replace("an dec", "a dec"),
+            ("domains", name, "task"),
+        )
+    return CheckedDomain(name, raw, spec.domains[name].options, tokenizer, model_location, max_length, kind)
 
 
 def prepare_domain(
-    name: str, spec: StudySpec, *, folder: Path, model_location: str, revision: str | None, cache: Path
+    name: str,
+    spec: StudySpec,
+    *,
+    folder: Path,
+    model_location: str,
+    revision: str | None,
+    cache: Path,
+    architecture: Architecture | None = None,
 ) -> PreparedDomain:
     """Check a domain's data, and tokenise it unless the same was tokenised before.
 
     As `check_domain` and `CheckedDomain.prepare`: everything is checked before anything is written.
     """
-    checked = check_domain(name, spec, folder=folder, model_location=model_location, revision=revision)
+    checked = check_domain(
+        name, spec, folder=folder, model_location=model_location, revision=revision, architecture=architecture
+    )
     return checked.prepare(cache)
 
 
@@ -449,7 +569,7 @@ def _digest(rows: Iterable[Iterable[str]]) -> str:
     return digest.hexdigest()
 
 
-def _write(target: Path, splits: Mapping[str, datasets.Dataset], facts: Mapping[str, Any]) -> None:
+def _write(target: Path, splits: Mapping[str, datasets.Dataset], facts: Mapping[str, Any], tokenizer: Any) -> None:
     """Write a cache entry under another name and move it into place, whoever else does the same."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
@@ -458,6 +578,8 @@ def _write(target: Path, splits: Mapping[str, datasets.Dataset], facts: Mapping[
         with quiet_datasets():
             for split, dataset in splits.items():
                 dataset.save_to_disk(str(temporary / split))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(temporary / TOKENIZER))
         files = {
             path.relative_to(temporary).as_posix(): path.stat().st_size
             for path in sorted(temporary.rglob("*"))
@@ -492,7 +614,7 @@ def _load(folder: Path) -> PreparedDomain | None:
         for file, size in manifest.pop("files").items():
             if os.stat(folder / file).st_size != size:
                 return None
-        for field in ("labels", "warnings"):
+        for field in ("labels", "parts", "warnings"):
             manifest[field] = tuple(manifest[field])
         return PreparedDomain(**manifest, folder=folder)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):

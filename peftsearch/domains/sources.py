@@ -10,14 +10,14 @@ import contextlib
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from peftsearch.spec import ColumnsSpec, DataSpec, StudyError, package_path, suggest
+from peftsearch.spec import DataSpec, StudyError, package_path, suggest
 from peftsearch.spec.locations import PACKAGE_PREFIX
 from peftsearch.spec.yaml_file import Loc
 
@@ -56,6 +56,8 @@ class RawSplit:
 
 def describe_source(data: DataSpec) -> str:
     """The source as the study file says, in one line for provenance."""
+    if data.join is not None:
+        return "; ".join(f"{name}: {describe_source(part)}" for name, part in data.join.items())
     if data.source is None:
         return ", ".join(
             f"{split}: {path}"
@@ -65,13 +67,14 @@ def describe_source(data: DataSpec) -> str:
     return data.source + (f" ({data.config})" if data.config else "") + (f" @ {data.revision}" if data.revision else "")
 
 
-def read_source(data: DataSpec, folder: Path, loc: Loc) -> dict[str, RawSplit]:
+def read_source(data: DataSpec, folder: Path, loc: Loc, needed: Collection[str]) -> dict[str, RawSplit]:
     """Read the splits that a source brings.
 
     Args:
         data: The domain's ``data`` section.
         folder: The study file's folder; relative paths start there.
         loc: Where the ``data`` section stands in the study file.
+        needed: Names of the columns that the task reads.
 
     Returns:
         ``train``, and ``validation`` and ``test`` where the source has them.
@@ -82,7 +85,7 @@ def read_source(data: DataSpec, folder: Path, loc: Loc) -> dict[str, RawSplit]:
     if data.source is None:
         named = {"train": data.train, "validation": data.validation, "test": data.test}
         return {
-            split: _read_named_file(path, data, folder, (*loc, split))
+            split: _read_named_file(path, data, folder, (*loc, split), needed)
             for split, path in named.items()
             if path is not None
         }
@@ -94,7 +97,7 @@ def read_source(data: DataSpec, folder: Path, loc: Loc) -> dict[str, RawSplit]:
     path = _locate(data.source, folder, place)
     if path.is_dir():
         return _read_datasets_folder(path, place)
-    return {"train": _read_file(path, data, place)}
+    return {"train": _read_file(path, data, place, needed)}
 
 
 def _locate(reference: str, folder: Path, loc: Loc) -> Path:
@@ -120,14 +123,14 @@ def _missing_file(reference: str, path: Path) -> str:
     return f"{message}: check the path; relative ones start at the study file's folder"
 
 
-def _read_named_file(reference: str, data: DataSpec, folder: Path, loc: Loc) -> RawSplit:
+def _read_named_file(reference: str, data: DataSpec, folder: Path, loc: Loc, needed: Collection[str]) -> RawSplit:
     path = _locate(reference, folder, loc)
     if path.is_dir():
         raise StudyError(f"{reference!r} is a folder: name a file here, or the folder as 'source'", loc)
-    return _read_file(path, data, loc)
+    return _read_file(path, data, loc, needed)
 
 
-def _read_file(path: Path, data: DataSpec, loc: Loc) -> RawSplit:
+def _read_file(path: Path, data: DataSpec, loc: Loc, needed: Collection[str]) -> RawSplit:
     kind = data.format if data.format != "auto" else SUFFIXES.get(path.suffix.lower())
     if kind is None:
         raise StudyError(
@@ -135,7 +138,7 @@ def _read_file(path: Path, data: DataSpec, loc: Loc) -> RawSplit:
             "parquet) beside it",
             loc,
         )
-    reader: Callable[[Path, DataSpec], pa.Table] = {
+    reader: Callable[[Path, DataSpec, Collection[str]], pa.Table] = {
         "csv": _read_csv,
         "tsv": _read_tsv,
         "json": _read_json,
@@ -143,7 +146,7 @@ def _read_file(path: Path, data: DataSpec, loc: Loc) -> RawSplit:
         "parquet": _read_parquet,
     }[kind]
     try:
-        return RawSplit(reader(path, data), path.name, loc)
+        return RawSplit(reader(path, data, needed), path.name, loc)
     except StudyError as error:
         raise StudyError(f"{path.name}{error.message}", loc) from None
     except UnicodeDecodeError as error:
@@ -166,7 +169,7 @@ def _first_line(error: BaseException) -> str:
 # Readers raise StudyError with a message that continues the file's name: ", line 3: ...".
 
 
-def _read_csv(path: Path, data: DataSpec) -> pa.Table:
+def _read_csv(path: Path, data: DataSpec, needed: Collection[str]) -> pa.Table:
     # Fields may be whole documents; the default limit is 128 KiB.
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -182,23 +185,25 @@ def _read_csv(path: Path, data: DataSpec) -> pa.Table:
             except csv.Error as error:
                 raise StudyError(f", line {begin}: not valid CSV: {error}") from None
 
-        return _rows_to_table(lines(), data)
+        return _rows_to_table(lines(), data, needed)
 
 
-def _read_tsv(path: Path, data: DataSpec) -> pa.Table:
+def _read_tsv(path: Path, data: DataSpec, needed: Collection[str]) -> pa.Table:
     # Not the csv module: in the corpora that come as TSV a quote is a character like any other.
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         return _rows_to_table(
-            ((number, line.rstrip("\r\n").split("\t")) for number, line in enumerate(file, 1) if line.strip()), data
+            ((number, line.rstrip("\r\n").split("\t")) for number, line in enumerate(file, 1) if line.strip()),
+            data,
+            needed,
         )
 
 
-def _rows_to_table(rows: Iterator[tuple[int, list[str]]], data: DataSpec) -> pa.Table:
+def _rows_to_table(rows: Iterator[tuple[int, list[str]]], data: DataSpec, needed: Collection[str]) -> pa.Table:
     first = next(((number, fields) for number, fields in rows if fields), None)
     if first is None:
         return pa.table({})
     header, body = data.header, []
-    if header is None or {data.columns.text, data.columns.label} <= set(first[1]):
+    if header is None or set(needed) <= set(first[1]):
         header = [name.strip() for name in first[1]]
     else:
         body.append(_fitting(first, header))
@@ -220,14 +225,14 @@ def _fitting(row: tuple[int, list[str]], header: Sequence[str]) -> list[str]:
     return fields
 
 
-def _read_json(path: Path, data: DataSpec) -> pa.Table:
+def _read_json(path: Path, data: DataSpec, needed: Collection[str]) -> pa.Table:
     text = path.read_text(encoding="utf-8-sig")
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         # Several documents in one file: JSON Lines under the other suffix.
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            return _read_json_lines(path, data)
+            return _read_json_lines(path, data, needed)
         raise StudyError(f", line {error.lineno}: not valid JSON: {error.msg}") from None
     if isinstance(value, dict):
         if value and all(isinstance(record, dict) for record in value.values()):
@@ -239,10 +244,10 @@ def _read_json(path: Path, data: DataSpec) -> pa.Table:
     for number, record in enumerate(value, 1):
         if not isinstance(record, dict):
             raise StudyError(f": record {number} is not an object with columns but {_brief(record)}")
-    return _records_to_table(value, data.columns, data.split.group)
+    return _records_to_table(value, {*needed, data.split.group})
 
 
-def _read_json_lines(path: Path, data: DataSpec) -> pa.Table:
+def _read_json_lines(path: Path, data: DataSpec, needed: Collection[str]) -> pa.Table:
     records = []
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         for number, line in enumerate(file, 1):
@@ -255,12 +260,11 @@ def _read_json_lines(path: Path, data: DataSpec) -> pa.Table:
             if not isinstance(record, dict):
                 raise StudyError(f", line {number}: not an object with columns but {_brief(record)}")
             records.append(record)
-    return _records_to_table(records, data.columns, data.split.group)
+    return _records_to_table(records, {*needed, data.split.group})
 
 
-def _records_to_table(records: Sequence[dict[str, Any]], mapped: ColumnsSpec, group: str | None) -> pa.Table:
+def _records_to_table(records: Sequence[dict[str, Any]], needed: Collection[str | None]) -> pa.Table:
     names = list(dict.fromkeys(name for record in records for name in record))
-    needed = {mapped.text, mapped.text_pair, mapped.label, group}
     return pa.table({name: _column([record.get(name) for record in records], name, name in needed) for name in names})
 
 
@@ -294,7 +298,7 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def _read_parquet(path: Path, data: DataSpec) -> pa.Table:
+def _read_parquet(path: Path, data: DataSpec, needed: Collection[str]) -> pa.Table:
     import pyarrow.parquet as pq
 
     table = pq.ParquetFile(path).read()

@@ -31,10 +31,12 @@ def evaluate_adapter(
             are not the adapter's.
     """
     from peftsearch.domains import prepare_domain
+    from peftsearch.domains.models import architecture_of, model_config
     from peftsearch.training.distributed import WorkerGroup
     from peftsearch.training.evaluate import evaluate
 
     exported = ExportedFolder.read(adapter)
+    config = model_config(exported.base or str(adapter), exported.revision)
     with tempfile.TemporaryDirectory(prefix="peftsearch-evaluate-") as temporary:
         prepared = prepare_domain(
             domain,
@@ -43,13 +45,14 @@ def evaluate_adapter(
             model_location=str(adapter),
             revision=None,
             cache=cache or Path(temporary),
+            architecture=architecture_of(config),
         )
         if split not in prepared.rows:
             known = ", ".join(prepared.rows)
             raise StudyError(f"the domain {domain!r} has no split {split!r}; its splits: {known}")
         _check_labels(exported, prepared.labels, domain)
         device = scoring_device(file.spec.resources.gpus_per_worker)
-        model = exported.load(prepared.task, device)
+        model = exported.load(prepared, device)
         found = evaluate(model, prepared, split, file.spec.training.evaluation_batch_size, WorkerGroup(device=device))
     return {
         "adapter": str(adapter),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from peftsearch.domains import Task
+    from peftsearch.domains import PreparedDomain
 
 ADAPTER_CONFIG = "adapter_config.json"
 COMPLETE_CONFIG = "config.json"
@@ -82,11 +82,11 @@ class ExportedFolder:
             )
         return cls(folder, tuple(labels), base, config.get("revision"), model.get("pad_token_id"))
 
-    def load(self, task: Task, device: torch.device) -> nn.Module:
+    def load(self, domain: PreparedDomain, device: torch.device) -> nn.Module:
         """The model in evaluation mode, by `transformers` and `peft` alone: nothing of the study is used.
 
         Args:
-            task: Names the class of `transformers` that has the head.
+            domain: Its task names the class of `transformers` that has the head.
             device: Where to put it.
 
         Raises:
@@ -97,7 +97,8 @@ class ExportedFolder:
 
         from peftsearch.training.base_model import quiet_loading
 
-        auto = getattr(transformers, task.auto_model)
+        auto = getattr(transformers, domain.head.auto_model)
+        outputs = domain.task.config_kwargs(self.labels).get("num_labels")
         try:
             with quiet_loading():
                 if self.base is None:
@@ -109,7 +110,7 @@ class ExportedFolder:
                         # A base that already classifies brings a head of its own size.
                         ignore_mismatched_sizes=True,
                         use_safetensors=True if Path(self.base).is_dir() else None,
-                        **({"num_labels": len(self.labels)} if self.labels else {}),
+                        **({"num_labels": outputs} if outputs else {}),
                     )
                     if self.pad_token_id is not None:
                         base.config.pad_token_id = self.pad_token_id

@@ -172,7 +172,9 @@ def _choose(
 def _weights(study: StudyToExport, record: TrialRecord) -> Path:
     from peftsearch.training.checkpoint import WEIGHTS, trial_folder
 
-    folder = study.folder / record.checkpoint if record.checkpoint else trial_folder(study.folder, record.number)
+    folder = (
+        study.folder / record.checkpoint if record.checkpoint else trial_folder(study.folder, f"{record.number:05d}")
+    )
     return folder / WEIGHTS
 
 
@@ -245,7 +247,7 @@ def _write(
             with _writing(to):
                 tokenizer.save_pretrained(str(tokenizers[model]))
         if (model, record.domain) not in domains:
-            domains[model, record.domain] = _data(study, record.domain, tokenizers[model])
+            domains[model, record.domain] = _data(study, record.domain, bases[model], tokenizers[model])
         base, prepared = bases[model], domains[model, record.domain]
         trained = trained_model(base, prepared, record, _weights(study, record))
         card = _card(study, record, target, base, trained, prepared)
@@ -259,7 +261,8 @@ def _write(
 def _base(study: StudyToExport, model: str, device: str) -> FrozenBase:
     import torch
 
-    from peftsearch.training.base_model import FrozenBase, model_config
+    from peftsearch.domains.models import model_config
+    from peftsearch.training.base_model import FrozenBase
 
     revision = next((item.revision for item in study.spec.models if item.path == model), None)
     location = model_location(model, study.data_folder)
@@ -267,9 +270,10 @@ def _base(study: StudyToExport, model: str, device: str) -> FrozenBase:
     return FrozenBase(location, revision, torch.device(device))
 
 
-def _data(study: StudyToExport, domain: str, tokenizer: Path) -> PreparedDomain:
+def _data(study: StudyToExport, domain: str, base: FrozenBase, tokenizer: Path) -> PreparedDomain:
     """The domain's data as the exported tokenizer makes it: where that is the base's, as it is in the cache already."""
     from peftsearch.domains import prepare_domain
+    from peftsearch.domains.models import architecture_of, model_config
 
     try:
         prepared = prepare_domain(
@@ -279,6 +283,7 @@ def _data(study: StudyToExport, domain: str, tokenizer: Path) -> PreparedDomain:
             model_location=str(tokenizer),
             revision=None,
             cache=study.cache,
+            architecture=architecture_of(model_config(base.location, base.revision)),
         )
     except StudyError as error:
         raise StudyError(
@@ -302,12 +307,12 @@ def _card(
 ) -> CardFacts:
     from peft import PeftModel
 
-    from peftsearch.training.base_model import model_config
+    from peftsearch.domains.models import model_config
 
     config = model_config(base.location, base.revision)
     core: Any = trained.get_base_model() if isinstance(trained, PeftModel) else trained
     silent = getattr(config, "pad_token_id", None) is None
-    head = prepared.task.auto_model.removeprefix("AutoModel")
+    head = prepared.head.auto_model.removeprefix("AutoModel")
     return CardFacts(
         spec=study.spec,
         facts=study.facts,
@@ -315,7 +320,7 @@ def _card(
         folder=target,
         location=base.location,
         revision=base.revision,
-        auto_model=prepared.task.auto_model,
+        auto_model=prepared.head.auto_model,
         base_has_head=any(head in name for name in config.architectures or ()),
         pad_token_id=getattr(core.config, "pad_token_id", None) if silent else None,
     )

@@ -119,7 +119,7 @@ def _score(job: Job) -> Score:
     exported = ExportedFolder.read(Path(job.folder))
     domain = PreparedDomain.load(Path(job.data))
     device = torch.device(job.device)
-    model = exported.load(domain.task, device)
+    model = exported.load(domain, device)
     found = evaluate(model, domain, job.split, job.batch_size, WorkerGroup(device=device))
     return Score(found.scores, found.loss, found.examples)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from peftsearch.domains.models import model_config
 from peftsearch.spec import StudyError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from peftsearch.domains import PreparedDomain, Task
+    from peftsearch.domains import Head, PreparedDomain, Task
 
 
 class FrozenBase:
@@ -59,10 +60,10 @@ class FrozenBase:
 
     def template(self, domain: PreparedDomain) -> Template:
         """The model with a domain's head, around the base's tensors; loaded at the first call for such a head."""
-        task, labels = domain.task, domain.labels
-        key = (task.auto_model, labels)
+        task, labels, head = domain.task, domain.labels, domain.head
+        key = (head.auto_model, labels)
         if key not in self._templates:
-            model, fresh = _load(self.location, self.revision, task, labels)
+            model, fresh = load_model(self.location, self.revision, head, task.config_kwargs(labels))
             for name, parameter in list(model.named_parameters()):
                 known = self._tensors.get(name)
                 if name in fresh:
@@ -75,7 +76,7 @@ class FrozenBase:
             model.config.pad_token_id = domain.pad_token_id
             model.requires_grad_(False)
             model.to(self.device)
-            self._templates[key] = Template(model, fresh)
+            self._templates[key] = Template(model, fresh, fresh_modules(model, fresh))
         return self._templates[key]
 
 
@@ -86,19 +87,29 @@ class Template:
     Attributes:
         model: The model with a task head; its weights are the base's.
         fresh: Names of the parameters that the checkpoint does not hold: the head's, and sometimes a pooler's.
+        modules_to_save: Paths of the modules that hold them, which every method trains.
     """
 
     model: PreTrainedModel
     fresh: frozenset[str]
+    modules_to_save: tuple[str, ...]
 
 
-def _load(
-    location: str, revision: str | None, task: Task, labels: tuple[str, ...]
+def load_model(
+    location: str, revision: str | None, head: Head, config_kwargs: dict[str, Any], **kwargs: Any
 ) -> tuple[PreTrainedModel, frozenset[str]]:
-    """The model with its task head, and the names of the parameters that the checkpoint does not hold."""
+    """The model with a task head, and the names of the parameters that the checkpoint does not hold.
+
+    Args:
+        location: Folder or Hub id.
+        revision: Hub revision.
+        head: Class of the model.
+        config_kwargs: What the configuration has to know to build the head.
+        kwargs: Further arguments of ``from_pretrained``.
+    """
     import transformers
 
-    auto = getattr(transformers, task.auto_model)
+    auto = getattr(transformers, head.auto_model)
     with quiet_loading():
         model, info = auto.from_pretrained(
             location,
@@ -106,49 +117,64 @@ def _load(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             use_safetensors=True if Path(location).is_dir() else None,
-            **task.config_kwargs(labels),
+            **config_kwargs,
+            **kwargs,
         )
     mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
     model.eval()
     return model, frozenset(set(info["missing_keys"]) | mismatched)
 
 
-def meta_model(location: str, revision: str | None, task: Task, labels: Sequence[str]) -> PreTrainedModel:
-    """The model without weights, on the meta device: for counting parameters.
+def fresh_modules(model: nn.Module, fresh: Collection[str]) -> tuple[str, ...]:
+    """The outermost modules all of whose parameters are fresh, in the order of the model.
+
+    A module that also holds a pretrained parameter (a language-model head whose weight is the embedding's) is not
+    among them: saving it in full would save that too.
+    """
+    found: list[str] = []
+    for path, module in model.named_modules():
+        if not path or any(path.startswith(f"{outer}.") for outer in found):
+            continue
+        own = [_join(path, name) for name, _ in module.named_parameters(remove_duplicate=False)]
+        if own and all(name in fresh for name in own):
+            found.append(path)
+    return tuple(found)
+
+
+def meta_model(
+    location: str, revision: str | None, task: Task, head: Head, labels: Sequence[str]
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The model without weights, on the meta device, for counting parameters; and its modules to save.
+
+    Of a model in a folder the names in its files decide what is fresh. A Hub model is not downloaded for that: what
+    the bare model of its architecture does not have is taken for the head.
 
     Raises:
         StudyError: There is no such model, or it cannot do the task.
     """
     import transformers
 
-    config = model_config(location, revision, **task.config_kwargs(labels))
-    auto = getattr(transformers, task.auto_model)
+    config_kwargs = task.config_kwargs(labels)
+    config = model_config(location, revision, **config_kwargs)
     try:
-        with torch.device("meta"), quiet_loading():
-            model: PreTrainedModel = auto.from_config(config)
+        if Path(location).is_dir():
+            model, fresh = load_model(location, revision, head, config_kwargs, device_map="meta")
+        else:
+            with torch.device("meta"), quiet_loading():
+                model = getattr(transformers, head.auto_model).from_config(config)
+                bare = transformers.AutoModel.from_config(config)
+            prefix = f"{model.base_model_prefix}."
+            known = {name.removeprefix(prefix) for name, _ in bare.named_parameters()}
+            fresh = frozenset(
+                name
+                for name, _ in model.named_parameters()
+                if name.removeprefix(prefix) not in known and not name.startswith("lm_head.")
+            )
     except ValueError as error:
         raise StudyError(
             f"the model {location!r} ({config.model_type}) cannot do {task.name}: {str(error).splitlines()[0]}"
         ) from None
-    return model.requires_grad_(False)
-
-
-def model_config(location: str, revision: str | None, **kwargs: Any) -> Any:
-    """A model's configuration.
-
-    Raises:
-        StudyError: There is no such model, or its configuration cannot be read.
-    """
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(location, revision=revision, **kwargs)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, hub errors, JSON errors, ...
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise StudyError(
-            f"cannot load the model {location!r}: {reason} (name a folder with config.json and model.safetensors, "
-            "package:NAME/FOLDER, or a Hub id that this machine can reach)"
-        ) from None
+    return model.requires_grad_(False), fresh_modules(model, fresh)
 
 
 def share_tensors(model: nn.Module) -> Any:
@@ -174,8 +200,10 @@ def count_exported(model: nn.Module) -> int:
     from peft import PeftModel, get_peft_model_state_dict
 
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        # PEFT computes the exported prompt, which the meta device cannot; prompt tuning saves just what it trains.
-        return count_trainable(model)
+        # PEFT computes the exported soft tokens, which the meta device cannot; what computes them is not exported.
+        config = model.active_peft_config
+        soft_tokens = config.num_virtual_tokens * config.num_transformer_submodules * config.token_dim
+        return count_trainable(model) - count_trainable(model.prompt_encoder) + soft_tokens
     if isinstance(model, PeftModel):
         return sum(tensor.numel() for tensor in get_peft_model_state_dict(model).values())
     return sum(parameter.numel() for parameter in model.parameters())

@@ -21,6 +21,9 @@ STATE = "state.safetensors"
 WEIGHTS = "weights.safetensors"
 """The finished trial: trained weights alone, for export."""
 
+TEST_PREDICTIONS = "test.jsonl"
+"""A confirmation's predictions on the test split, one JSON object per example."""
+
 _META = "peftsearch"
 
 
@@ -28,9 +31,9 @@ class CorruptCheckpointError(RuntimeError):
     """A checkpoint's bytes are not those that were written."""
 
 
-def trial_folder(study_folder: Path, number: int) -> Path:
-    """Where a trial's files are."""
-    return study_folder / "trials" / f"{number:05d}"
+def trial_folder(study_folder: Path, key: str) -> Path:
+    """Where a trial's files are; see `TrialPlan.key`."""
+    return study_folder / "trials" / key
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:

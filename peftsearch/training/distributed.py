@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -37,6 +38,10 @@ class WorkerGroup:
             if parameter.requires_grad:
                 distributed.broadcast(parameter.data, src=0)
         return DistributedDataParallel(model, init_sync=False, broadcast_buffers=False, find_unused_parameters=True)
+
+    def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
+        """Within it, gradients of a wrapped model stay on their rank: more of the batch is to come."""
+        return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
 
     def from_first(self, value: T | None) -> T | None:
         """The value that rank 0 holds, on every rank."""

@@ -2,28 +2,56 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from peftsearch.domains import PreparedDomain
+from peftsearch.domains.prepare import PART
+from peftsearch.domains.tasks.base import EXAMPLE, Prediction
 from peftsearch.training.distributed import WorkerGroup
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss, all scores of the task, and the number of examples they rest on."""
+    """What a model made of one split.
+
+    Attributes:
+        loss: Mean over the rows.
+        scores: All scores of the task; of joined data sets also those of each by itself, as ``PART/SCORE``.
+        examples: How many the scores rest on.
+        predictions: One for each example, in the split's order.
+        references: What they should be.
+    """
 
     loss: float
     scores: dict[str, float]
     examples: int
+    predictions: list[Any] = field(default_factory=list, repr=False)
+    references: list[Any] = field(default_factory=list, repr=False)
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch with its tensors on a device."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, domain: PreparedDomain, split: str, batch_size: int, group: WorkerGroup | None = None
+    model: nn.Module,
+    domain: PreparedDomain,
+    split: str,
+    batch_size: int,
+    group: WorkerGroup | None = None,
+    *,
+    final: bool = True,
 ) -> Evaluation:
     """Predict a split and score it; in the weights' own precision, unless called under autocast.
 
@@ -35,35 +63,58 @@ def evaluate(
         split: ``train``, ``validation`` or ``test``.
         batch_size: Examples per forward pass.
         group: The workers that share the work.
+        final: Whether this is more than a rung on the way (`Prediction.final`).
     """
     group = group or WorkerGroup()
     task, data = domain.task, domain.split(split)
+    how = Prediction(domain.architecture, final, domain.tokenizer if task.decodes else None)
     order = np.argsort(domain.lengths(split), kind="stable").tolist()
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     was_training = model.training
     model.eval()
     try:
         losses: list[np.ndarray] = []
-        predictions: list[np.ndarray] = []
-        references: list[np.ndarray] = []
+        predictions: list[Any] = []
+        references: list[Any] = []
         rows: list[int] = []
         for indices in batches[group.rank :: group.size]:
             raw = data[indices]
-            batch = task.collate(raw, domain.pad_token_id)
-            batch = {name: tensor.to(group.device, non_blocking=True) for name, tensor in batch.items()}
-            output = model(**{name: tensor for name, tensor in batch.items() if name != "labels"})
+            batch = to_device(task.collate(raw, domain.pad_token_id), group.device)
+            output = model(**{name: value for name, value in batch.items() if name not in task.hidden})
             losses.append(task.losses(output, batch).float().cpu().numpy())
-            predictions.append(task.predictions(output, batch))
-            references.append(task.references(raw))
+            predictions.extend(task.predict(model, output, batch, how))
+            references.extend(task.references(raw))
             rows.extend(indices)
     finally:
         model.train(was_training)
-    parts = group.gather((rows, losses, predictions, references))
-    position = np.argsort(np.concatenate([np.asarray(part[0], dtype=np.int64) for part in parts]), kind="stable")
-    columns = [np.concatenate([array for part in parts for array in part[column]])[position] for column in (1, 2, 3)]
+    collected = group.gather((rows, losses, predictions, references))
+    order = [row for part in collected for row in part[0]]
+    position = np.argsort(order, kind="stable")
+    row_losses = np.concatenate([array for part in collected for array in part[1]])[position]
+    predicted = [value for part in collected for value in part[2]]
+    expected = [value for part in collected for value in part[3]]
+    columns = set(data.column_names)
+    examples: dict[int, list[int]] = {}
+    of_row = data[EXAMPLE] if EXAMPLE in columns else None
+    for index in position.tolist():
+        example = of_row[order[index]] if of_row is not None else order[index]
+        examples.setdefault(example, []).append(index)
+    merged = [task.merge([predicted[index] for index in several]) for several in examples.values()]
+    wanted = [expected[several[0]] for several in examples.values()]
+    scores = task.score(merged, wanted, domain.labels)
+    if domain.parts:
+        part_of_row = data[PART]
+        part_of = [part_of_row[order[several[0]]] for several in examples.values()]
+        for number, name in enumerate(domain.parts):
+            chosen = [index for index, part in enumerate(part_of) if part == number]
+            if chosen:
+                own = task.score([merged[i] for i in chosen], [wanted[i] for i in chosen], domain.labels)
+                scores |= {f"{name}/{metric}": own[metric] for metric in task.metrics if metric in own}
     return Evaluation(
         # Summed in the split's own order and in double precision: the same number for any number of workers.
-        loss=float(columns[0].astype(np.float64).mean()),
-        scores=task.score(columns[1], columns[2], domain.labels),
-        examples=len(position),
+        loss=float(row_losses.astype(np.float64).mean()),
+        scores=scores,
+        examples=len(merged),
+        predictions=merged,
+        references=wanted,
     )

@@ -27,8 +27,10 @@ class WorkerPlan:
     models: Mapping[str, ModelPlace]
     domains: Mapping[tuple[str, str], Path]
     """Folder of the prepared data by model and domain: models have tokenizers of their own."""
-    budgets: Mapping[str, Budget]
-    training: TrainingSpec
+    budgets: Mapping[tuple[str, str], Budget]
+    """By domain and method: methods may have a training of their own."""
+    training: Mapping[str, TrainingSpec]
+    """By method."""
     threads: int
     """CPU threads per worker."""
 
@@ -66,7 +68,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Probe:
-    """Score a domain without tuning the model: majority class, and a linear probe on frozen features."""
+    """Score a domain without tuning the model: guesses, a linear probe on frozen features, prompting."""
 
     model: str
     domain: str
@@ -129,11 +131,17 @@ class Failure:
 
 @dataclass
 class ProbeResult:
-    """Baselines of a domain: scores by name, and how each was made."""
+    """Baselines of a domain by name: for people, how each was made, and what it scored."""
 
+    titles: dict[str, str] = field(default_factory=dict)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     details: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, title: str, detail: str, scores: dict[str, float], parameters: int = 0) -> None:
+        """Add a baseline; ``parameters`` is how many it trains."""
+        self.titles[name], self.details[name] = title, detail
+        self.scores[name], self.parameters[name] = scores, parameters
 
 
 Work = Segment | Probe

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,14 @@ import torch
 from torch import nn
 
 from peftsearch.domains import PreparedDomain
+from peftsearch.domains.tasks import LossOptions
 from peftsearch.methods import METHODS, AttachContext
 from peftsearch.spec import TrainingSpec
 from peftsearch.training.base_model import FrozenBase, count_trainable, trainable
 from peftsearch.training.budget import Budget
 from peftsearch.training.checkpoint import (
     STATE,
+    TEST_PREDICTIONS,
     WEIGHTS,
     CorruptCheckpointError,
     read_checkpoint,
@@ -29,7 +33,7 @@ from peftsearch.training.checkpoint import (
 )
 from peftsearch.training.data_order import DataOrder
 from peftsearch.training.distributed import WorkerGroup
-from peftsearch.training.evaluate import Evaluation, evaluate
+from peftsearch.training.evaluate import Evaluation, evaluate, to_device
 from peftsearch.training.optimizer import (
     learning_rate_factor,
     load_optimizer_tensors,
@@ -38,7 +42,7 @@ from peftsearch.training.optimizer import (
     set_learning_rate,
 )
 from peftsearch.training.precision import training_autocast
-from peftsearch.training.segment import SegmentResult, TrialPlan
+from peftsearch.training.segment import SegmentResult, TestReading, TrialPlan
 
 
 class DivergedError(RuntimeError):
@@ -63,7 +67,9 @@ def build_model(
     chosen = METHODS[method]
     chosen.check(hyperparameters)
     model = base.trial_model(domain, seed=seed, copy_weights=chosen.trains_copy)
-    context = AttachContext(domain.task.peft_task_type, base.location, domain.labels)
+    context = AttachContext(
+        domain.head.peft_task_type, base.location, domain.labels, base.template(domain).modules_to_save
+    )
     attached = chosen.attach(model, hyperparameters, context)
     if count_trainable(attached) == 0:
         raise ValueError(f"{method} found nothing to train in {type(model).__name__}")
@@ -82,13 +88,18 @@ def load_trained(model: nn.Module, path: Path) -> dict[str, Any]:
     return meta
 
 
-def finished_result(study_folder: Path, number: int) -> SegmentResult | None:
-    """The last result of a trial that has been trained to its full budget already; None where it has not."""
+def finished_result(study_folder: Path, key: str) -> SegmentResult | None:
+    """The last result of a trial that has been trained to its end already; None where it has not."""
     try:
-        _, meta = read_checkpoint(trial_folder(study_folder, number) / WEIGHTS)
+        _, meta = read_checkpoint(trial_folder(study_folder, key) / WEIGHTS)
     except (FileNotFoundError, CorruptCheckpointError):
         return None
-    return SegmentResult(**meta["result"])
+    return _result(meta["result"])
+
+
+def _result(written: Mapping[str, Any]) -> SegmentResult:
+    test = written.get("test")
+    return SegmentResult(**{**written, "test": TestReading(**test) if test else None})
 
 
 class TrialSession:
@@ -125,7 +136,8 @@ class TrialSession:
         self.training = training
         self.budget = budget
         self.group = group
-        self.folder = trial_folder(study_folder, plan.number)
+        self.study_folder = study_folder
+        self.folder = trial_folder(study_folder, plan.key)
         self.step = 0
         self.last: SegmentResult | None = None
         """Result of the segment that ended at `step`: given again when the answer was lost on its way."""
@@ -141,6 +153,8 @@ class TrialSession:
             group.device,
         )
         self.wrapped = group.wrap(self.model)
+        self.loss_options = _loss_options(domain, training, group.device)
+        self.best = _Best()
         self.order = DataOrder(domain.lengths("train"), training.batch_size, plan.seed)
         # Ranks draw different dropout masks; rank 0's stream is that of a single worker.
         torch.manual_seed(plan.seed * 65_537 + 1 + group.rank)
@@ -157,17 +171,22 @@ class TrialSession:
         except FileNotFoundError:
             return
         _load_parameters(self.parameters, _strip(tensors, "model/"))
+        self.best = _Best(_strip(tensors, "best/"), meta["best_value"], meta["best_step"], meta["waited"])
         load_optimizer_tensors(self.optimizer, self.parameters, _strip(tensors, "optimizer/"))
         self._random_state = _strip(tensors, f"random/{self.group.rank}/")
         self.step = int(meta["step"])
-        self.last = SegmentResult(**meta["result"])
+        self.last = _result(meta["result"])
 
-    def run(self, to_step: int, *, final: bool) -> SegmentResult:
+    def run(self, to_step: int, *, final: bool, read_test: bool = False) -> SegmentResult:
         """Train up to a step, evaluate on the validation split, and write the state.
+
+        With ``training.patience`` a trial ends before its full budget when it has stopped improving, and then (or at
+        the full budget) goes back to its best weights.
 
         Args:
             to_step: Steps done afterwards.
             final: This is the full budget: keep the trained weights and drop the rest.
+            read_test: Score the test split once the last step is done.
 
         Raises:
             DivergedError: The loss is not finite.
@@ -178,6 +197,17 @@ class TrialSession:
         self._random_state = _random_state(self.group.device)
         trained = time.perf_counter()
         evaluation = self._evaluate(final)
+        stopped = False
+        if self.training.patience is not None:
+            exhausted = self._note_improvement(evaluation)
+            stopped = exhausted and not final
+            if (final or stopped) and self.best.step != self.step:
+                # The last weights are not the best ones: what is scored and kept are those.
+                _load_parameters(self.parameters, self.best.weights)
+                evaluation = self._evaluate(final=True)
+            elif stopped:
+                evaluation = self._evaluate(final=True)
+        test = self._read_test() if read_test and (final or stopped) else None
         evaluated = time.perf_counter()
         self.last = SegmentResult(
             step=self.step,
@@ -187,9 +217,46 @@ class TrialSession:
             train_seconds=trained - began,
             evaluation_seconds=evaluated - trained,
             peak_memory_bytes=_peak_memory(self.group.device),
+            test=test,
+            stopped=stopped,
         )
-        self._write(final)
+        self._write(final or stopped)
         return self.last
+
+    def _note_improvement(self, evaluation: Evaluation) -> bool:
+        """Remember the weights if they are the best so far; whether patience is exhausted."""
+        value = evaluation.scores[self.domain.metric]
+        sign = 1.0 if self.domain.direction == "maximize" else -1.0
+        if self.best.value is None or sign * value > sign * self.best.value:
+            weights = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+            self.best = _Best(weights, value, self.step, 0)
+        else:
+            self.best.waited += 1
+        assert self.training.patience is not None
+        return self.best.waited >= self.training.patience
+
+    def _read_test(self) -> TestReading | None:
+        if "test" not in self.domain.rows:
+            return None
+        began = time.perf_counter()
+        found = evaluate(self.model, self.domain, "test", self.training.evaluation_batch_size, self.group)
+        seconds = time.perf_counter() - began
+        path = self.folder / TEST_PREDICTIONS
+        if self.group.rank == 0:
+            lines = (
+                json.dumps({"prediction": prediction, "reference": reference}, ensure_ascii=False)
+                for prediction, reference in zip(found.predictions, found.references, strict=True)
+            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return TestReading(
+            loss=found.loss,
+            scores=found.scores,
+            examples=found.examples,
+            seconds=seconds,
+            predictions=path.relative_to(self.study_folder).as_posix(),
+            read_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        )
 
     def _train(self, to_step: int) -> float:
         group, task, data = self.group, self.domain.task, self.domain.split("train")
@@ -202,20 +269,27 @@ class TrialSession:
             mine = indices[group.rank :: group.size] or indices[:1]
             # A rank without examples of its own still takes part in the collectives, with weight zero.
             weight = group.size / len(indices) if len(indices) > group.rank else 0.0
-            batch = task.collate(data[mine], self.domain.pad_token_id)
-            batch = {name: tensor.to(group.device, non_blocking=True) for name, tensor in batch.items()}
-            with training_autocast(self.training.precision, group.device):
-                output = self.wrapped(**{name: tensor for name, tensor in batch.items() if name != "labels"})
-            losses = task.losses(output, batch)
-            # DDP averages over ranks: scaled so that the average is the mean over the whole batch.
-            loss = losses.sum() * weight
-            loss.backward()  # type: ignore[no-untyped-call]
+            part = -(-len(mine) // self.training.gradient_accumulation)
+            loss = torch.zeros((), device=group.device)
+            for first in range(0, len(mine), part):
+                batch = to_device(
+                    task.collate(data[mine[first : first + part]], self.domain.pad_token_id), group.device
+                )
+                with group.no_sync(self.wrapped) if first + part < len(mine) else nullcontext():
+                    with training_autocast(self.training.precision, group.device):
+                        inputs = {name: value for name, value in batch.items() if name not in task.hidden}
+                        output = self.wrapped(**inputs)
+                    losses = task.losses(output, batch, self.loss_options)
+                    # DDP averages over ranks: scaled so that the average is the mean over the whole batch.
+                    part_loss = losses.sum() * weight
+                    part_loss.backward()  # type: ignore[no-untyped-call]
+                loss += part_loss.detach()
             nn.utils.clip_grad_norm_(parameters, self.training.max_grad_norm)
             set_learning_rate(self.optimizer, learning_rate_factor(step, self.budget.total_steps, self.training))
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             # Summed on the device: reading it every step would make the host wait for the GPU.
-            total += loss.detach().double() * len(indices) / group.size
+            total += loss.double() * len(indices) / group.size
             examples += len(indices)
         self.step = to_step
         mean = float(group.sum(total).item()) / max(1, examples)
@@ -230,7 +304,12 @@ class TrialSession:
         context = nullcontext() if final else training_autocast(self.training.precision, self.group.device)
         with context:
             evaluation = evaluate(
-                self.model, self.domain, "validation", self.training.evaluation_batch_size, self.group
+                self.model,
+                self.domain,
+                "validation",
+                self.training.evaluation_batch_size,
+                self.group,
+                final=final,
             )
         if not math.isfinite(evaluation.loss):
             raise DivergedError(f"the validation loss is {evaluation.loss} after step {self.step}")
@@ -240,7 +319,14 @@ class TrialSession:
         random_states = self.group.gather(self._random_state)
         if self.group.rank != 0:
             return
-        meta = {"number": self.plan.number, "step": self.step, "result": asdict(self.last) if self.last else None}
+        meta = {
+            "number": self.plan.number,
+            "step": self.step,
+            "result": asdict(self.last) if self.last else None,
+            "best_value": self.best.value,
+            "best_step": self.best.step,
+            "waited": self.best.waited,
+        }
         weights = {name: parameter.data for name, parameter in self.parameters.items()}
         if final:
             write_checkpoint(self.folder / WEIGHTS, weights, meta)
@@ -248,10 +334,33 @@ class TrialSession:
             return
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         tensors = {f"model/{name}": tensor for name, tensor in weights.items()}
+        tensors |= {f"best/{name}": tensor for name, tensor in self.best.weights.items()}
         tensors |= {f"optimizer/{k}": v for k, v in optimizer_tensors(self.optimizer, names).items()}
         for rank, state in enumerate(random_states):
             tensors |= {f"random/{rank}/{name}": tensor for name, tensor in state.items()}
         write_checkpoint(self.folder / STATE, tensors, meta)
+
+
+@dataclass
+class _Best:
+    """The best evaluation so far, for early stopping."""
+
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    value: float | None = None
+    step: int = -1
+    waited: int = 0
+    """Evaluations since then."""
+
+
+def _loss_options(domain: PreparedDomain, training: TrainingSpec, device: torch.device) -> LossOptions:
+    weights = None
+    if training.class_weights == "balanced":
+        counts = domain.task.class_counts(domain.split("train")[:], domain.labels)
+        if counts is not None:
+            # scikit-learn's "balanced": n / (classes * count); classes that are absent have no row to weigh.
+            share = [sum(counts) / (len(counts) * count) if count else 0.0 for count in counts]
+            weights = torch.tensor(share, dtype=torch.float32, device=device)
+    return LossOptions(training.label_smoothing, weights)
 
 
 def _head_parameters(model: nn.Module) -> frozenset[int]:

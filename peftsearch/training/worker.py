@@ -36,7 +36,7 @@ class Worker:
         torch.set_num_threads(plan.threads)
         self._bases: dict[str, FrozenBase] = {}
         self._domains: dict[tuple[str, str], PreparedDomain] = {}
-        self._sessions: OrderedDict[int, TrialSession] = OrderedDict()
+        self._sessions: OrderedDict[str, TrialSession] = OrderedDict()
 
     def warm_up(self) -> None:
         """Load what the first segment would wait for: the first model with each domain's head, and the data."""
@@ -66,7 +66,8 @@ class Worker:
                 return probe(
                     self.base(work.model),
                     self.domain(work.model, work.domain),
-                    self.plan.training.evaluation_batch_size,
+                    # The same for every method.
+                    next(iter(self.plan.training.values())).evaluation_batch_size,
                     self.group,
                 )
             return self._segment(work)
@@ -88,36 +89,36 @@ class Worker:
             log.exception("trial failed")
             return Failure(f"{type(error).__name__}: {error}")
 
-    def forget(self, numbers: Iterable[int]) -> None:
+    def forget(self, keys: Iterable[str]) -> None:
         """Drop ended trials from memory."""
-        for number in numbers:
-            self._sessions.pop(number, None)
+        for key in keys:
+            self._sessions.pop(key, None)
 
     def _drop(self, work: Work) -> None:
         if isinstance(work, Segment):
-            self._sessions.pop(work.trial.number, None)
+            self._sessions.pop(work.trial.key, None)
 
     def _segment(self, segment: Segment) -> Outcome:
-        number = segment.trial.number
-        if segment.final and number not in self._sessions:
+        key = segment.trial.key
+        if key not in self._sessions:
             # The answer to a trial's last segment may have been lost with the driver; its weights were not.
-            done = finished_result(self.plan.study_folder, number) if self.group.rank == 0 else None
+            done = finished_result(self.plan.study_folder, key) if self.group.rank == 0 else None
             done = self.group.from_first(done)
-            if done is not None and done.step == segment.to_step:
+            if done is not None and (done.step == segment.to_step or done.stopped):
                 return done
         session = self._session(segment)
         if session.last is not None and session.last.step == segment.to_step:
             return session.last
-        result = session.run(segment.to_step, final=segment.final)
-        if segment.final:
+        result = session.run(segment.to_step, final=segment.final, read_test=segment.read_test)
+        if segment.final or result.stopped:
             self._drop(segment)
         return result
 
     def _session(self, segment: Segment) -> TrialSession:
-        number = segment.trial.number
-        session = self._sessions.get(number)
+        number, key = segment.trial.number, segment.trial.key
+        session = self._sessions.get(key)
         if session is not None and session.step <= segment.to_step:
-            self._sessions.move_to_end(number)
+            self._sessions.move_to_end(key)
             return session
         session = self._new_session(segment)
         try:
@@ -131,7 +132,7 @@ class Worker:
             # Only a trial whose actor was lost is asked for an earlier step than its checkpoint's. Training it again
             # from its start is the price of keeping a single checkpoint, and gives the same numbers.
             session = self._new_session(segment)
-        self._sessions[number] = session
+        self._sessions[key] = session
         while len(self._sessions) > _SESSIONS_KEPT:
             self._sessions.popitem(last=False)
         return session
@@ -142,8 +143,8 @@ class Worker:
             trial,
             self.base(trial.model),
             self.domain(trial.model, trial.domain),
-            self.plan.training,
-            self.plan.budgets[trial.domain],
+            self.plan.training[trial.method],
+            self.plan.budgets[trial.domain, trial.method],
             self.group,
             self.plan.study_folder,
         )

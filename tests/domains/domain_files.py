@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import BertConfig, PreTrainedTokenizerFast
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "tenant", "pays", "rent", "patient", "has", "fever", "no", "."]
 
 
 def save_tokenizer(folder: Path, words: list[str] = WORDS, **kwargs: Any) -> Path:
-    """A word-level tokenizer that marks texts and pairs as BERT's does."""
+    """A word-level tokenizer that marks texts and pairs as BERT's does, and the configuration of a BERT beside it."""
     backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(
@@ -25,6 +25,7 @@ def save_tokenizer(folder: Path, words: list[str] = WORDS, **kwargs: Any) -> Pat
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         **(special | kwargs),
     ).save_pretrained(folder)
+    BertConfig(vocab_size=len(words)).save_pretrained(folder)
     return folder
 
 

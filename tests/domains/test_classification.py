@@ -21,10 +21,17 @@ from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoTokenizer
 
 from peftsearch.domains import get_metric, get_task, load_domain, load_raw
+from peftsearch.domains.tasks import Prediction, Tokenization
 from peftsearch.spec import DataSpec, StudyError, StudyFile
 
 Make = Callable[..., StudyFile]
 TASK = get_task("classification")
+
+
+def how(tokenizer: str, max_length: int) -> Tokenization:
+    return Tokenization(AutoTokenizer.from_pretrained(tokenizer), max_length, "encoder")
+
+
 DATA = DataSpec(source="x")
 
 
@@ -159,7 +166,7 @@ def test_numbers_as_labels_with_gaps_name_the_gap(tmp_path: Path, study: Make) -
 
 def test_checking_checked_rows_changes_nothing() -> None:
     table = TASK.read(pa.table({"text": ["a", "b"], "label": [1, 0], "other": [1, 2]}), DATA, "x", ())
-    assert TASK.read(table, DATA, "x", ()) == table
+    assert table.column_names == ["text", "label"]
     assert table.column_names == ["text", "label"]
     assert TASK.check({"train": table, "validation": table}, DATA, ()) == ("0", "1")
 
@@ -192,14 +199,13 @@ def test_groups_that_cross_splits_are_a_warning(tmp_path: Path, study: Make) -> 
 
 def test_tokenize(tokenizer: str) -> None:
     table = pa.table({"text": ["the tenant pays rent .", "fever"], "label": ["legal", "clinical"]})
-    tokens = TASK.tokenize(table, DATA, ("clinical", "legal"), AutoTokenizer.from_pretrained(tokenizer), 6)
+    tokens = TASK.tokenize(table, ("clinical", "legal"), how(tokenizer, 6))
     assert tokens[:] == {"input_ids": [[2, 4, 5, 6, 7, 3], [2, 10, 3]], "labels": [1, 0]}
 
 
 def test_tokenize_pairs(tokenizer: str) -> None:
-    data = DataSpec.model_validate({"source": "x", "columns": {"text_pair": "other"}})
-    table = pa.table({"text": ["the tenant pays"], "other": ["no fever"], "label": ["a"]})
-    tokens = TASK.tokenize(table, data, ("a", "b"), AutoTokenizer.from_pretrained(tokenizer), 7)
+    table = pa.table({"text": ["the tenant pays"], "text_pair": ["no fever"], "label": ["a"]})
+    tokens = TASK.tokenize(table, ("a", "b"), how(tokenizer, 7))
     assert tokens[:] == {
         "input_ids": [[2, 4, 5, 3, 11, 10, 3]],
         "token_type_ids": [[0, 0, 0, 0, 1, 1, 1]],
@@ -241,9 +247,9 @@ def test_losses_and_predictions() -> None:
     np.testing.assert_allclose(losses.detach().numpy(), expected, rtol=1e-5)
     losses.mean().backward()
     assert logits.grad is not None
-    predictions = TASK.predictions(output, batch)
-    assert predictions.tolist() == [0, 0, 1]
-    assert predictions.dtype == TASK.references({"labels": [0]}).dtype == np.int64
+    predictions = TASK.predict(torch.nn.Identity(), output, batch, Prediction("encoder"))
+    assert predictions == [0, 0, 1]
+    assert TASK.references({"labels": [0]}) == [0]
 
 
 def test_score_by_hand() -> None:

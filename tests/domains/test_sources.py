@@ -26,7 +26,10 @@ ROWS = [
 
 def read(data: dict[str, Any], folder: Path) -> dict[str, list[dict[str, Any]]]:
     spec = DataSpec.model_validate(data)
-    return {split: raw.table.to_pylist() for split, raw in read_source(spec, folder, ("data",)).items()}
+    return {
+        split: raw.table.to_pylist()
+        for split, raw in read_source(spec, folder, ("data",), (spec.columns.text, spec.columns.label)).items()
+    }
 
 
 def write(path: Path, text: str) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from peftsearch.methods import METHODS
 from peftsearch.search.plan import StudyPlan, plan_study
 from peftsearch.spec import StudyFile
 from peftsearch.training.checkpoint import STATE, WEIGHTS, read_checkpoint, trial_folder
@@ -21,11 +22,13 @@ from peftsearch.training.segment import Failure, Probe, ProbeResult, Segment, Se
 from peftsearch.training.worker import Worker
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "lora": {"rank": 4, "alpha": 16.0, "dropout": 0.1, "targets": "attention", "learning_rate": 5e-3},
+    "lora": {"rank": 4, "alpha": 16.0, "dropout": 0.1, "variant": "lora", "targets": "attention", "learning_rate": 5e-3},
     "adapter": {
         "bottleneck": 8,
         "activation": "gelu",
         "placement": "houlsby",
+        "scale": 4.0,
+        "quantization": "none",
         "dropout": 0.1,
         "learning_rate": 5e-3,
     },
@@ -52,11 +55,12 @@ def new_worker(plan: StudyPlan, folder: Path) -> Worker:
 
 def trial(plan: StudyPlan, method: str, number: int = 0, **changes: Any) -> TrialPlan:
     model = next(iter(plan.models))
-    return TrialPlan(number, model, "topics", method, CONFIGURATIONS[method] | changes, seed=0)
+    defaults = {name: item.space for name, item in METHODS[method].hyperparameters.items()}
+    return TrialPlan(number, model, "topics", method, defaults | CONFIGURATIONS[method] | changes, seed=0)
 
 
 def train(worker: Worker, plan: StudyPlan, what: TrialPlan) -> list[SegmentResult]:
-    steps = plan.budgets["topics"].evaluation_steps
+    steps = plan.budgets["topics", "lora"].evaluation_steps
     results = []
     for index, step in enumerate(steps):
         outcome = worker.do(Segment(what, step, final=index == len(steps) - 1))
@@ -70,7 +74,7 @@ def numbers(results: list[SegmentResult]) -> list[tuple[Any, ...]]:
 
 
 def weights(folder: Path, number: int) -> dict[str, bytes]:
-    tensors, _ = read_checkpoint(trial_folder(folder, number) / WEIGHTS)
+    tensors, _ = read_checkpoint(trial_folder(folder, f"{number:05d}") / WEIGHTS)
     assert tensors
     return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
 
@@ -94,7 +98,7 @@ def test_a_warm_worker_gives_what_a_fresh_process_gives(method: str, plan: Study
 
     import pickle
 
-    steps = plan.budgets["topics"].evaluation_steps
+    steps = plan.budgets["topics", "lora"].evaluation_steps
     segments = [Segment(trial(plan, method), step, index == len(steps) - 1) for index, step in enumerate(steps)]
     handed = tmp_path / "plan.pickle"
     handed.write_bytes(pickle.dumps((plan.for_workers(tmp_path / "fresh", threads=1), segments)))
@@ -134,7 +138,7 @@ def test_training_goes_on_from_the_checkpoint_as_if_nothing_had_happened(
     method: str, plan: StudyPlan, tmp_path: Path
 ) -> None:
     whole = train(new_worker(plan, tmp_path / "a"), plan, trial(plan, method))
-    steps = plan.budgets["topics"].evaluation_steps
+    steps = plan.budgets["topics", "lora"].evaluation_steps
     pieces = []
     for index, step in enumerate(steps):
         # A new worker for every segment: all that is left of the trial is its checkpoint.
@@ -149,21 +153,21 @@ def test_training_goes_on_from_the_checkpoint_as_if_nothing_had_happened(
 def test_an_answer_that_was_lost_is_given_again(again: str, segment: int, plan: StudyPlan, tmp_path: Path) -> None:
     """The driver died after the slot had written its checkpoint: no step is trained twice, and no number differs."""
     worker = new_worker(plan, tmp_path)
-    steps = plan.budgets["topics"].evaluation_steps
+    steps = plan.budgets["topics", "lora"].evaluation_steps
     for index, step in enumerate(steps[: segment % len(steps) + 1]):
         asked = Segment(trial(plan, "lora"), step, final=index == len(steps) - 1)
         lost = worker.do(asked)
     if again == "new worker":
         worker = new_worker(plan, tmp_path)
-    before = {path: path.stat().st_mtime_ns for path in trial_folder(tmp_path, 0).iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in trial_folder(tmp_path, "00000").iterdir()}
     assert worker.do(asked) == lost
-    assert {path: path.stat().st_mtime_ns for path in trial_folder(tmp_path, 0).iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in trial_folder(tmp_path, "00000").iterdir()} == before
 
 
 def test_trials_may_take_turns_on_one_worker(plan: StudyPlan, tmp_path: Path) -> None:
     alone = [numbers(train(new_worker(plan, tmp_path / m), plan, trial(plan, m, 1))) for m in ("lora", "full")]
     worker = new_worker(plan, tmp_path / "both")
-    steps = plan.budgets["topics"].evaluation_steps
+    steps = plan.budgets["topics", "lora"].evaluation_steps
     taken: list[list[Any]] = [[], []]
     for index, step in enumerate(steps):
         for place, method in enumerate(("lora", "full")):
@@ -177,9 +181,9 @@ def test_a_damaged_checkpoint_is_noticed_and_the_trial_begins_anew(
     damage: str, plan: StudyPlan, tmp_path: Path
 ) -> None:
     whole = train(new_worker(plan, tmp_path / "a"), plan, trial(plan, "lora"))
-    steps = plan.budgets["topics"].evaluation_steps
+    steps = plan.budgets["topics", "lora"].evaluation_steps
     new_worker(plan, tmp_path / "b").do(Segment(trial(plan, "lora"), steps[0]))
-    state = trial_folder(tmp_path / "b", 0) / STATE
+    state = trial_folder(tmp_path / "b", "00000") / STATE
     data = bytearray(state.read_bytes())
     if damage == "flip":
         data[-100] ^= 1
@@ -195,7 +199,7 @@ def test_a_loss_that_is_not_a_number_fails_the_trial_and_leaves_the_worker_usabl
     plan: StudyPlan, tmp_path: Path
 ) -> None:
     worker = new_worker(plan, tmp_path)
-    outcome = worker.do(Segment(trial(plan, "full", learning_rate=1e30), plan.budgets["topics"].total_steps))
+    outcome = worker.do(Segment(trial(plan, "full", learning_rate=1e30), plan.budgets["topics", "full"].total_steps))
     assert isinstance(outcome, Failure)
     assert "loss" in outcome.error
     assert "1e+30" in outcome.error
@@ -243,8 +247,8 @@ def test_baselines_are_scored_by_the_worker(plan: StudyPlan, tmp_path: Path) -> 
 
 def test_only_the_last_state_of_a_trial_is_on_disk(plan: StudyPlan, tmp_path: Path) -> None:
     worker = new_worker(plan, tmp_path)
-    steps = plan.budgets["topics"].evaluation_steps
+    steps = plan.budgets["topics", "lora"].evaluation_steps
     worker.do(Segment(trial(plan, "lora"), steps[0]))
-    assert [item.name for item in trial_folder(tmp_path, 0).iterdir()] == [STATE]
+    assert [item.name for item in trial_folder(tmp_path, "00000").iterdir()] == [STATE]
     worker.do(Segment(trial(plan, "lora"), steps[-1], final=True))
-    assert [item.name for item in trial_folder(tmp_path, 0).iterdir()] == [WEIGHTS]
+    assert [item.name for item in trial_folder(tmp_path, "00000").iterdir()] == [WEIGHTS]

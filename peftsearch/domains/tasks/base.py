@@ -8,21 +8,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
 
+from peftsearch.domains.models import Architecture
 from peftsearch.spec import DataSpec, Direction
 from peftsearch.spec.yaml_file import Loc
 
 if TYPE_CHECKING:
     import datasets
     import torch
+    from torch import nn
 
-Ids = npt.NDArray[np.int64]
+GROUP = "group"
+"""The column of `Task.read` that keeps rows together when splits are cut."""
+EXAMPLE = "example"
+"""The column of a tokenised split that says which example a row belongs to, where an example makes several rows."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,97 @@ class Metric:
     title: str
 
 
+@dataclass(frozen=True)
+class Head:
+    """How a kind of model does a task.
+
+    Attributes:
+        auto_model: The class of `transformers` that loads a model with the task's head.
+        peft_task_type: PEFT's name of the task; None where it has none.
+    """
+
+    auto_model: str
+    peft_task_type: str | None
+
+
+class TaskOptions(BaseModel):
+    """The settings that a task takes from a domain's ``options``; by default none."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+@dataclass
+class Tokenization:
+    """What a split is tokenised for.
+
+    Attributes:
+        tokenizer: The model's.
+        max_length: Tokens that the model sees at most.
+        architecture: Of the model.
+        training: Whether the split is trained on.
+        warnings: Sentences about what was lost; `Task.tokenize` adds to it.
+    """
+
+    tokenizer: Any
+    max_length: int
+    architecture: Architecture
+    training: bool = False
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What the training loss does otherwise than the validation loss.
+
+    Attributes:
+        label_smoothing: Share of the target that is spread over all classes.
+        class_weights: Weight of each class, as a tensor of shape (classes,), or None.
+    """
+
+    label_smoothing: float = 0.0
+    class_weights: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What `Task.predict` may need besides model and batch.
+
+    Attributes:
+        tokenizer: The model's; only for tasks with `Task.decodes`.
+        architecture: Of the model.
+        final: Whether this is the evaluation at the full budget, or a quick one on the way (where a generating task
+            may decode greedily).
+    """
+
+    architecture: Architecture
+    final: bool = True
+    tokenizer: Any = None
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A baseline that looks at the data alone.
+
+    Attributes:
+        title: For people, for example ``majority class``.
+        detail: How it was made.
+        predictions: One for each example of the scored split, as `Task.score` takes them.
+    """
+
+    title: str
+    detail: str
+    predictions: list[Any]
+
+
 class Task(ABC):
-    """What a model must do with a text."""
+    """What a model must do with a text.
+
+    A task works on canonical columns: `read` gives each role of the study file's ``columns`` its own name (``text``,
+    ``label``, ...), and everything after it knows no other.
+
+    Args:
+        options: The domain's ``options``, checked; the defaults where absent.
+    """
 
     name: ClassVar[str]
     """The word in the study file."""
@@ -49,10 +143,22 @@ class Task(ABC):
     """What it can be scored by; the first is the default objective."""
     label_metrics: ClassVar[Mapping[str, Metric]] = {}
     """Scores of one label: the study file names them as ``f1/LABEL``."""
-    peft_task_type: ClassVar[str]
-    """PEFT's name of the task."""
-    auto_model: ClassVar[str]
-    """The class of `transformers` that loads a model with the task's head."""
+    Options: ClassVar[type[TaskOptions]] = TaskOptions
+    heads: ClassVar[Mapping[Architecture, Head]]
+    """How each kind of model does it; a kind that is missing cannot."""
+    hidden: ClassVar[frozenset[str]] = frozenset({"labels"})
+    """Entries of a batch that the model does not see."""
+    decodes: ClassVar[bool] = False
+    """Whether `predict` needs the tokenizer."""
+    probe: ClassVar[Literal["text", "token"] | None] = None
+    """Whether linear models on frozen features are a baseline: of whole texts, or of each token."""
+
+    def __init__(self, options: TaskOptions | None = None) -> None:
+        self.options: Any = self.Options() if options is None else options
+
+    @abstractmethod
+    def columns(self, data: DataSpec) -> tuple[str, ...]:
+        """Names, in the source, of the columns that `read` needs."""
 
     @abstractmethod
     def read(self, table: pa.Table, data: DataSpec, where: str, loc: Loc) -> pa.Table:
@@ -65,35 +171,33 @@ class Task(ABC):
             loc: Where the ``data`` section stands in the study file.
 
         Returns:
-            The columns that the task needs (and the group column where there is one), under their own names. Reading
-            a table twice changes nothing.
+            The canonical columns that the task needs. (The group column is added by the caller.)
 
         Raises:
             StudyError: A missing column, a missing or unusable value (with its row), or no rows at all.
         """
 
     @abstractmethod
-    def keys(self, table: pa.Table, data: DataSpec) -> list[str]:
+    def keys(self, table: pa.Table) -> list[str]:
         """What makes each row the example it is, without its label: equal keys mean identical inputs."""
 
     @abstractmethod
-    def content(self, table: pa.Table, data: DataSpec) -> list[tuple[str, ...]]:
+    def content(self, table: pa.Table) -> list[tuple[str, ...]]:
         """Everything of each row that training can see, label included, for fingerprints."""
 
-    def strata(self, table: pa.Table, data: DataSpec) -> list[str] | None:
+    def strata(self, table: pa.Table) -> list[str] | None:
         """What each split should hold in the same proportion: the label of each row, for tasks that have one."""
         return None
 
-    @abstractmethod
     def check(
         self, splits: Mapping[str, pa.Table], data: DataSpec, loc: Loc, *, cut: Collection[str] = ()
     ) -> tuple[str, ...]:
         """Check the splits against each other.
 
         Args:
-            splits: The rows of each split.
-            data: The domain's ``data`` section.
-            loc: Where the ``data`` section stands in the study file.
+            splits: The rows of each split, as `read` returns them.
+            data: The domain's ``data`` section, for the names of columns in errors.
+            loc: Where it stands in the study file.
             cut: Splits that were cut from train rather than brought by the data. What only an unlucky cut can cause is
                 a warning (`warnings`), not an error.
 
@@ -101,35 +205,34 @@ class Task(ABC):
             The label names, in a fixed order; () for tasks without labels.
 
         Raises:
-            StudyError: As `read`; too few labels; a label that train never shows.
+            StudyError: Too few labels; a label that train never shows.
         """
+        return ()
 
-    def warnings(self, splits: Mapping[str, pa.Table], data: DataSpec, labels: Sequence[str]) -> list[str]:
+    def warnings(self, splits: Mapping[str, pa.Table], labels: Sequence[str]) -> list[str]:
         """What a careful reader should know about the splits; one sentence each."""
         return []
 
     @abstractmethod
-    def tokenize(
-        self, table: pa.Table, data: DataSpec, labels: Sequence[str], tokenizer: Any, max_length: int
-    ) -> datasets.Dataset:
-        """Turn rows into token ids, truncated to `max_length` and not padded.
+    def tokenize(self, table: pa.Table, labels: Sequence[str], how: Tokenization) -> datasets.Dataset:
+        """Turn rows into token ids, truncated to ``how.max_length`` and not padded.
 
         Returns:
-            Columns ``input_ids`` (list of int), ``token_type_ids`` where the model needs them, and ``labels``.
+            Columns ``input_ids`` (lists of int), ``token_type_ids`` where the model needs them, and what `collate`,
+            `references` and `predict` want. Where an example makes several rows (windows), the column `EXAMPLE` holds
+            the number of the example. A column ``length`` replaces the length of ``input_ids`` for batching.
 
         Raises:
             ValueError: A row has no tokens.
         """
 
-    @abstractmethod
     def config_kwargs(self, labels: Sequence[str]) -> dict[str, Any]:
         """What ``from_pretrained`` needs to know to build the task's head."""
+        return {}
 
     @abstractmethod
-    def collate(
-        self, rows: Mapping[str, Sequence[Any]], pad_token_id: int, *, multiple_of: int = 8
-    ) -> dict[str, torch.Tensor]:
-        """One batch of tensors from some rows of a tokenised split.
+    def collate(self, rows: Mapping[str, Sequence[Any]], pad_token_id: int, *, multiple_of: int = 8) -> dict[str, Any]:
+        """One batch from some rows of a tokenised split.
 
         Args:
             rows: Columns, as slicing a tokenised split gives them.
@@ -138,25 +241,92 @@ class Task(ABC):
 
         Returns:
             ``input_ids``, ``attention_mask`` and, where present, ``token_type_ids``, each of shape (rows, length) and
-            type int64; ``labels``.
+            type int64, and whatever else the model takes; and the `hidden` entries, ``labels`` among them.
         """
 
     @abstractmethod
-    def losses(self, output: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The loss of each example: float32, shape (rows,)."""
+    def losses(self, output: Any, batch: Mapping[str, Any], options: LossOptions | None = None) -> torch.Tensor:
+        """The loss of each row: float32, shape (rows,).
+
+        Token-level outputs may be longer than the text, by soft tokens in front of it: the last positions are the
+        text's.
+        """
 
     @abstractmethod
-    def predictions(self, output: Any, batch: Mapping[str, torch.Tensor]) -> Ids:
-        """What the model answers for each example."""
+    def predict(self, model: nn.Module, output: Any, batch: Mapping[str, Any], how: Prediction) -> list[Any]:
+        """What the model answers for each row; values that JSON can write."""
 
     @abstractmethod
-    def references(self, rows: Mapping[str, Sequence[Any]]) -> Ids:
-        """What the model should answer for each example."""
+    def references(self, rows: Mapping[str, Sequence[Any]]) -> list[Any]:
+        """What the model should answer for each row; values that JSON can write."""
+
+    def merge(self, predictions: list[Any]) -> Any:
+        """The prediction for an example from those for its rows (windows)."""
+        return predictions[0]
 
     @abstractmethod
-    def score(self, predictions: Ids, references: Ids, labels: Sequence[str]) -> dict[str, float]:
+    def score(self, predictions: Sequence[Any], references: Sequence[Any], labels: Sequence[str]) -> dict[str, float]:
         """All scores: one for each of `metrics`, and those of single labels.
 
         Raises:
             ValueError: No examples, or not as many predictions as references.
         """
+
+    def class_counts(self, rows: Mapping[str, Sequence[Any]], labels: Sequence[str]) -> list[int] | None:
+        """How often each class occurs, for balanced class weights; None for tasks without classes."""
+        return None
+
+    def guesses(
+        self, train: Mapping[str, Sequence[Any]], split: Mapping[str, Sequence[Any]], labels: Sequence[str]
+    ) -> dict[str, Guess]:
+        """Baselines that look at the data alone, by name.
+
+        Args:
+            train: The columns of the tokenised training split.
+            split: Those of the split to predict.
+            labels: The domain's labels.
+        """
+        return {}
+
+    def probes(self) -> list[tuple[str, Any]]:
+        """Linear models (of scikit-learn) on frozen features, with the setting that tells them apart; the best on
+        validation is the baseline."""
+        return []
+
+
+def pad(rows: Sequence[Sequence[int]], fill: int, *, multiple_of: int = 8, left: bool = False) -> np.ndarray:
+    """Lists of different lengths as one int64 array, filled up on the right (or left)."""
+    longest = max((len(row) for row in rows), default=1)
+    width = -(-max(longest, 1) // multiple_of) * multiple_of
+    padded = np.full((len(rows), width), fill, dtype=np.int64)
+    for number, row in enumerate(rows):
+        if len(row):
+            if left:
+                padded[number, width - len(row) :] = row
+            else:
+                padded[number, : len(row)] = row
+    return padded
+
+
+def text_batch(
+    rows: Mapping[str, Sequence[Any]], pad_token_id: int, *, multiple_of: int = 8
+) -> dict[str, torch.Tensor]:
+    """``input_ids``, ``attention_mask`` and, where present, ``token_type_ids`` of some rows, padded on the right."""
+    import torch
+
+    filled = {"input_ids": pad_token_id} | ({"token_type_ids": 0} if "token_type_ids" in rows else {})
+    batch = {name: torch.from_numpy(pad(rows[name], fill, multiple_of=multiple_of)) for name, fill in filled.items()}
+    lengths = np.array([len(tokens) for tokens in rows["input_ids"]])
+    mask = np.arange(batch["input_ids"].shape[1]) < lengths[:, None]
+    batch["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
+    return batch
+
+
+def check_counts(predictions: Sequence[Any], references: Sequence[Any]) -> None:
+    """Refuse to score nothing, or lists of different lengths.
+
+    Raises:
+        ValueError: See above.
+    """
+    if len(references) == 0 or len(predictions) != len(references):
+        raise ValueError(f"cannot score {len(predictions)} predictions against {len(references)} references")

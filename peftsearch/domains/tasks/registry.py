@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
 
 from peftsearch.domains.tasks.base import Metric, Task
 from peftsearch.domains.tasks.classification import Classification
 from peftsearch.spec import StudyError, suggest
 from peftsearch.spec.yaml_file import Loc
 
-TASKS: dict[str, Task] = {task.name: task for task in (Classification(),)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification,)}
 
 
-def get_task(name: str, loc: Loc = ()) -> Task:
+def get_task(name: str, loc: Loc = (), options: Mapping[str, Any] | None = None) -> Task:
     """The task of that name.
 
+    Args:
+        name: As the study file says.
+        loc: Where the domain stands in the study file.
+        options: The domain's ``options``.
+
     Raises:
-        StudyError: There is none.
+        StudyError: There is no such task, or an option that it does not take.
     """
     task = TASKS.get(name)
     if task is None:
-        raise StudyError(f"unknown task {name!r}{suggest(name, TASKS)}", loc)
-    return task
+        raise StudyError(f"unknown task {name!r}{suggest(name, TASKS)}", (*loc, "task") if loc else ())
+    try:
+        return task(task.Options.model_validate(dict(options or {})))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place: Loc = (*loc, "options", *first["loc"]) if loc else ()
+        if first["type"] == "extra_forbidden":
+            known = task.Options.model_fields
+            message = f"{name} has no such option" + (suggest(str(first["loc"][-1]), known) if known else "")
+        else:
+            message = str(first.get("ctx", {}).get("error", first["msg"]))
+        raise StudyError(message, place) from None
 
 
 def get_metric(task: Task, name: str | None, loc: Loc = (), labels: Sequence[str] | None = None) -> Metric:
