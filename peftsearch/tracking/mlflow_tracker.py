@@ -1,8 +1,10 @@
-"""MLflow as a projection of the ledger: one experiment per study, one run per domain, one child run per trial.
+"""MLflow as a projection of the ledger: one experiment per study, one run per domain, one child run per trial, and below
+it one run per re-training.
 
 What is on the server is compared with what should be there, and only the difference is written. So writing twice
 changes nothing, a gap is filled by writing again, and a run that somebody deleted comes back under its old id. Trials
-are found by their tags (``peftsearch.study``, ``peftsearch.domain``, ``peftsearch.number``).
+are found by their tags (``peftsearch.study``, ``peftsearch.domain``, ``peftsearch.number``), re-trainings by
+``peftsearch.confirms`` (the trial's number) and ``seed``.
 
 MLflow is imported in the tracker's thread only: that takes seconds.
 """
@@ -27,8 +29,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from peftsearch.spec import StudyError, StudyFacts, TrialRecord, TrialState
-from peftsearch.tracking.names import mlflow_names, run_name, shorten
+from peftsearch.spec import Reading, StudyError, StudyFacts, TrialRecord, TrialState
+from peftsearch.tracking.names import confirmation_name, mlflow_names, run_name, shorten
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -50,6 +52,7 @@ NOTE_LENGTH = _TAG_LENGTH
 _STUDY = "peftsearch.study"
 _DOMAIN = "peftsearch.domain"
 _NUMBER = "peftsearch.number"
+_CONFIRMS = "peftsearch.confirms"
 _REPORT = "peftsearch.report"
 _PARENT = "mlflow.parentRunId"
 _NOTE = "mlflow.note.content"
@@ -374,6 +377,7 @@ class _Mirror:
         self._parents: dict[str, _Known] = {}
         self._trials: dict[int, _Known] = {}
         self._twins: dict[int, list[_Known]] = {}
+        self._readings: dict[tuple[str, str], _Known] = {}
         self._on_front: dict[str, AbstractSet[int]] = {}
 
     @property
@@ -475,6 +479,35 @@ class _Mirror:
             else:
                 client.set_terminated(known.run_id, status, end_time=_end(record))
             known.status = status
+        for reading in record.confirmed.readings if record.confirmed else ():
+            self._write_reading(record, known.run_id, reading)
+
+    def _write_reading(self, record: TrialRecord, parent: str, reading: Reading) -> None:
+        """Make the run of a re-training what it should be; its metrics stand at its last step."""
+        assert self._experiment is not None
+        tags = _texts(self._reading_tags(record, parent, reading), _TAG_LENGTH)
+        params = _texts({**_trial_params(record), "seed": reading.seed}, _PARAM_LENGTH)
+        key = (tags[_CONFIRMS], tags["seed"])
+        known = self._readings.get(key)
+        end = _milliseconds(reading.read_at) or _end(record) or 0
+        if known is None:
+            first = dict(list(tags.items())[: _BATCH // 2])
+            start = end - round(1000 * (reading.train_seconds + reading.evaluation_seconds))
+            run = self.client.create_run(
+                self._experiment, start_time=start, tags=first, run_name=first["mlflow.runName"]
+            )
+            known = self._readings[key] = _Known(run.info.run_id, "RUNNING", dict(first), {}, {}, None)
+        self._restore(known)
+        metrics = _changed(_reading_scalars(reading), known.metrics)
+        self._log(
+            known,
+            [(name, value, end, reading.steps) for name, value in metrics.items()],
+            {name: value for name, value in params.items() if name not in known.params},
+            {name: value for name, value in tags.items() if known.tags.get(name) != value},
+        )
+        if known.status != "FINISHED":
+            self.client.set_terminated(known.run_id, "FINISHED", end_time=end)
+            known.status = "FINISHED"
 
     def write_report(self, domain: str, report: DomainReport) -> None:
         """Make a domain's run what it should be, and mark which trials are on the front."""
@@ -518,6 +551,7 @@ class _Mirror:
         self._parents.clear()
         self._trials.clear()
         self._twins.clear()
+        self._readings.clear()
         runs: list[Run] = []
         token: str | None = None
         while True:
@@ -547,7 +581,9 @@ class _Mirror:
                 steps=None,
                 deleted=run.info.lifecycle_stage == "deleted",
             )
-            if _NUMBER not in tags:
+            if _CONFIRMS in tags:
+                self._readings.setdefault((tags[_CONFIRMS], tags.get("seed", "")), known)
+            elif _NUMBER not in tags:
                 self._parents.setdefault(tags.get(_DOMAIN, ""), known)
             elif tags[_NUMBER].isdecimal():
                 number = int(tags[_NUMBER])
@@ -614,6 +650,25 @@ class _Mirror:
             tags["error"] = record.error
         if record.checkpoint is not None:
             tags["checkpoint"] = record.checkpoint
+        return tags | self._provenance(record.domain, record.model)
+
+    def _reading_tags(self, record: TrialRecord, parent: str, reading: Reading) -> dict[str, Any]:
+        tags: dict[str, Any] = {
+            "mlflow.runName": confirmation_name(record, reading.seed),
+            "mlflow.source.name": "peftsearch",
+            _PARENT: parent,
+            _STUDY: self.facts.study,
+            _DOMAIN: record.domain,
+            _CONFIRMS: str(record.number),
+            "seed": str(reading.seed),
+            "domain": record.domain,
+            "model": record.model,
+            "method": record.method,
+        }
+        if reading.read_at is not None:
+            tags["test_read_at"] = reading.read_at
+        if reading.predictions is not None:
+            tags["predictions"] = reading.predictions
         return tags | self._provenance(record.domain, record.model)
 
     def _provenance(self, domain: str, model: str | None = None) -> dict[str, str]:
@@ -699,6 +754,8 @@ def _scalars(record: TrialRecord) -> dict[str, float]:
     values: dict[str, float | None] = {
         "trainable_parameters": record.trainable_parameters,
         "exported_parameters": record.exported_parameters,
+        "estimated_memory_bytes": record.estimated_memory_bytes,
+        "estimated_seconds": record.estimated_seconds,
     }
     if record.state is not TrialState.RUNNING:
         values |= {
@@ -709,7 +766,26 @@ def _scalars(record: TrialRecord) -> dict[str, float]:
         }
         values |= {name: value for name, value in record.scores.items() if "/" in name}
     if record.confirmed is not None:
-        values |= {f"confirmed_{key}": value for key, value in record.confirmed.model_dump().items()}
+        summary = record.confirmed.model_dump(include={"seeds", "mean", "std", "test_mean", "test_std"})
+        values |= {f"confirmed_{key}": value for key, value in summary.items()}
+    return _named(values)
+
+
+def _reading_scalars(reading: Reading) -> dict[str, float]:
+    values: dict[str, float | None] = {
+        "value": reading.value,
+        "loss": reading.loss,
+        "train_seconds": reading.train_seconds,
+        "evaluation_seconds": reading.evaluation_seconds,
+        "peak_memory_bytes": reading.peak_memory_bytes,
+        "test": reading.test,
+        "test_loss": reading.test_loss,
+        "examples_per_second": reading.examples_per_second,
+    }
+    return _named(values | {f"test_{name}": value for name, value in reading.test_scores.items() if name != "loss"})
+
+
+def _named(values: Mapping[str, float | None]) -> dict[str, float]:
     names = mlflow_names(values)
     return {names[name]: float(value) for name, value in values.items() if value is not None}
 

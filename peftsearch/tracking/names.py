@@ -40,6 +40,11 @@ def run_name(record: TrialRecord) -> str:
     return shorten(f"{record.number} {record.method} {text}".rstrip(), _KEY_LENGTH)
 
 
+def confirmation_name(record: TrialRecord, seed: int) -> str:
+    """The name of a re-training in MLflow, for example ``12 lora rank=8 lr=3.1e-04 seed=2``."""
+    return shorten(f"{run_name(record)} seed={seed}", _KEY_LENGTH)
+
+
 def shorten(text: str, length: int) -> str:
     """The text, cut with an ellipsis where it is longer than ``length`` characters."""
     return text if len(text) <= length else text[: length - 1] + "…"

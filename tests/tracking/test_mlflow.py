@@ -19,7 +19,7 @@ import pytest
 from tracking_study import MODEL, Server, study_facts, trial, wait_for
 
 from peftsearch.frontier import domain_report
-from peftsearch.spec import Confirmed, Rung, StudyError, StudyFacts, TrialRecord, TrialState
+from peftsearch.spec import Confirmed, Reading, Rung, StudyError, StudyFacts, TrialRecord, TrialState
 from peftsearch.tracking.mlflow_tracker import (
     NOTE_LENGTH,
     DomainReport,
@@ -68,9 +68,16 @@ class Store:
         return {int(run.data.tags["peftsearch.number"]): run for run in found}
 
     def parents(self, study: str) -> dict[str, Run]:
-        found = [run for run in self.runs(study) if "peftsearch.number" not in run.data.tags]
+        trials = {"peftsearch.number", "peftsearch.confirms"}
+        found = [run for run in self.runs(study) if not trials & set(run.data.tags)]
         assert len({run.data.tags["peftsearch.domain"] for run in found}) == len(found)
         return {run.data.tags["peftsearch.domain"]: run for run in found}
+
+    def confirmations(self, study: str) -> dict[tuple[int, int], Run]:
+        found = [run for run in self.runs(study) if "peftsearch.confirms" in run.data.tags]
+        keys = [(int(run.data.tags["peftsearch.confirms"]), int(run.data.tags["seed"])) for run in found]
+        assert len(set(keys)) == len(keys), f"duplicates: {keys}"
+        return dict(zip(keys, found, strict=True))
 
     def history(self, run: Run, metric: str) -> list[tuple[int, float]]:
         return [(item.step, item.value) for item in self.client.get_metric_history(run.info.run_id, metric)]
@@ -205,6 +212,59 @@ def test_only_what_is_new_is_added(store: Store, study: str) -> None:
     store.sync([trial(0, 3, TrialState.RUNNING)], facts)
     run = store.children(study)[0]
     assert (run.info.run_id, run.info.status, len(store.history(run, "loss"))) == (ids[0], "RUNNING", 3)
+
+
+def reading(seed: int) -> Reading:
+    return Reading(
+        seed=seed,
+        value=0.6 + seed / 100,
+        loss=0.9,
+        test=0.55,
+        test_loss=1.0,
+        test_scores={"accuracy": 0.55, "macro_f1": 0.5, "f1/b <x>": 0.2},
+        test_examples=50,
+        read_at="2026-01-01T13:00:00.000+00:00",
+        predictions=f"trials/00000-seed{seed}/test.jsonl",
+        steps=90,
+        train_seconds=2.0,
+        evaluation_seconds=1.0,
+        examples_per_second=100.0,
+    )
+
+
+def test_each_retraining_has_a_run_below_its_trials(store: Store, study: str) -> None:
+    facts = study_facts(study)
+    store.sync([trial(0), trial(1)], facts)
+    half = trial(0, confirmed=Confirmed.of([reading(1)]))
+    store.sync([half, trial(1)], facts)
+    first = store.confirmations(study)[0, 1].info.run_id
+    record = trial(0, confirmed=Confirmed.of([reading(1), reading(2)]))
+    ids = store.sync([record, trial(1)], facts, reports([record, trial(1)], facts))
+    found = store.confirmations(study)
+    assert set(found) == {(0, 1), (0, 2)}
+    assert found[0, 1].info.run_id == first
+    run = found[0, 2]
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "0 lora rank=8 lr=3.1e-04 seed=2"
+    assert run.data.tags["mlflow.parentRunId"] == ids[0]
+    assert run.data.tags["predictions"] == "trials/00000-seed2/test.jsonl"
+    assert run.data.params["seed"] == "2"
+    assert {"value": 0.62, "test": 0.55, "test_macro_f1": 0.5}.items() <= run.data.metrics.items()
+    assert store.history(run, "test") == [(90, 0.55)]
+    assert run.info.end_time == 1767272400000
+    assert run.info.start_time == 1767272400000 - 3000
+    metrics = store.children(study)[0].data.metrics
+    assert metrics["confirmed_mean"] == pytest.approx(0.615)
+    assert metrics["confirmed_test_mean"] == pytest.approx(0.55)
+    # Again, and by a tracker that knows nothing: nothing changes and nothing is doubled.
+    before = store.everything(study)
+    store.sync([record, trial(1)], facts, reports([record, trial(1)], facts))
+    tracker = store.tracker(facts)
+    tracker.update(record)
+    tracker.update(trial(1))
+    assert tracker.close(60)
+    assert store.everything(study) == before
+    assert set(store.parents(study)) == {"clinical", "legal"}
 
 
 def test_deleted_things_come_back(store: Store, study: str) -> None:
