@@ -1,0 +1,149 @@
+"""Early stopping, gradient accumulation, smoothing, class weights, and the one reading of the test split."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from peftsearch.domains import get_task
+from peftsearch.domains.tasks import LossOptions
+from peftsearch.methods import METHODS
+from peftsearch.search.plan import StudyPlan, plan_study
+from peftsearch.spec import StudyFile
+from peftsearch.training.checkpoint import WEIGHTS, read_checkpoint, trial_folder
+from peftsearch.training.distributed import WorkerGroup
+from peftsearch.training.segment import Segment, SegmentResult, TrialPlan
+from peftsearch.training.worker import Worker
+
+Make = Callable[..., Path]
+TRAINING = {"epochs": 2, "evaluations": 4, "batch_size": 16, "max_length": 16, "precision": "fp32"}
+
+
+def planned(write_study: Make, folder: Path, model: Path | None = None, **training: Any) -> StudyPlan:
+    sections = {"model": str(model)} if model else {}
+    return plan_study(StudyFile.load(write_study(training=TRAINING | training, **sections)), folder / "cache")
+
+
+def worker(plan: StudyPlan, folder: Path) -> Worker:
+    return Worker(plan.for_workers(folder, threads=1), WorkerGroup())
+
+
+def trial(plan: StudyPlan, learning_rate: float = 5e-3) -> TrialPlan:
+    defaults: dict[str, Any] = {name: item.space for name, item in METHODS["lora"].hyperparameters.items()}
+    chosen = defaults | {"rank": 4, "learning_rate": learning_rate}
+    return TrialPlan(0, next(iter(plan.models)), "topics", "lora", chosen, seed=0)
+
+
+def train(worker: Worker, plan: StudyPlan, what: TrialPlan, **segment: Any) -> list[SegmentResult]:
+    results: list[SegmentResult] = []
+    steps = plan.budgets["topics", "lora"].evaluation_steps
+    for step in steps:
+        final = step == steps[-1]
+        outcome = worker.do(Segment(what, step, final=final, **(segment if final else {})))
+        assert isinstance(outcome, SegmentResult), outcome
+        results.append(outcome)
+        if outcome.stopped:
+            break
+    return results
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(write_study: Make, tiny_base: Path, tmp_path: Path) -> None:
+    # Parts draw other dropout masks than the whole, so the base has none here.
+    model = shutil.copytree(tiny_base, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (model / "config.json").write_text(json.dumps(config))
+    whole, parts = (planned(write_study, tmp_path, model, gradient_accumulation=count) for count in (1, 4))
+    first = train(worker(whole, tmp_path / "a"), whole, trial(whole))
+    second = train(worker(parts, tmp_path / "b"), parts, trial(parts))
+    assert [item.train_loss for item in second] == pytest.approx([item.train_loss for item in first], rel=1e-4)
+    assert [item.loss for item in second] == pytest.approx([item.loss for item in first], rel=1e-3)
+
+
+def test_a_trial_that_stops_improving_ends_with_its_best_weights(write_study: Make, tmp_path: Path) -> None:
+    # A learning rate this small changes no prediction: every evaluation after the first is one without improvement.
+    plan = planned(write_study, tmp_path, patience=2, evaluations=4)
+    mine = worker(plan, tmp_path)
+    what = trial(plan, learning_rate=1e-8)
+    results = train(mine, plan, what)
+    steps = plan.budgets["topics", "lora"].evaluation_steps
+    assert [item.step for item in results] == list(steps[:3])
+    assert [item.stopped for item in results] == [False, False, True]
+    assert results[-1].scores["accuracy"] == results[0].scores["accuracy"]
+    assert (trial_folder(tmp_path, what.key) / WEIGHTS).is_file()
+    # Whoever asks again, as after a crash of the driver, is told the same.
+    again = worker(plan, tmp_path).do(Segment(what, steps[2]))
+    assert again == results[-1]
+
+
+def test_patience_keeps_the_best_weights_of_a_trial_that_gets_worse(write_study: Make, tmp_path: Path) -> None:
+    plan = planned(write_study, tmp_path, patience=3, evaluations=8, epochs=4, schedule="constant", warmup=0.0)
+    results = train(worker(plan, tmp_path), plan, trial(plan, learning_rate=0.3))
+    best = max(item.scores["accuracy"] for item in results)
+    assert results[-1].scores["accuracy"] == best
+    # The case is only worth something if the last weights were worse than the best ones.
+    assert results[-2].scores["accuracy"] < best or results[-1].stopped
+
+
+def test_the_test_split_is_read_once_and_its_predictions_are_kept(write_study: Make, tmp_path: Path) -> None:
+    plan = planned(write_study, tmp_path)
+    what = replace(trial(plan), seed=5, confirmation=True)
+    results = train(worker(plan, tmp_path), plan, what, read_test=True)
+    assert all(item.test is None for item in results[:-1])
+    reading = results[-1].test
+    assert reading is not None
+    assert reading.predictions == "trials/00000-seed5/test.jsonl"
+    lines = [json.loads(line) for line in (tmp_path / reading.predictions).read_text().splitlines()]
+    assert len(lines) == reading.examples == plan.domains["topics"].rows["test"]
+    task, labels = plan.domains["topics"].task, plan.domains["topics"].labels
+    scores = task.score([line["prediction"] for line in lines], [line["reference"] for line in lines], labels)
+    assert scores == reading.scores
+    # A lost answer is given again from the checkpoint: the test split is not read a second time.
+    (tmp_path / reading.predictions).unlink()
+    step = plan.budgets["topics", "lora"].total_steps
+    again = worker(plan, tmp_path).do(Segment(what, step, final=True, read_test=True))
+    assert again == results[-1]
+    assert not (tmp_path / reading.predictions).exists()
+
+
+def test_searching_never_reads_the_test_split(write_study: Make, tmp_path: Path) -> None:
+    plan = planned(write_study, tmp_path)
+    assert all(item.test is None for item in train(worker(plan, tmp_path), plan, trial(plan)))
+
+
+def test_smoothing_and_class_weights_act_on_the_training_loss_alone() -> None:
+    task = get_task("classification")
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    batch = {"labels": torch.tensor([0, 1])}
+    plain = task.losses(SimpleNamespace(logits=logits), batch)
+    logs = torch.log_softmax(logits, 1)
+    smooth = task.losses(SimpleNamespace(logits=logits), batch, LossOptions(label_smoothing=0.2))
+    torch.testing.assert_close(smooth, 0.8 * plain + 0.2 * -logs.mean(1))
+    weighted = task.losses(SimpleNamespace(logits=logits), batch, LossOptions(class_weights=torch.tensor([3.0, 0.5])))
+    torch.testing.assert_close(weighted, plain * torch.tensor([3.0, 0.5]))
+    assert task.class_counts({"labels": [0, 0, 1]}, ("a", "b", "c")) == [2, 1, 0]
+
+
+def test_balanced_weights_change_training(write_study: Make, tmp_path: Path) -> None:
+    plain = planned(write_study, tmp_path)
+    balanced = planned(write_study, tmp_path, class_weights="balanced", label_smoothing=0.1)
+    first = train(worker(plain, tmp_path / "a"), plain, trial(plain))
+    second = train(worker(balanced, tmp_path / "b"), balanced, trial(balanced))
+    assert first[0].train_loss != second[0].train_loss
+
+
+def test_weights_of_a_finished_trial_are_its_best(write_study: Make, tmp_path: Path) -> None:
+    plan = planned(write_study, tmp_path, patience=1)
+    what = trial(plan, learning_rate=1e-8)
+    results = train(worker(plan, tmp_path), plan, what)
+    tensors, meta = read_checkpoint(trial_folder(tmp_path, what.key) / WEIGHTS)
+    assert tensors
+    assert meta["result"]["scores"] == results[-1].scores
