@@ -34,6 +34,44 @@ WORDS = tuple(
 """Words that are one token each (single letters, digits and punctuation are too)."""
 
 SAMPLES: dict[str, dict[str, Any]] = {
+    "lora": {
+        "rank": 4,
+        "alpha": 16.0,
+        "targets": "attention",
+        "variant": "lora",
+        "dropout": 0.0,
+        "learning_rate": 5e-3,
+    },
+    "qlora": {
+        "rank": 2,
+        "alpha": 8.0,
+        "targets": "all-linear",
+        "variant": "lora",
+        "quantization": "nf4",
+        "dropout": 0.0,
+        "learning_rate": 5e-3,
+    },
+    "adapter": {
+        "bottleneck": 4,
+        "activation": "gelu",
+        "placement": "pfeiffer",
+        "scale": 4.0,
+        "quantization": "none",
+        "dropout": 0.0,
+        "learning_rate": 5e-3,
+    },
+    "hybrid": {
+        "rank": 2,
+        "alpha": 8.0,
+        "targets": "attention",
+        "bottleneck": 4,
+        "activation": "gelu",
+        "placement": "houlsby",
+        "scale": 4.0,
+        "quantization": "none",
+        "dropout": 0.0,
+        "learning_rate": 5e-3,
+    },
     "full": {"learning_rate": 1e-3},
 }
 """Method -> a cheap full configuration, for tests that run over all methods."""

@@ -129,8 +129,12 @@ class Method(ABC):
     """Whether the base's own weights are trained, so that the model needs a copy of them."""
 
     def quantization(self, hyperparameters: Mapping[str, Any]) -> Quantization | None:
-        """How the frozen base is stored for a configuration: nf4 or int8 (bitsandbytes), or None for as it is."""
-        return None
+        """How the frozen base is stored for a configuration: nf4 or int8 (bitsandbytes), or None for as it is.
+
+        Methods that can train over a quantised base have the hyperparameter ``quantization``.
+        """
+        value = hyperparameters.get("quantization", "none")
+        return None if value == "none" else value
 
     @abstractmethod
     def attach(self, model: PreTrainedModel, hyperparameters: Mapping[str, Any], context: AttachContext) -> nn.Module:
@@ -191,3 +195,15 @@ def learning_rate(low: float, high: float) -> Hyperparameter:
 def dropout(space: Space = 0.0) -> Hyperparameter:
     """Dropout inside the adapter."""
     return Hyperparameter("float", space, "Dropout inside the adapter", 0.0, 0.9, shapes_parameters=False)
+
+
+def base_quantization(choices: tuple[str, ...] = ("none", "nf4", "int8")) -> Hyperparameter:
+    """How the frozen base is stored, for methods that train over a quantised one too; the first is the default."""
+    return Hyperparameter(
+        "str",
+        choices[0],
+        "How the frozen base is stored (bitsandbytes): nf4 (4 bits, with double quantisation) or int8"
+        + ("; none: as it is" if "none" in choices else ""),
+        choices=choices,
+        shapes_parameters=False,
+    )

@@ -1,4 +1,4 @@
-"""LoRA: a low-rank update beside chosen linear layers."""
+"""LoRA and its variants: a low-rank update beside chosen linear layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,42 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-_ATTENTION = "attention"
+ATTENTION = "attention"
+ALL_LINEAR = "all-linear"
+
+
+def lora_hyperparameters(targets: str) -> dict[str, Hyperparameter]:
+    """What describes a LoRA, alone or as a part of another method.
+
+    Args:
+        targets: The layers adapted where the study file is silent.
+    """
+    return {
+        "rank": Hyperparameter("int", Range(low=1, high=64, log=True), "Rank of the update", 1, 65536),
+        "alpha": Hyperparameter(
+            "float",
+            32.0,
+            "The update is scaled by alpha / rank (rslora: by alpha / sqrt(rank))",
+            1e-6,
+            1e6,
+            shapes_parameters=False,
+        ),
+        "targets": Hyperparameter(
+            "str",
+            targets,
+            "Adapted layers: attention (its query and value projections), all-linear, or names of modules separated "
+            "by commas",
+        ),
+    }
+
+
+VARIANT = Hyperparameter(
+    "str",
+    "lora",
+    "lora; dora: magnitude and direction are trained apart (Liu et al. 2024, arXiv:2402.09353); rslora: scaled so that "
+    "high ranks learn (Kalajdzievski 2023, arXiv:2312.03732)",
+    choices=("lora", "dora", "rslora"),
+)
 
 
 class Lora(Method):
@@ -22,17 +57,9 @@ class Lora(Method):
     title = "LoRA"
     source = "Hu et al. 2021, arXiv:2106.09685"
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
-        "rank": Hyperparameter("int", Range(low=1, high=64, log=True), "Rank of the update", 1, 65536),
-        "alpha": Hyperparameter(
-            "float", 32.0, "The update is scaled by alpha / rank", 1e-6, 1e6, shapes_parameters=False
-        ),
+        **lora_hyperparameters(ATTENTION),
+        "variant": VARIANT,
         "dropout": dropout(),
-        "targets": Hyperparameter(
-            "str",
-            _ATTENTION,
-            "Adapted layers: attention (PEFT's choice for the architecture, usually query and value), all-linear, "
-            "or names of modules separated by commas",
-        ),
         "learning_rate": learning_rate(1e-4, 1e-2),
     }
     priors = ({"rank": 16, "alpha": 32.0, "learning_rate": 3e-4},)
@@ -42,23 +69,47 @@ class Lora(Method):
         from peft import LoraConfig, get_peft_model
 
         targets = str(hyperparameters["targets"])
-        target_modules: str | list[str] | None
-        if targets == _ATTENTION:
-            target_modules = None
-        elif targets == "all-linear":
-            target_modules = targets
-        else:
-            target_modules = [name.strip() for name in targets.split(",") if name.strip()]
         config = LoraConfig(
             task_type=context.peft_task_type,
             r=hyperparameters["rank"],
             lora_alpha=hyperparameters["alpha"],
             lora_dropout=hyperparameters["dropout"],
-            target_modules=target_modules,
+            use_dora=hyperparameters["variant"] == "dora",
+            use_rslora=hyperparameters["variant"] == "rslora",
+            target_modules=target_modules(model, targets),
+            modules_to_save=list(context.modules_to_save) or None,
         )
         try:
             return get_peft_model(model, config)  # type: ignore[no-any-return]
         except ValueError as error:
-            if target_modules is None or targets == "all-linear":
+            if targets in (ATTENTION, ALL_LINEAR):
                 raise
             raise ValueError(f"{type(model).__name__} has no linear layer named {targets!r}: {error}") from None
+
+
+def target_modules(model: nn.Module, targets: str) -> str | list[str]:
+    """PEFT's ``target_modules`` for the hyperparameter ``targets``.
+
+    ``attention`` is what PEFT takes for the architecture, where PEFT knows it; elsewhere the projections of query and
+    value as the model itself shows them.
+
+    Raises:
+        ValueError: The model shows no attention.
+    """
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    from peftsearch.methods.sublayers import find_sublayers, name_pattern
+
+    if targets == ALL_LINEAR:
+        return targets
+    if targets != ATTENTION:
+        return [name.strip() for name in targets.split(",") if name.strip()]
+    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(getattr(model.config, "model_type", None))
+    if known is not None:
+        return known if isinstance(known, str) else list(known)
+    sublayers = find_sublayers(model)
+    if not sublayers.query_and_value:
+        raise ValueError(
+            f"No attention was found in {type(model).__name__}: let targets be all-linear, or name the layers to adapt"
+        )
+    return name_pattern(sublayers, sublayers.query_and_value)

@@ -19,8 +19,8 @@ from peftsearch.training.segment import Segment, SegmentResult
 from peftsearch.training.worker import Worker
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "lora": {"rank": 4, "alpha": 16.0, "dropout": 0.1, "targets": "attention", "learning_rate": 2e-2},
-    "adapter": {"bottleneck": 8, "activation": "gelu", "placement": "houlsby", "dropout": 0.0, "learning_rate": 5e-3},
+    "lora": {"rank": 4, "alpha": 16.0, "dropout": 0.1, "variant": "lora", "targets": "attention", "learning_rate": 2e-2},
+    "adapter": {"bottleneck": 8, "activation": "gelu", "placement": "houlsby", "scale": 4.0, "quantization": "none", "dropout": 0.0, "learning_rate": 5e-3},
     "prompt": {"tokens": 4, "init": "text", "init_text": "", "learning_rate": 5e-2},
     "full": {"learning_rate": 5e-3},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -25,6 +26,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -33,13 +35,13 @@ from transformers.pytorch_utils import Conv1D
 
 from peftsearch.methods.bottleneck import (
     PEFT_TYPE,
-    SUBLAYER_OUTPUTS,
     BottleneckConfig,
     BottleneckLayer,
     BottleneckModel,
     register,
     target_pattern,
 )
+from peftsearch.methods.sublayers import features, feed_forward_input, find_sublayers
 
 register()
 
@@ -48,7 +50,7 @@ VOCABULARY = 64
 HIDDEN = 64
 LAYERS = 2
 BOTTLENECK = 5
-PLACEMENTS = ("pfeiffer", "houlsby")
+PLACEMENTS = ("pfeiffer", "houlsby", "parallel")
 
 
 @pytest.fixture(autouse=True)
@@ -119,10 +121,10 @@ TASKS = {
 }
 # Sublayers of the whole model by placement; a T5 decoder block has two attention sublayers.
 ADAPTED = {
-    "bert": {"pfeiffer": LAYERS, "houlsby": 2 * LAYERS},
-    "t5": {"pfeiffer": 2 * LAYERS, "houlsby": 5 * LAYERS},
-    "llama": {"pfeiffer": LAYERS, "houlsby": 2 * LAYERS},
-    "gpt2": {"pfeiffer": LAYERS, "houlsby": 2 * LAYERS},
+    "bert": {"pfeiffer": LAYERS, "houlsby": 2 * LAYERS, "parallel": LAYERS},
+    "t5": {"pfeiffer": 2 * LAYERS, "houlsby": 5 * LAYERS, "parallel": 2 * LAYERS},
+    "llama": {"pfeiffer": LAYERS, "houlsby": 2 * LAYERS, "parallel": LAYERS},
+    "gpt2": {"pfeiffer": LAYERS, "houlsby": 2 * LAYERS, "parallel": LAYERS},
 }
 
 every_case = pytest.mark.parametrize(
@@ -229,8 +231,15 @@ def test_houlsby_adapts_cross_attention_too() -> None:
     ]
 
 
-@pytest.mark.parametrize("model_type", [name for name in SUBLAYER_OUTPUTS if name != "chatglm"])
-def test_finds_the_sublayers_of_every_known_architecture(model_type: str) -> None:
+ARCHITECTURES = """
+    bert roberta xlm-roberta xlm-roberta-xl camembert electra deberta deberta-v2 mpnet distilbert modernbert albert
+    longformer t5 mt5 umt5 bart mbart pegasus llama mistral qwen2 qwen3 gemma gemma2 gemma3_text smollm3 phi phi3 glm
+    glm4 gpt2 gpt_neo gpt_neox gptj opt falcon bloom mpt
+""".split()  # noqa: SIM905
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_finds_the_sublayers_of_an_architecture(model_type: str) -> None:
     config = AutoConfig.for_model(model_type)
     for field in ("num_hidden_layers", "num_layers", "encoder_layers", "decoder_layers", "num_decoder_layers"):
         if hasattr(config, field):
@@ -241,26 +250,52 @@ def test_finds_the_sublayers_of_every_known_architecture(model_type: str) -> Non
 
     found = {}
     for placement in PLACEMENTS:
-        pattern = target_pattern(model_type, placement)
+        pattern = target_pattern(model, placement)
         adapted = BottleneckConfig(placement=placement, target_modules=pattern)
         found[placement] = {
             name for name, _ in model.named_modules() if BottleneckModel._check_target_module_exists(adapted, name)
         }
 
     assert len(found["pfeiffer"]) == blocks
+    assert found["parallel"] == found["pfeiffer"]
+    for end in found["parallel"]:
+        begin = model.get_submodule(feed_forward_input(model, end))
+        assert features(begin)[0] == features(model.get_submodule(end))[1]
     assert not any("attn" in name.lower() or "attention" in name.lower() for name in found["pfeiffer"])
     assert len(found["houlsby"]) == blocks + attentions
     assert found["pfeiffer"] < found["houlsby"]
     assert all(isinstance(model.get_submodule(name), nn.Linear | Conv1D) for name in found["houlsby"])
 
 
-def test_finds_the_sublayers_of_chatglm() -> None:
-    # Its code comes with the checkpoint, so only names can be tested.
-    block = "transformer.encoder.layers.0."
-    names = [block + name for name in ("self_attention.query_key_value", "self_attention.dense")]
-    names += [block + name for name in ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")]
-    config = BottleneckConfig(target_modules=target_pattern("chatglm", "houlsby"))
-    assert [name for name in names if BottleneckModel._check_target_module_exists(config, name)] == names[1::2]
+class GlmBlock(nn.Module):
+    """The names of ChatGLM4, whose code comes with its checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attention = nn.ModuleDict({"query_key_value": nn.Linear(16, 24), "dense": nn.Linear(16, 16)})
+        self.mlp = nn.ModuleDict({"dense_h_to_4h": nn.Linear(16, 96), "dense_4h_to_h": nn.Linear(48, 16)})
+
+
+def test_finds_the_sublayers_of_code_that_it_does_not_know() -> None:
+    model = nn.Module()
+    model.config = PretrainedConfig(hidden_size=16)
+    model.encoder = nn.ModuleDict({"layers": nn.ModuleList([GlmBlock(), GlmBlock()])})
+    config = BottleneckConfig(target_modules=target_pattern(model, "houlsby"))
+    found = [name for name, _ in model.named_modules() if BottleneckModel._check_target_module_exists(config, name)]
+    block = "encoder.layers.{}."
+    ends = [block + end for end in ("self_attention.dense", "mlp.dense_4h_to_h")]
+    assert found == [end.format(index) for index in range(2) for end in ends]
+    assert feed_forward_input(model, found[1]) == "encoder.layers.0.mlp.dense_h_to_4h"
+    assert find_sublayers(model).query_and_value[0] == "encoder.layers.0.self_attention.query_key_value"
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "mamba", "xlnet", "mobilebert"])
+def test_says_so_where_the_sublayers_are_not_clear(model_type: str) -> None:
+    config = AutoConfig.for_model(model_type, num_hidden_layers=1)
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    with pytest.raises(ValueError, match=r"feed-forward sublayers of .* end is not clear\. Set `target_modules`"):
+        target_pattern(model, "pfeiffer")
 
 
 def test_target_modules_override_placement() -> None:
@@ -322,6 +357,46 @@ def test_computes_the_formula_of_the_papers(activation: str, function: Callable[
     y = x @ layer.base_layer.weight.T + layer.base_layer.bias
     expected = y + function(y @ down.weight.T + down.bias) @ up.weight.T + up.bias
     torch.testing.assert_close(layer(x), expected)
+
+
+@every_architecture
+def test_a_parallel_adapter_adds_to_the_sublayer_what_it_makes_of_its_input(architecture: str) -> None:
+    config = configure(architecture, placement="parallel", scale=2.5, init_weights=False)
+    model = get_peft_model(build(architecture), config).eval()
+    name, layer = next(iter(bottleneck_layers(model).items()))
+    begin = feed_forward_input(model, name)
+    seen: dict[str, Tensor] = {}
+
+    def record(key: str, take_input: bool) -> Callable[..., None]:
+        return lambda _, inputs, output: seen.__setitem__(key, inputs[0] if take_input else output)
+
+    model.get_submodule(begin).register_forward_hook(record("x", True))
+    layer.base_layer.register_forward_hook(record("y", False))
+    layer.register_forward_hook(record("result", False))
+    logits(model, architecture)
+    down, up = layer.bottleneck_down["default"], layer.bottleneck_up["default"]
+    torch.testing.assert_close(seen["result"], seen["y"] + 2.5 * up(nn.functional.gelu(down(seen["x"]))))
+
+
+def test_parallel_adapters_beside_others_come_and_go() -> None:
+    base = logits(build("llama"), "llama")
+    model = get_peft_model(build("llama"), configure("llama", init_weights=False), adapter_name="after")
+    after = logits(model, "llama")
+    model.add_adapter("beside", configure("llama", placement="parallel", init_weights=False))
+    model.set_adapter("beside")
+    beside = logits(model, "llama")
+    assert not torch.allclose(beside, after)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, "llama"), base)
+    copied = copy.deepcopy(model)
+    begin = model.get_submodule(feed_forward_input(model, next(iter(bottleneck_layers(model)))))
+    assert begin._forward_pre_hooks
+    model.delete_adapter("beside")
+    assert not begin._forward_pre_hooks
+    assert torch.equal(logits(model, "llama"), after)
+    # A copy has hooks of its own.
+    assert torch.equal(logits(copied, "llama"), beside)
+    assert not any(module._forward_pre_hooks for module in copied.unload().modules())
 
 
 def test_dropout_acts_on_the_adapter_alone_and_in_training_only() -> None:
@@ -719,7 +794,8 @@ def test_trains_over_a_quantised_base(architecture: str, quantisation: str, tmp_
         ({"bottleneck_size": 2.5}, r"bottleneck_size must be a whole number, not 2\.5"),
         ({"bottleneck_size": True}, "bottleneck_size must be a whole number"),
         ({"activation": "swoosh"}, "activation must be one of relu, gelu, silu, tanh, not 'swoosh'"),
-        ({"placement": "parallel"}, "placement must be one of pfeiffer, houlsby, not 'parallel'"),
+        ({"placement": "sideways"}, "placement must be one of pfeiffer, houlsby, parallel, not 'sideways'"),
+        ({"scale": 0.0}, "scale must be a positive number"),
         ({"dropout": 1.0}, r"dropout must be at least 0 and below 1, not 1\.0"),
         ({"dropout": -0.1}, "dropout must be"),
         ({"init_std": 0.0}, "init_std must be a positive number"),

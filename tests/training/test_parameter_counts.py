@@ -48,7 +48,9 @@ def counts(model: torch.nn.Module, method: str, task: str, **hyperparameters: ob
 
 @pytest.mark.parametrize(("size", "golden"), [("small", 688_128), ("base", 1_769_472), ("large", 4_718_592)])
 def test_lora_on_flan_t5(size: str, golden: int) -> None:
-    found = counts(flan_t5(size), "lora", "SEQ_2_SEQ_LM", rank=16, alpha=32.0, dropout=0.0, targets="attention", variant="lora")
+    found = counts(
+        flan_t5(size), "lora", "SEQ_2_SEQ_LM", rank=16, alpha=32.0, dropout=0.0, targets="attention", variant="lora"
+    )
     assert found == (golden, golden)
 
 
@@ -63,7 +65,9 @@ def test_twenty_soft_tokens_on_flan_t5(size: str, golden: int) -> None:
 def test_lora_on_llama(rank: int, golden: int) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_32_3B)).requires_grad_(False)
-    found = counts(model, "lora", "CAUSAL_LM", rank=rank, alpha=32.0, dropout=0.0, targets="q_proj,v_proj", variant="lora")
+    found = counts(
+        model, "lora", "CAUSAL_LM", rank=rank, alpha=32.0, dropout=0.0, targets="q_proj,v_proj", variant="lora"
+    )
     assert found == (golden, golden)
 
 
@@ -74,8 +78,12 @@ def test_lora_on_llama(rank: int, golden: int) -> None:
         ("lora", {"rank": 4, "targets": "attention", "variant": "rslora"}, 6 * 2 * 2 * 384 * 4),
         # DoRA trains a magnitude for each output besides.
         ("lora", {"rank": 4, "targets": "attention", "variant": "dora"}, 6 * 2 * (2 * 384 * 4 + 384)),
-        # All linear layers: query, key, value and output, and the feed-forward pair; not the pooler, not the head.
-        ("qlora", {"rank": 4, "targets": "all-linear"}, 6 * (4 * 2 * 384 * 4 + 2 * (384 + 1536) * 4)),
+        # Query, key, value and output, the feed-forward pair, and the pooler; not the head.
+        (
+            "qlora",
+            {"rank": 4, "targets": "all-linear"},
+            6 * (4 * 2 * 384 * 4 + 2 * (384 + 1536) * 4) + 2 * 384 * 4,
+        ),
         (
             "adapter",
             {"bottleneck": 16, "placement": "pfeiffer"},
@@ -96,7 +104,7 @@ def test_lora_on_llama(rank: int, golden: int) -> None:
             {"rank": 4, "targets": "attention", "bottleneck": 16, "placement": "houlsby"},
             6 * 2 * 2 * 384 * 4 + 12 * (2 * 384 * 16 + 16 + 384),
         ),
-        ("prompt", {"tokens": 10, "init": "random"}, 10 * 384),
+        ("prompt", {"tokens": 10, "init": "random", "init_text": ""}, 10 * 384),
     ],
 )
 def test_a_classifier_counts_its_head(method: str, hyperparameters: dict[str, object], adapter: int) -> None:
@@ -105,5 +113,5 @@ def test_a_classifier_counts_its_head(method: str, hyperparameters: dict[str, ob
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config).requires_grad_(False)
     head = 384 * 5 + 5
-    hyperparameters = {**SAMPLES[method], **hyperparameters}
+    hyperparameters = {**SAMPLES.get(method, {}), **hyperparameters}
     assert counts(model, method, "SEQ_CLS", **hyperparameters) == (adapter + head, adapter + head)

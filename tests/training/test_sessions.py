@@ -22,7 +22,14 @@ from peftsearch.training.segment import Failure, Probe, ProbeResult, Segment, Se
 from peftsearch.training.worker import Worker
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "lora": {"rank": 4, "alpha": 16.0, "dropout": 0.1, "variant": "lora", "targets": "attention", "learning_rate": 5e-3},
+    "lora": {
+        "rank": 4,
+        "alpha": 16.0,
+        "dropout": 0.1,
+        "variant": "lora",
+        "targets": "attention",
+        "learning_rate": 5e-3,
+    },
     "adapter": {
         "bottleneck": 8,
         "activation": "gelu",

@@ -29,6 +29,7 @@ Sublayer = Literal["attention", "feed_forward"]
 PLACEMENTS: dict[str, tuple[Sublayer, ...]] = {
     "pfeiffer": ("feed_forward",),
     "houlsby": ("attention", "feed_forward"),
+    "parallel": ("feed_forward",),
 }
 """Placement -> the sublayers of a block whose output is adapted."""
 
@@ -55,6 +56,10 @@ class BottleneckConfig(PeftConfig):  # type: ignore[misc]
     at the same position. Layer norms stay frozen (Houlsby et al. train them): name them in `modules_to_save` to
     train them too.
 
+    ``placement="parallel"`` is the scaled parallel adapter of He et al. 2022 (arXiv:2110.04366): beside the
+    feed-forward sublayer instead of after it. It takes the sublayer's input ``x`` (what the sublayer's first projection
+    reads: after the layer norm in a pre-norm model) and returns ``y + scale * up(activation(down(dropout(x))))``.
+
     Raises:
         ValueError: A field has a value that cannot work.
     """
@@ -73,7 +78,16 @@ class BottleneckConfig(PeftConfig):  # type: ignore[misc]
             "help": (
                 "Which sublayers are adapted where `target_modules` is not set. 'pfeiffer': the feed-forward sublayer "
                 "of every block. 'houlsby': every attention sublayer (cross-attention included) and the feed-forward "
-                "sublayer, which costs at least twice as many parameters."
+                "sublayer, which costs at least twice as many parameters. 'parallel': beside the feed-forward sublayer "
+                "of every block, from its input to its output."
+            )
+        },
+    )
+    scale: float = field(
+        default=4.0,
+        metadata={
+            "help": (
+                "Factor of a parallel adapter's change (He et al. 2022: 4). It has no effect on the other placements."
             )
         },
     )
@@ -128,8 +142,8 @@ class BottleneckConfig(PeftConfig):  # type: ignore[misc]
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         # Lists rather than PEFT's sets: their order, hence the saved file, does not change from run to run.
-        self.target_modules = _listed(self.target_modules)
-        self.exclude_modules = _listed(self.exclude_modules)
+        self.target_modules = listed(self.target_modules)
+        self.exclude_modules = listed(self.exclude_modules)
 
         if not isinstance(self.bottleneck_size, int) or isinstance(self.bottleneck_size, bool):
             raise ValueError(f"bottleneck_size must be a whole number, not {self.bottleneck_size!r}.")
@@ -141,11 +155,14 @@ class BottleneckConfig(PeftConfig):  # type: ignore[misc]
             raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}, not {self.placement!r}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}.")
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"scale must be a positive number, not {self.scale}.")
         if self.init_std is not None and not 0 < self.init_std < math.inf:
             raise ValueError(f"init_std must be a positive number, or None for Kaiming-uniform, not {self.init_std}.")
 
 
-def _listed(names: Collection[str] | str | None) -> list[str] | str | None:
+def listed(names: Collection[str] | str | None) -> list[str] | str | None:
+    """Names of modules as a list, in an order of their own where they come without; a pattern or None as it is."""
     if names is None or isinstance(names, str):
         return names
     return sorted(names) if isinstance(names, set | frozenset) else list(names)

@@ -1,92 +1,47 @@
-"""The tuner that puts bottleneck adapters into a model, and its knowledge of architectures."""
+"""The tuner that puts bottleneck adapters into a model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from peftsearch.methods.bottleneck.config import PLACEMENTS, BottleneckConfig
 from peftsearch.methods.bottleneck.layer import CANNOT_MERGE, BottleneckLayer
+from peftsearch.methods.sublayers import feed_forward_input, find_sublayers, name_pattern
 
 
-class SublayerOutputs(NamedTuple):
-    """Regular expressions for the ends of the names of the linear layers that end a block's sublayers."""
-
-    attention: str
-    feed_forward: str
-
-
-# "output.dense" alone would match "attention.output.dense" too, hence the number of the layer before it.
-_BERT = SublayerOutputs(r"(cross)?attention\.output\.dense", r"layer\.\d+\.output\.dense")
-_T5 = SublayerOutputs(r"(SelfAttention|EncDecAttention)\.o", r"DenseReluDense\.wo")
-_BART = SublayerOutputs(r"(self_attn|encoder_attn)\.out_proj", r"layers\.\d+\.fc2")
-_LLAMA = SublayerOutputs(r"self_attn\.o_proj", r"mlp\.down_proj")
-
-SUBLAYER_OUTPUTS: dict[str, SublayerOutputs] = {
-    "bert": _BERT,
-    "roberta": _BERT,
-    "xlm-roberta": _BERT,
-    "xlm-roberta-xl": _BERT,
-    "camembert": _BERT,
-    "electra": _BERT,
-    "deberta": _BERT,
-    "deberta-v2": _BERT,
-    "mpnet": SublayerOutputs(r"attention\.attn\.o", _BERT.feed_forward),
-    "distilbert": SublayerOutputs(r"attention\.out_lin", r"ffn\.lin2"),
-    "modernbert": SublayerOutputs(r"attn\.Wo", r"mlp\.Wo"),
-    "t5": _T5,
-    "mt5": _T5,
-    "umt5": _T5,
-    "bart": _BART,
-    "mbart": _BART,
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma": _LLAMA,
-    "gemma2": _LLAMA,
-    "gemma3_text": _LLAMA,
-    "smollm3": _LLAMA,
-    "phi3": _LLAMA,
-    "glm": _LLAMA,
-    "glm4": _LLAMA,
-    "chatglm": SublayerOutputs(r"self_attention\.dense", r"mlp\.dense_4h_to_h"),
-    "gpt2": SublayerOutputs(r"(attn|crossattention)\.c_proj", r"mlp\.c_proj"),
-    "gpt_neox": SublayerOutputs(r"attention\.dense", r"mlp\.dense_4h_to_h"),
-    "opt": SublayerOutputs(r"self_attn\.out_proj", r"layers\.\d+\.fc2"),
-    "phi": SublayerOutputs(r"self_attn\.dense", r"mlp\.fc2"),
-}
-"""``model_type`` of a `transformers` configuration -> where its sublayers end."""
-
-
-def target_pattern(model_type: str | None, placement: str) -> str:
+def target_pattern(model: nn.Module, placement: str) -> str:
     """The regular expression for the full names of the modules that a placement adapts.
 
     Args:
-        model_type: As in the `transformers` configuration, for example ``bert``; None where the model has none.
+        model: A transformer.
         placement: A key of `PLACEMENTS`.
 
     Raises:
-        ValueError: The architecture is not known.
+        ValueError: It is not clear where the model's sublayers end.
     """
-    outputs = SUBLAYER_OUTPUTS.get(model_type or "")
-    if outputs is None:
-        raise ValueError(
-            f"Where the sublayers of the architecture {model_type!r} end is not known. Set `target_modules` to the "
-            "names of the linear layers to adapt, for example ['self_attn.o_proj', 'mlp.down_proj']. "
-            f"Known architectures: {', '.join(SUBLAYER_OUTPUTS)}."
-        )
-    return rf"(.*\.)?({'|'.join(getattr(outputs, sublayer) for sublayer in PLACEMENTS[placement])})"
+    sublayers = find_sublayers(model)
+    ends = {"attention": sublayers.attention_ends, "feed_forward": sublayers.feed_forward_ends}
+    names: list[str] = []
+    for sublayer in PLACEMENTS[placement]:
+        if not ends[sublayer]:
+            raise ValueError(
+                f"Where the {sublayer.replace('_', '-')} sublayers of {type(model).__name__} end is not clear. Set "
+                "`target_modules` to the names of the linear layers to adapt, for example ['self_attn.o_proj', "
+                "'mlp.down_proj']."
+            )
+        names += ends[sublayer]
+    return name_pattern(sublayers, names)
 
 
 class BottleneckModel(BaseTuner):  # type: ignore[misc]
     """A model with bottleneck adapters (Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2021,
-    arXiv:2005.00247).
+    arXiv:2005.00247; He et al. 2022, arXiv:2110.04366).
 
     Every targeted linear layer becomes a `BottleneckLayer`; the base's own parameters are frozen and never written to.
     Several adapters may be attached under different names; several active ones act one after another, in the order
@@ -98,9 +53,12 @@ class BottleneckModel(BaseTuner):  # type: ignore[misc]
 
     @staticmethod
     def _prepare_adapter_config(peft_config: BottleneckConfig, model_config: dict[str, Any]) -> BottleneckConfig:
-        if peft_config.target_modules is None:
-            peft_config.target_modules = target_pattern(model_config.get("model_type"), peft_config.placement)
+        # PEFT would look the targets up in its tables; `_prepare_model` finds them in the model.
         return peft_config
+
+    def _prepare_model(self, peft_config: BottleneckConfig, model: nn.Module) -> None:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = target_pattern(model, peft_config.placement)
 
     def _create_and_replace(
         self,
@@ -112,20 +70,38 @@ class BottleneckModel(BaseTuner):  # type: ignore[misc]
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        begin = None
+        if peft_config.placement == "parallel" and self._adapts_sublayer(peft_config, current_key):
+            try:
+                begin = self.model.get_submodule(feed_forward_input(self.model, current_key))
+            except ValueError as error:
+                raise ValueError(f"{current_key} cannot have a parallel adapter. {error}") from error
+        layer = target
         if isinstance(target, BottleneckLayer):
-            target.update_layer(adapter_name, peft_config)
-            return
-        if isinstance(parent, nn.MultiheadAttention):
+            target.update_layer(adapter_name, peft_config, **self._parts(peft_config, current_key))
+        elif isinstance(parent, nn.MultiheadAttention):
             raise ValueError(
                 f"{current_key} cannot be adapted: nn.MultiheadAttention reads its weights without calling it."
             )
-        try:
-            layer = BottleneckLayer(target, adapter_name, peft_config)
-        except ValueError as error:
-            raise ValueError(f"{current_key} cannot be adapted. {error}") from error
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        else:
+            try:
+                layer = self.tuner_layer_cls(target, adapter_name, peft_config, **self._parts(peft_config, current_key))
+            except ValueError as error:
+                raise ValueError(f"{current_key} cannot be adapted. {error}") from error
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+        if begin is not None:
+            assert isinstance(layer, BottleneckLayer)
+            layer.listen(begin.get_base_layer() if isinstance(begin, BaseTunerLayer) else begin)
+
+    def _adapts_sublayer(self, peft_config: BottleneckConfig, key: str) -> bool:
+        """Whether a targeted layer gets a bottleneck adapter."""
+        return True
+
+    def _parts(self, peft_config: BottleneckConfig, key: str) -> dict[str, bool]:
+        """What a targeted layer gets, as `tuner_layer_cls` takes it."""
+        return {}
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it was the only active one, the first of the others by name becomes active.
@@ -149,6 +125,8 @@ class BottleneckModel(BaseTuner):  # type: ignore[misc]
         for module in self.model.modules():
             if isinstance(module, ModulesToSaveWrapper):
                 module.set_adapter([])
+            if isinstance(module, BottleneckLayer):
+                module.stop_listening()
         base: nn.Module = super().unload()
         return base
 
