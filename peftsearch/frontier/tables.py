@@ -265,7 +265,9 @@ def front_rows(front: DomainFront, facts: StudyFacts) -> list[FrontRow]:
                 seconds=f"{record.train_seconds:.1f}",
                 exported="" if record.exported_parameters is None else f"{record.exported_parameters:,}",
                 confirmed=f"{confirmed.mean:.3f} ± {confirmed.std:.3f} ({confirmed.seeds})" if confirmed else "",
-                test=f"{confirmed.test_mean:.3f} ± {confirmed.test_std:.3f}" if confirmed else "",
+                test=f"{confirmed.test_mean:.3f} ± {confirmed.test_std or 0.0:.3f}"
+                if confirmed and confirmed.test_mean is not None
+                else "",
                 gain=None if over is None else _oriented(front, over, 0.0),
             )
         )

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+from collections.abc import Sequence
+from pathlib import Path
 
-from peftsearch.spec import Baseline, DomainFacts, ModelFacts, Rung, StudyFacts, TrialRecord, TrialState
+from peftsearch.domains import get_task
+from peftsearch.spec import (
+    Baseline,
+    Confirmed,
+    DomainFacts,
+    ModelFacts,
+    Reading,
+    Rung,
+    StudyFacts,
+    StudySpec,
+    TrialRecord,
+    TrialState,
+)
 
 TOTAL = 22_713_216
 
@@ -128,3 +143,89 @@ def make_study(trials_per_cell: int = 12, seed: int = 1) -> list[TrialRecord]:
     records.append(make_record(number, None, 10_000, state=TrialState.FAILED, error="the loss became NaN"))
     records.append(make_record(number + 1, 0.4, 10_000, state=TrialState.RUNNING))
     return records
+
+
+def make_spec(facts: StudyFacts, **changes: object) -> StudySpec:
+    """The study file of a made-up study: its domains, models and methods."""
+    fields: dict[str, object] = {
+        "name": facts.study,
+        "models": list(facts.models),
+        "domains": {
+            name: {"task": domain.task, "metric": domain.metric, "data": {"source": domain.source}}
+            for name, domain in facts.domains.items()
+        },
+        "methods": {method: {} for method in facts.methods},
+        "search": {"trials": facts.trials_per_cell},
+        "confirm": {"seeds": 3},
+    }
+    return StudySpec.model_validate(fields | changes)
+
+
+def confirm(
+    record: TrialRecord, facts: StudyFacts, folder: Path, accuracy: float, seeds: int = 3, examples: int = 300
+) -> TrialRecord:
+    """The record with confirmations whose predictions, of about this accuracy, lie in the study's folder.
+
+    All configurations of a domain answer the same examples, and the easy ones are easy for all of them.
+    """
+    domain = facts.domains[record.domain]
+    task = get_task(domain.task)
+    shared = random.Random(record.domain)
+    references = [shared.randrange(len(domain.labels)) for _ in range(examples)]
+    difficulty = [shared.random() for _ in range(examples)]
+    readings = []
+    for seed in range(1, seeds + 1):
+        own = random.Random(f"{record.number} {seed}")
+        predictions = [
+            reference
+            if 0.9 * hard + 0.1 * own.random() < accuracy
+            else (reference + 1 + own.randrange(len(domain.labels) - 1)) % len(domain.labels)
+            for reference, hard in zip(references, difficulty, strict=True)
+        ]
+        path = f"trials/{record.number:05d}-{seed}/test.jsonl"
+        write_predictions(folder / path, predictions, references)
+        scores = task.score(predictions, references, domain.labels)
+        readings.append(
+            Reading(
+                seed=seed,
+                value=scores[domain.metric] - 0.01,
+                loss=0.7,
+                test=scores[domain.metric],
+                test_loss=0.7,
+                test_scores=scores,
+                test_examples=examples,
+                read_at=f"2026-01-01T12:{seed:02d}:00+00:00",
+                predictions=path,
+                steps=90,
+                train_seconds=7.0 + seed,
+                evaluation_seconds=0.5,
+                peak_memory_bytes=700 * 2**20,
+                examples_per_second=410.0 + seed,
+            )
+        )
+    return record.model_copy(update={"confirmed": Confirmed.of(readings)})
+
+
+def write_predictions(path: Path, predictions: Sequence[object], references: Sequence[object]) -> None:
+    """As a confirmation leaves them: one JSON object for each test example."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = zip(predictions, references, strict=True)
+    path.write_text("".join(json.dumps({"prediction": p, "reference": r}) + "\n" for p, r in rows))
+
+
+def confirm_best(records: Sequence[TrialRecord], facts: StudyFacts, folder: Path) -> list[TrialRecord]:
+    """The records with each method's best trial of each domain confirmed: test accuracy about the validation value."""
+    found = list(records)
+    for domain in facts.domains:
+        for model in facts.models:
+            for method in facts.methods:
+                mine = [
+                    index
+                    for index, record in enumerate(found)
+                    if (record.domain, record.model, record.method) == (domain, model, method)
+                    and record.state is TrialState.COMPLETE
+                ]
+                if mine:
+                    best = max(mine, key=lambda index: found[index].value or 0.0)
+                    found[best] = confirm(found[best], facts, folder, found[best].value or 0.0)
+    return found
