@@ -44,7 +44,7 @@ class Observer(Protocol):
         """A trial was started, evaluated or ended."""
 
 
-PROPOSALS = 200
+PROPOSALS = 100
 """Configurations that are proposed for one trial, before it is given up because none is within the limits."""
 
 

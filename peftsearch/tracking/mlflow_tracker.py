@@ -1,5 +1,5 @@
-"""MLflow as a projection of the ledger: one experiment per study, one run per domain, one child run per trial, and below
-it one run per re-training.
+"""MLflow as a projection of the ledger: one experiment per study, one run per domain, one child run per trial, and
+below a confirmed trial one run per re-training.
 
 What is on the server is compared with what should be there, and only the difference is written. So writing twice
 changes nothing, a gap is filled by writing again, and a run that somebody deleted comes back under its old id. Trials

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,8 @@ import pytest
 from peftsearch.methods import method_space
 from peftsearch.search.cells import Cell
 from peftsearch.search.counts import ParameterCount
-from peftsearch.search.run import DomainSearch, StudyRun
-from peftsearch.spec import SearchSpec, TrialRecord, TrialState
+from peftsearch.search.run import DomainSearch, StudyRun, TrialCost
+from peftsearch.spec import Range, SearchSpec, TrialRecord, TrialState
 from peftsearch.tracking import Ledger, LedgerCell
 from peftsearch.training.budget import Budget
 from peftsearch.training.segment import SegmentResult
@@ -26,14 +29,21 @@ def open_ledger(folder: Path) -> Ledger:
     return Ledger(f"sqlite:///{folder / 'ledger.db'}", "s", cells)
 
 
-def open_run(ledger: Ledger, trials: int = 6) -> StudyRun:
-    def count(cell: Cell, hyperparameters: Any) -> ParameterCount:
-        size = int(hyperparameters.get("rank", hyperparameters.get("tokens", 1000)))
-        return ParameterCount(size * 100, size * 100)
+def count(cell: Cell, hyperparameters: Any) -> ParameterCount:
+    size = int(hyperparameters.get("rank", hyperparameters.get("tokens", 20)))
+    return ParameterCount(size * 100, size * 100)
 
-    search = SearchSpec(trials=trials, scheduler="pareto_asha")
+
+def open_run(ledger: Ledger, trials: int = 6, guesses: Any = None, **settings: Any) -> StudyRun:
+    search = SearchSpec(trials=trials, **{"scheduler": "pareto_asha", **settings})
     budgets = {cell.method: BUDGET for cell in CELLS}
-    return StudyRun(search, CELLS, {"d": DomainSearch("accuracy", "maximize", budgets)}, count, ledger)
+    domains = {"d": DomainSearch("accuracy", "maximize", budgets)}
+    return StudyRun(search, CELLS, domains, count, ledger, cost=cost, guesses=guesses)
+
+
+def cost(cell: Cell, hyperparameters: Any, found: ParameterCount) -> TrialCost:
+    """A GiB for every hundred parameters."""
+    return TrialCost(found.trainable // 100 * 2**30, 7.0)
 
 
 def result(record: TrialRecord, index: int) -> SegmentResult:
@@ -111,3 +121,148 @@ def _kill_at(ledger: Ledger, write: str, nth: int, when: str) -> None:
         return answer
 
     setattr(ledger, write, deadly)
+
+
+@pytest.mark.parametrize("write", ["ask", "complete"])
+def test_only_what_is_within_the_limits_is_run_and_every_cell_gets_its_share(write: str, tmp_path: Path) -> None:
+    def start(ledger: Ledger) -> StudyRun:
+        return open_run(ledger, max_parameters=2500, max_memory=20)
+
+    (tmp_path / "quiet").mkdir()
+    ledger = open_ledger(tmp_path / "quiet")
+    run = start(ledger)
+    drive(run)
+    assert run.finished()
+    records = ledger.records
+    assert all(record.trainable_parameters <= 2000 for record in records)
+    assert [record.number for record in ledger.records] == list(range(18))
+    assert {cell.method: ledger.started(cell.key) for cell in CELLS} == {"lora": 6, "prompt": 6, "full": 6}
+    assert ledger.infeasible(CELLS[0].key) > 0
+    assert {record.estimated_seconds for record in ledger.records} == {7.0}
+    assert all(record.estimated_memory_bytes == record.trainable_parameters // 100 * 2**30 for record in records)
+    assert not any(record.state is TrialState.FAILED for record in records)
+
+    # Killed among the proposals, the study ends with the same ledger.
+    (tmp_path / "killed").mkdir()
+    for nth in (2, 5):
+        killed = open_ledger(tmp_path / "killed")
+        run = start(killed)
+        _kill_at(killed, write, nth, "after")
+        with contextlib.suppress(Killed):
+            drive(run)
+    drive(start(open_ledger(tmp_path / "killed")))
+    killed = open_ledger(tmp_path / "killed")
+    assert states(killed) == states(ledger)
+    assert [r.hyperparameters for r in killed.records] == [r.hyperparameters for r in ledger.records]
+
+
+def test_a_trial_for_which_nothing_fits_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peftsearch.search.run.PROPOSALS", 5)
+    ledger = open_ledger(tmp_path)
+    drive(open_run(ledger, trials=2, max_memory=19))
+    failed = [record for record in ledger.records if record.method == "full"]
+    assert {record.state for record in failed} == {TrialState.FAILED}
+    assert failed[0].error == "none of 5 proposals is within search.max_memory: narrow the search space"
+    assert ledger.infeasible(CELLS[2].key) == 2 * 4
+
+
+def grid_cells(**space: Any) -> list[Cell]:
+    return [Cell("m", "d", method_space("lora", {"learning_rate": 1e-3, **space}))]
+
+
+@pytest.mark.parametrize(("trials", "expected"), [(3, 3), (10, 4)])
+def test_a_grid_is_run_in_order_and_a_cell_is_done_at_its_end(
+    trials: int, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        sys.modules[__name__], "CELLS", grid_cells(rank=(8, 4), dropout=Range(low=0.1, high=0.25, step=0.1))
+    )
+    ledger = open_ledger(tmp_path)
+    run = open_run(ledger, trials=trials, sampler="grid", scheduler="none")
+    assert run.planned == expected
+    half = run.next_trial()
+    assert half is not None
+    # Interrupted in its first trial.
+    drive(open_run(ledger, trials=trials, sampler="grid", scheduler="none"))
+    tried = [(record.hyperparameters["rank"], record.hyperparameters["dropout"]) for record in ledger.records]
+    assert tried == [(8, 0.1), (8, 0.2), (4, 0.1), (4, 0.2)][:expected]
+    assert {record.state for record in ledger.records} == {TrialState.COMPLETE}
+    assert open_run(ledger, trials=trials, sampler="grid", scheduler="none").finished()
+
+
+def test_combinations_outside_the_limits_are_left_out_of_a_grid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "CELLS", grid_cells(rank=(4, 64, 8)))
+    ledger = open_ledger(tmp_path)
+    run = open_run(ledger, trials=10, sampler="grid", scheduler="none", max_parameters=1000)
+    drive(run)
+    assert [record.hyperparameters["rank"] for record in ledger.records] == [4, 8]
+    assert run.finished()
+    assert run.planned == 2
+
+
+def test_what_another_study_found_is_tried_first_and_takes_half_of_the_trials(tmp_path: Path) -> None:
+    found = [
+        {"rank": 5, "alpha": 7.0, "learning_rate": 2e-3},
+        {"rank": 10_000, "learning_rate": 1e-3},  # Of this only the learning rate is in the space.
+        {"rank": 5, "alpha": 7.0, "learning_rate": 2e-3},
+        {"rank": 6},
+        {"rank": 7},
+    ]
+    ledger = open_ledger(tmp_path)
+    drive(open_run(ledger, trials=6, guesses={"lora": found}))
+    lora = [record.hyperparameters for record in ledger.records if record.method == "lora"]
+    assert (lora[0]["rank"], lora[0]["learning_rate"]) == (5, 2e-3)
+    assert lora[1]["learning_rate"] == 1e-3
+    assert lora[2]["rank"] == 6
+    # Then the published defaults.
+    assert (lora[3]["rank"], lora[3]["learning_rate"]) == (16, 3e-4)
+
+
+def stopped(record: TrialRecord, index: int) -> SegmentResult:
+    return replace(result(record, index), stopped=True)
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_trial_that_early_stopping_ended_is_complete(dies: bool, tmp_path: Path) -> None:
+    """Also when the driver died between recording its last evaluation and its end."""
+    ledger = open_ledger(tmp_path)
+    run = open_run(ledger, scheduler="none")
+    record = run.next_trial()
+    assert record is not None
+    assert run.evaluated(record.number, result(record, 0), 0, final=False)
+    if dies:
+        _kill_at(ledger, "complete", 1, "before")
+        with pytest.raises(Killed):
+            run.evaluated(record.number, stopped(record, 1), 0, final=False)
+        ledger = open_ledger(tmp_path)
+        following = open_run(ledger, scheduler="none").next_trial()
+        assert following is not None
+        assert following.number == record.number + 1
+    else:
+        assert not run.evaluated(record.number, stopped(record, 1), 0, final=True)
+    ended = open_ledger(tmp_path).record(record.number)
+    assert (ended.state, ended.stopped_early, ended.rungs[-1].step) == (TrialState.COMPLETE, True, 20)
+    assert ended.total_steps == 40
+    assert ended.checkpoint == f"trials/{record.number:05d}"
+
+
+def test_rungs_compare_methods_after_the_same_share_of_their_own_budgets(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path)
+    double = Budget(steps_per_epoch=20, evaluation_steps=(20, 40, 60, 80))
+    budgets = {"lora": double, "prompt": BUDGET, "full": BUDGET}
+    search = SearchSpec(trials=1, scheduler="asha", eta=2)
+    run = StudyRun(search, CELLS, {"d": DomainSearch("accuracy", "maximize", budgets)}, count, ledger)
+    lora, prompt = run.next_trial(), run.next_trial()
+    assert lora is not None
+    assert prompt is not None
+    assert (lora.total_steps, prompt.total_steps) == (80, 40)
+
+    def at(step: int, value: float) -> SegmentResult:
+        return SegmentResult(step, 1 - value, 1.0, {"accuracy": value}, 1.0, 0.1, 10**6)
+
+    assert run.evaluated(lora.number, at(20, 0.9), 0, final=False)
+    assert not run.evaluated(prompt.number, at(10, 0.2), 0, final=False)
+    assert ledger.record(lora.number).rungs[0].epoch == 1.0
+    assert ledger.record(prompt.number).rungs[0].epoch == 1.0

@@ -8,7 +8,7 @@ from typing import Any
 import optuna
 import pytest
 
-from peftsearch.spec import Rung, StudyError, TrialState
+from peftsearch.spec import Reading, Rung, StudyError, TrialState
 from peftsearch.tracking.ledger import Ledger, LedgerCell, hide_password
 
 CELL = LedgerCell("d/lora/m", "m", "d", "lora", "accuracy", "maximize")
@@ -162,3 +162,62 @@ def test_a_storage_that_cannot_be_opened_is_one_sentence_without_its_password(ba
 
 def test_passwords_are_hidden() -> None:
     assert hide_password("postgresql://me:secret@db/x") == "postgresql://me:***@db/x"
+
+
+def reading(seed: int, value: float = 0.6) -> Reading:
+    return Reading(seed=seed, value=value, loss=1.0, test=value - 0.1, read_at="2026-01-01T12:00:00.000+00:00")
+
+
+def test_readings_are_recorded_after_the_trials_end_and_only_once(url: str) -> None:
+    ledger = open_ledger(url)
+    number = ask(ledger).number
+    other = ask(ledger).number
+    ledger.add_rung(number, rung(1, 0.5))
+    ledger.complete(number)
+    ledger.add_reading(number, reading(2, 0.7))
+    ledger.add_reading(number, reading(1, 0.6))
+    record = ledger.add_reading(number, reading(2, 0.99))
+    assert record.confirmed is not None
+    assert [(item.seed, item.value) for item in record.confirmed.readings] == [(1, 0.6), (2, 0.7)]
+    assert record.confirmed.test_mean == pytest.approx(0.55)
+    ledger.set_confirming(number, 3, {"step": 4, "train_seconds": 1.5})
+    ledger.fail_confirmation(number, 4, "the training loss became nan")
+    ledger.close()
+
+    again = Ledger(url, "s")
+    assert again.record(number) == record
+    assert again.record(other).confirmed is None
+    assert again.confirming(number, 3) == {"step": 4, "train_seconds": 1.5}
+    assert again.confirming(number, 1) == {}
+    assert again.failed_confirmations(number) == {4: "the training loss became nan"}
+    study = optuna.load_study(study_name="s/d/lora/m", storage=url)
+    assert study.user_attrs[f"reading:{number}:1"]["read_at"] == "2026-01-01T12:00:00.000+00:00"
+
+
+def test_a_proposal_outside_the_limits_is_infeasible_and_no_trial(url: str) -> None:
+    ledger = open_ledger(url)
+    assert ask(ledger, constraints={"max_parameters": 0.5}) is None
+    assert ledger.records == []
+    assert (ledger.started(CELL.key), ledger.infeasible(CELL.key), ledger.infeasible(CELL.key, 0)) == (0, 1, 1)
+    record = ask(ledger, seed=1, constraints={"max_parameters": -0.5})
+    assert (record.number, record.state) == (0, TrialState.RUNNING)
+    ledger.add_rung(0, rung(1))
+    ledger.complete(0)
+    study = optuna.load_study(study_name="s/d/lora/m", storage=url)
+    assert [trial.constraints for trial in study.trials] == [{"max_parameters": 0.5}, {"max_parameters": -0.5}]
+    assert [trial.number for trial in study.best_trials] == [1]
+    again = Ledger(url, "s")
+    assert again.records == ledger.records
+    assert again.infeasible(CELL.key, 0) == 1
+    assert again.infeasible(CELL.key, 1) == 0
+
+
+def test_first_guesses_that_a_driver_died_over_are_enqueued_to_the_end(url: str) -> None:
+    guesses = [{"rank": rank} for rank in (3, 5, 7)]
+    ledger = open_ledger(url)
+    ledger.enqueue(CELL.key, guesses[:2])
+    again = open_ledger(url)
+    assert again.is_new(CELL.key)
+    again.enqueue(CELL.key, guesses)
+    assert [ask(again, seed=seed).hyperparameters["rank"] for seed in range(3)] == [3, 5, 7]
+    assert not again.is_new(CELL.key)
