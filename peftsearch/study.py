@@ -314,6 +314,21 @@ class Study:
             told=told,
         )
 
+    def report(self, to: str | os.PathLike[str]) -> list[Path]:
+        """Write the study's report into a folder, from what the ledger holds by now; see `write_report`.
+
+        Raises:
+            StudyError: The folder cannot be written.
+        """
+        from peftsearch.frontier.report import check_target, write_report
+
+        target = Path(to)
+        check_target(target)
+        status = self.status()
+        return write_report(
+            target, self.trials(), self.facts(), self.spec, self.folder.path, status["state"], status["planned"]
+        )
+
     # --- inside ---
 
     def _guesses(self) -> tuple[dict[str, list[dict[str, Any]]], str]:

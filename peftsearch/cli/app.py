@@ -100,6 +100,8 @@ def validate(
 def list_command(storage: StorageOption = None, as_json: JsonOption = False) -> None:
     """List the studies in a storage.
 
+    A study that cannot be read is listed as such, with the reason.
+
     Example: `peftsearch list --storage /data/peftsearch`
     """
     from rich.table import Table
@@ -108,11 +110,18 @@ def list_command(storage: StorageOption = None, as_json: JsonOption = False) -> 
     from peftsearch.study import Study
 
     folder = storage_folder(storage)
-    statuses = [Study.open(name, folder).status() for name in list_studies(folder)]
+    statuses: list[dict[str, Any]] = []
+    unreadable: dict[str, str] = {}
+    for name in list_studies(folder):
+        try:
+            statuses.append(Study.open(name, folder).status())
+        except Exception as error:  # whatever is wrong with one study, the others are still there
+            unreadable[name] = (str(error).splitlines() or [type(error).__name__])[0]
     if as_json:
-        _print_json({"storage": str(folder), "studies": statuses})
+        broken = [{"study": name, "error": reason} for name, reason in unreadable.items()]
+        _print_json({"storage": str(folder), "studies": statuses, "unreadable": broken})
         return
-    if not statuses:
+    if not statuses and not unreadable:
         out.print(f"No study in {folder} yet: start one with 'peftsearch run STUDY.yaml'", markup=False)
         return
     table = Table("study", "state", "complete", "pruned", "failed", "running", "planned", title=str(folder))
@@ -124,7 +133,11 @@ def list_command(storage: StorageOption = None, as_json: JsonOption = False) -> 
             *(str(counts[key]) for key in ("complete", "pruned", "failed", "running")),
             str(status["planned"]),
         )
+    for name in unreadable:
+        table.add_row(name, "unreadable")
     _show(table)
+    for name, reason in unreadable.items():
+        err.print(f"{name}: {reason}", markup=False)
 
 
 @app.command()
@@ -256,6 +269,31 @@ def export(
     )
     for item in exported:
         out.print(str(item.folder), markup=False)
+
+
+@app.command()
+def report(
+    name: NameArgument,
+    to: Annotated[Path, typer.Option(help="Folder for the report")],
+    storage: StorageOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write tables with deviations, significance and plots.
+
+    Markdown, one self-contained page, a CSV file per table and a PNG per plot, from what the ledger holds by now.
+
+    Example: `peftsearch report quickstart --to report`
+    """
+    from peftsearch.study import Study
+
+    chosen = Study.open(name, storage)
+    files = chosen.report(to)
+    if as_json:
+        _print_json({"study": chosen.name, "files": [str(file) for file in files]})
+        return
+    for file in files[:2]:
+        out.print(str(file), markup=False)
+    err.print(f"Wrote {len(files)} files to {to}: the tables as CSV and the plots as PNG beside them", markup=False)
 
 
 @app.command()

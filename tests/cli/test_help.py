@@ -15,7 +15,22 @@ from cli_study import Result
 from peftsearch.study import Study
 
 Cli = Callable[..., Result]
-COMMANDS = ("run", "validate", "list", "status", "trials", "frontier", "export", "evaluate", "ui", "sync", "doctor")
+COMMANDS = (
+    *(
+        "run",
+        "validate",
+        "list",
+        "status",
+        "trials",
+        "frontier",
+        "export",
+        "report",
+        "evaluate",
+        "ui",
+        "sync",
+        "doctor",
+    ),
+)
 
 
 def test_every_command_has_one_line(peftsearch: Cli) -> None:

@@ -32,6 +32,7 @@ def write_report(
     spec: StudySpec,
     folder: Path,
     state: str | None = None,
+    planned: int | None = None,
 ) -> list[Path]:
     """Write a study's report into a folder: ``report.md``, ``report.html``, a CSV file per table, a PNG per plot.
 
@@ -42,6 +43,7 @@ def write_report(
         spec: The study file.
         folder: The study's folder, which holds the predictions of confirmations.
         state: ``running``, ``interrupted`` or ``finished``, where known.
+        planned: How many trials the study is to have; trials per cell times cells where absent.
 
     Returns:
         The files, ``report.html`` and ``report.md`` first.
@@ -55,7 +57,7 @@ def write_report(
     from peftsearch.frontier.report.sections import build
 
     check_target(to)
-    document = build(list(records), facts, spec, folder, state)
+    document = build(list(records), facts, spec, folder, state, planned)
     files = {"report.html": page(document), "report.md": markdown(document)}
     content = {name: text.encode("utf-8", "replace") for name, text in files.items()}
     content |= {name: csv_bytes(rows) for name, rows in document.data.items()}

@@ -78,7 +78,12 @@ class _Study:
 
 
 def build(
-    records: Sequence[TrialRecord], facts: StudyFacts, spec: StudySpec, folder: Path, state: str | None = None
+    records: Sequence[TrialRecord],
+    facts: StudyFacts,
+    spec: StudySpec,
+    folder: Path,
+    state: str | None = None,
+    planned: int | None = None,
 ) -> Document:
     """The report of a study, whatever its state.
 
@@ -88,6 +93,7 @@ def build(
         spec: The study file.
         folder: The study's folder, where predictions are.
         state: ``running``, ``interrupted`` or ``finished``, where known.
+        planned: How many trials the study is to have; trials per cell times cells where absent.
     """
     records = sorted(records, key=lambda record: record.number)
     found = results(records, facts, spec)
@@ -102,7 +108,7 @@ def build(
         list(dict.fromkeys([*facts.methods, *(record.method for record in records)])),
     )
     document = Document(f"{facts.study}: report")
-    _summary(document, study, state)
+    _summary(document, study, state, planned)
     _methods_by_domains(document, study)
     _budgets(document, study)
     for name in facts.domains:
@@ -118,11 +124,12 @@ def build(
 # --- the answer ---
 
 
-def _summary(document: Document, study: _Study, state: str | None) -> None:
+def _summary(document: Document, study: _Study, state: str | None, planned: int | None) -> None:
     facts, records = study.facts, study.records
     if facts.description:
         document.add(Text(facts.description))
-    planned = facts.trials_per_cell * len(study.budgets)
+    if planned is None:
+        planned = facts.trials_per_cell * len(study.budgets)
     ended = sum(record.state is not TrialState.RUNNING for record in records)
     finished = len(complete(records))
     confirmed = sum(record.confirmed is not None for record in records)
@@ -183,6 +190,12 @@ def _headline(study: _Study, name: str) -> Iterator[str]:
     elif comparison.others or best.seeds < 2:
         yield "What is within the noise cannot be said without confirmations with at least two seeds."
     yield verdict(study.fronts[name]).sentence
+    if best.seeds > 1 and best.validation and facts.baselines.get(best.model):
+        mean, deviation, _ = best.validation
+        yield (
+            f"Over its seeds {study.called(best.model, best.method)} has {words.number(mean)} ± "
+            f"{words.number(deviation)} on the validation split, where the baselines are scored."
+        )
     own = facts.baselines.get(best.model, {})
     rest = [f"{b.title} {words.number(b.value)}" for key, b in own.items() if key not in ("majority", "linear_probe")]
     if rest:
