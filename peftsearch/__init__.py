@@ -20,9 +20,10 @@ __all__ = ["Study", "StudyError", "StudySpec", "TrialRecord", "TrialState", "__v
 
 
 def _register_methods(_: object) -> None:
-    from peftsearch.methods.bottleneck import register
+    from peftsearch.methods import bias, bottleneck, deep_prompt, soft_prompt
 
-    register()
+    for method in (bias, bottleneck, deep_prompt, soft_prompt):
+        method.register()
 
 
 # PEFT (and torch with it) takes seconds to import, and the processes that only steer a study never need it. So our

@@ -41,23 +41,81 @@ class PromptTuning(Method):
     priors = ({"tokens": 20, "learning_rate": 3e-2},)
 
     def attach(self, model: PreTrainedModel, hyperparameters: Mapping[str, Any], context: AttachContext) -> nn.Module:
-        """See `Method.attach`; raises ValueError where tokens and text exceed the model's positions."""
+        """See `Method.attach`; raises ValueError where the soft tokens leave no positions for text."""
         from peft import PromptTuningConfig, get_peft_model
 
-        positions = getattr(model.config, "max_position_embeddings", None)
-        if positions is not None and hyperparameters["tokens"] >= positions:
-            raise ValueError(
-                f"{hyperparameters['tokens']} soft tokens leave no room for text: the model has {positions} positions"
-            )
-        init = hyperparameters["init"]
+        tokens, init = hyperparameters["tokens"], hyperparameters["init"]
+        text = hyperparameters["init_text"] or _default_text(context)
+        check_positions(model, tokens)
+        if not peft_serves(model, context):
+            return _attach_own(model, context, tokens, init, text)
         config = PromptTuningConfig(
             task_type=context.peft_task_type,
-            num_virtual_tokens=hyperparameters["tokens"],
+            num_virtual_tokens=tokens,
             prompt_tuning_init=_INIT[init],
-            prompt_tuning_init_text=hyperparameters["init_text"] or _default_text(context) if init == "text" else None,
+            prompt_tuning_init_text=text if init == "text" else None,
             tokenizer_name_or_path=context.model_location if init == "text" else None,
         )
         return get_peft_model(model, config)  # type: ignore[no-any-return]
+
+
+def check_positions(model: PreTrainedModel, tokens: int) -> None:
+    """Refuse more soft tokens than the model has positions.
+
+    Raises:
+        ValueError: They leave no room for text.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and tokens >= positions:
+        raise ValueError(f"{tokens} soft tokens leave no room for text: the model has {positions} positions")
+
+
+def peft_serves(model: PreTrainedModel, context: AttachContext) -> bool:
+    """Whether PEFT's own soft prompts do this task right on this model (see `peftsearch.methods.soft_prompt`)."""
+    if model.config.is_encoder_decoder or context.peft_task_type != "SEQ_CLS":
+        return False
+    # Decoders that classify call their head "score"; PEFT's prompt classes train a "classifier", and no other module.
+    head = hasattr(model, "classifier") and set(context.modules_to_save) <= {"classifier"}
+    words: Any = model.get_input_embeddings().weight
+    return head and bool(words.shape[1] == model.config.hidden_size)
+
+
+def _attach_own(model: PreTrainedModel, context: AttachContext, tokens: int, init: str, text: str) -> nn.Module:
+    import torch
+    from peft import get_peft_model
+
+    from peftsearch.methods.soft_prompt import register
+    from peftsearch.methods.soft_prompt.config import SoftPromptConfig
+    from peftsearch.methods.soft_prompt.layer import SoftPromptLayer
+
+    register()
+    config = SoftPromptConfig(
+        task_type=context.peft_task_type,
+        num_virtual_tokens=tokens,
+        modules_to_save=list(context.modules_to_save) or None,
+    )
+    attached = get_peft_model(model, config)
+    words = model.get_input_embeddings().weight
+    assert isinstance(words, torch.Tensor)
+    if init == "random" or words.is_meta:
+        return attached  # type: ignore[no-any-return]
+    ids = _token_ids(context.model_location, text, tokens) if init == "text" else None
+    with torch.no_grad():
+        for layer in attached.modules():
+            if isinstance(layer, SoftPromptLayer):
+                chosen = torch.tensor(ids) if ids is not None else torch.randint(len(words), (tokens,))
+                layer.soft_prompt_embedding["default"].copy_(words[chosen.to(words.device)])
+    return attached  # type: ignore[no-any-return]
+
+
+def _token_ids(location: str, text: str, tokens: int) -> list[int]:
+    """The text's tokens, repeated or cut to a number."""
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(location)(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError(f"init_text {text!r} has no tokens")
+    return [ids[index % len(ids)] for index in range(tokens)]
 
 
 def _default_text(context: AttachContext) -> str:

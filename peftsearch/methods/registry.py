@@ -6,13 +6,35 @@ from collections.abc import Mapping
 
 from peftsearch.methods.adapter import BottleneckAdapter
 from peftsearch.methods.base import Method, MethodSpace
+from peftsearch.methods.bitfit import BitFit
 from peftsearch.methods.full import FullFineTuning
+from peftsearch.methods.hybrid import Hybrid
+from peftsearch.methods.ia3 import IA3
+from peftsearch.methods.layer_norm import LayerNormTuning
 from peftsearch.methods.lora import Lora
+from peftsearch.methods.p_tuning import PTuning
+from peftsearch.methods.p_tuning_v2 import PTuningV2
+from peftsearch.methods.prefix import PrefixTuning
 from peftsearch.methods.prompt import PromptTuning
+from peftsearch.methods.qlora import QLora
 from peftsearch.spec import Space, StudyError, suggest
 
 METHODS: dict[str, Method] = {
-    method.name: method for method in (Lora(), BottleneckAdapter(), PromptTuning(), FullFineTuning())
+    method.name: method
+    for method in (
+        Lora(),
+        QLora(),
+        BottleneckAdapter(),
+        Hybrid(),
+        PromptTuning(),
+        PrefixTuning(),
+        PTuning(),
+        PTuningV2(),
+        IA3(),
+        BitFit(),
+        LayerNormTuning(),
+        FullFineTuning(),
+    )
 }
 
 

@@ -13,11 +13,23 @@ from torch import nn
 
 from peftsearch.domains.models import model_config
 from peftsearch.spec import StudyError
+from peftsearch.training.quantised import (
+    check_memory,
+    check_quantisable,
+    left_unquantised,
+    quantised_layers,
+    quantization_config,
+    scales,
+    settle,
+    share_layer,
+    shared_state,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from peftsearch.domains import Head, PreparedDomain, Task
+    from peftsearch.methods import Quantization
 
 
 class FrozenBase:
@@ -33,10 +45,18 @@ class FrozenBase:
         self.location = location
         self.revision = revision
         self.device = device or torch.device("cpu")
-        self._templates: dict[tuple[str, tuple[str, ...]], Template] = {}
-        self._tensors: dict[str, nn.Parameter] = {}
+        self._templates: dict[tuple[str, tuple[str, ...], Quantization | None], Template] = {}
+        self._tensors: dict[tuple[str, str], nn.Parameter] = {}
+        self._quantised: dict[tuple[str, str], nn.Module] = {}
 
-    def trial_model(self, domain: PreparedDomain, *, seed: int, copy_weights: bool) -> PreTrainedModel:
+    def trial_model(
+        self,
+        domain: PreparedDomain,
+        *,
+        seed: int,
+        copy_weights: bool,
+        quantization: Quantization | None = None,
+    ) -> PreTrainedModel:
         """A model for one trial: the base's own tensors (frozen), in modules of its own, with a freshly drawn head.
 
         The modules are the trial's: PEFT may replace them at will and nothing needs to be undone afterwards, which is
@@ -46,8 +66,12 @@ class FrozenBase:
             domain: Its task and labels decide the head.
             seed: Seeds torch's global generator, from which the head (and then the method's own weights) are drawn.
             copy_weights: Give the trial a copy of the weights, for methods that train them.
+            quantization: How the base is to be stored.
+
+        Raises:
+            ValueError: The base cannot be stored so.
         """
-        template = self.template(domain)
+        template = self.template(domain, quantization)
         # Only now: loading a template, which the first trial of a worker does, draws random numbers itself.
         torch.manual_seed(seed)
         model = copy.deepcopy(template.model) if copy_weights else share_tensors(template.model)
@@ -56,28 +80,69 @@ class FrozenBase:
 
     def fingerprint(self) -> dict[str, int]:
         """A hash per pretrained tensor; equal before and after a study, or something wrote to the base."""
-        return {name: _hash(tensor) for name, tensor in self._tensors.items()}
+        found = {" ".join(key): _hash(tensor) for key, tensor in self._tensors.items()}
+        for key, layer in self._quantised.items():
+            for index, tensor in enumerate(scales(layer)):
+                found[f"{' '.join(key)} scale {index}"] = _hash(tensor)
+        return found
 
-    def template(self, domain: PreparedDomain) -> Template:
-        """The model with a domain's head, around the base's tensors; loaded at the first call for such a head."""
+    def template(self, domain: PreparedDomain, quantization: Quantization | None = None) -> Template:
+        """The model with a domain's head, around the base's tensors; loaded at the first call for such a head.
+
+        Raises:
+            ValueError: The base cannot be stored in this quantization.
+        """
         task, labels, head = domain.task, domain.labels, domain.head
-        key = (head.auto_model, labels)
+        key = (head.auto_model, labels, quantization)
         if key not in self._templates:
-            model, fresh = load_model(self.location, self.revision, head, task.config_kwargs(labels))
-            for name, parameter in list(model.named_parameters()):
-                known = self._tensors.get(name)
-                if name in fresh:
-                    continue
-                if known is not None and known.shape == parameter.shape and known.dtype == parameter.dtype:
-                    _replace(model, name, known)
-                else:
-                    self._tensors[name] = parameter
+            if quantization is None:
+                model, fresh = load_model(self.location, self.revision, head, task.config_kwargs(labels))
+            else:
+                model, fresh = self._load_quantised(head, task.config_kwargs(labels), quantization)
+            self._share_known(model, fresh)
             # Decoders classify at the last token before the padding: the model must know what batches are padded with.
             model.config.pad_token_id = domain.pad_token_id
             model.requires_grad_(False)
-            model.to(self.device)
+            if quantization is None:
+                model.to(self.device)
             self._templates[key] = Template(model, fresh, fresh_modules(model, fresh))
         return self._templates[key]
+
+    def _load_quantised(
+        self, head: Head, config_kwargs: dict[str, Any], quantization: Quantization
+    ) -> tuple[PreTrainedModel, frozenset[str]]:
+        bare, fresh = load_model(self.location, self.revision, head, config_kwargs, device_map="meta")
+        unquantised = left_unquantised(bare, fresh_modules(bare, fresh))
+        check_memory(self.location, bare, quantization, self.device, unquantised)
+        model, fresh = load_model(
+            self.location,
+            self.revision,
+            head,
+            config_kwargs,
+            device_map={"": str(self.device)},
+            quantization_config=quantization_config(quantization, self.device, unquantised),
+        )
+        settle(model)
+        return model, fresh
+
+    def _share_known(self, model: PreTrainedModel, fresh: frozenset[str]) -> None:
+        """Let a freshly loaded model use the tensors that are in memory already, and remember the others."""
+        layers = quantised_layers(model)
+        for name, parameter in list(model.named_parameters()):
+            if name in fresh:
+                continue
+            # Some of a base's tensors are the same whether it is quantised or not.
+            key = (name, type(parameter).__name__)
+            known = self._tensors.get(key)
+            layer = layers.get(name.removesuffix(".weight"))
+            if known is None or known.shape != parameter.shape or known.dtype != parameter.dtype:
+                self._tensors[key] = parameter
+                if layer is not None:
+                    self._quantised[key] = layer
+            elif layer is not None:
+                share_layer(layer, self._quantised[key])
+            else:
+                _replace(model, name, known)
 
 
 @dataclass(frozen=True)
@@ -106,9 +171,13 @@ def load_model(
         head: Class of the model.
         config_kwargs: What the configuration has to know to build the head.
         kwargs: Further arguments of ``from_pretrained``.
+
+    Raises:
+        ValueError: The model is stored quantised.
     """
     import transformers
 
+    check_quantisable(location, model_config(location, revision))
     auto = getattr(transformers, head.auto_model)
     with quiet_loading():
         model, info = auto.from_pretrained(
@@ -157,6 +226,10 @@ def meta_model(
     config_kwargs = task.config_kwargs(labels)
     config = model_config(location, revision, **config_kwargs)
     try:
+        check_quantisable(location, config)
+    except ValueError as error:
+        raise StudyError(str(error)) from None
+    try:
         if Path(location).is_dir():
             model, fresh = load_model(location, revision, head, config_kwargs, device_map="meta")
         else:
@@ -178,10 +251,12 @@ def meta_model(
 
 
 def share_tensors(model: nn.Module) -> Any:
-    """A deep copy of the module tree around the very same parameter and buffer tensors."""
+    """A deep copy of the module tree around the very same parameter and buffer tensors, quantised ones included."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         memo[id(tensor)] = tensor
+    for layer in quantised_layers(model).values():
+        memo |= {id(state): state for state in shared_state(layer)}
     return copy.deepcopy(model, memo)
 
 
@@ -202,7 +277,7 @@ def count_exported(model: nn.Module) -> int:
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         # PEFT computes the exported soft tokens, which the meta device cannot; what computes them is not exported.
         config = model.active_peft_config
-        soft_tokens = config.num_virtual_tokens * config.num_transformer_submodules * config.token_dim
+        soft_tokens: int = config.num_virtual_tokens * config.num_transformer_submodules * config.token_dim
         return count_trainable(model) - count_trainable(model.prompt_encoder) + soft_tokens
     if isinstance(model, PeftModel):
         return sum(tensor.numel() for tensor in get_peft_model_state_dict(model).values())
