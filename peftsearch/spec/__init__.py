@@ -1,6 +1,6 @@
 """What a study file may say, and the shape of a trial: the words that all other parts share."""
 
-from peftsearch.spec.errors import StudyError
+from peftsearch.spec.errors import StudyError, UnreachableError
 from peftsearch.spec.facts import Baseline, Direction, DomainFacts, ModelFacts, StudyFacts
 from peftsearch.spec.locations import model_location, package_path
 from peftsearch.spec.space import Range, Scalar, Space
@@ -9,6 +9,7 @@ from peftsearch.spec.study import (
     ConfirmSpec,
     DataSpec,
     DomainSpec,
+    ExpectedSpec,
     LimitSpec,
     MethodSpec,
     ModelSpec,
@@ -32,6 +33,7 @@ __all__ = [
     "Direction",
     "DomainFacts",
     "DomainSpec",
+    "ExpectedSpec",
     "LimitSpec",
     "MethodSpec",
     "ModelFacts",
@@ -52,6 +54,7 @@ __all__ = [
     "TrainingSpec",
     "TrialRecord",
     "TrialState",
+    "UnreachableError",
     "check_name",
     "model_location",
     "package_path",

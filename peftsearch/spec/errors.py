@@ -19,3 +19,11 @@ class StudyError(ValueError):
 
     def __reduce__(self) -> tuple[type[StudyError], tuple[str, tuple[str | int, ...]]]:
         return type(self), (self.message, self.loc)
+
+
+class UnreachableError(StudyError):
+    """Something that a study names is not at hand here, and may well be elsewhere: without a network, without access
+    to a gated model, without one's own copy of data that cannot be shared.
+
+    ``validate`` says what it could not check; a run stops.
+    """

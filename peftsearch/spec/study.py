@@ -41,6 +41,18 @@ class ModelSpec(_Section):
         min_length=1, description="Hub id, folder, or package:NAME/FOLDER for a folder inside an installed package"
     )
     revision: str | None = Field(default=None, description="Hub revision to pin: a commit, tag or branch")
+    config: dict[str, Any] | None = Field(
+        default=None,
+        description="Configuration of transformers (model_type and sizes) that validate plans with where the model "
+        "itself cannot be read; a run never uses it",
+    )
+
+    @field_validator("config")
+    @classmethod
+    def _config(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None and not isinstance(value.get("model_type"), str):
+            raise ValueError("'model_type' is missing: name the architecture, for example model_type: t5")
+        return value
 
 
 class ColumnsSpec(_Section):
@@ -95,6 +107,18 @@ class LimitSpec(_Section):
         return value
 
 
+class ExpectedSpec(_Section):
+    """What data holds that a machine may not have: ``validate`` plans with it where the data is not at hand."""
+
+    train: int = Field(ge=1, description="Rows of the training split")
+    validation: int | None = Field(default=None, ge=1, description="Rows; cut from train where absent")
+    test: int | None = Field(default=None, ge=1, description="Rows; cut from train where absent")
+    tokens: int | None = Field(default=None, ge=1, description="Tokens per text on average; max_length where absent")
+    labels: Annotated[int, Field(ge=1)] | list[str] | None = Field(
+        default=None, description="Names of the labels, or how many there are; 2 where absent"
+    )
+
+
 class DataSpec(_Section):
     """Where the labelled text is. Either ``source`` (splits found or cut) or one file per split."""
 
@@ -123,6 +147,10 @@ class DataSpec(_Section):
     join: dict[Name, DataSpec] | None = Field(
         default=None,
         description="Several data sets of the same task, learned by one adapter; each scored by itself too",
+    )
+    expected: ExpectedSpec | None = Field(
+        default=None,
+        description="What to plan with where the data is not at hand: local files may then be missing in validate",
     )
 
     @field_validator("limit", mode="before")
