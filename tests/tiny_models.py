@@ -72,6 +72,13 @@ SAMPLES: dict[str, dict[str, Any]] = {
         "dropout": 0.0,
         "learning_rate": 5e-3,
     },
+    "prompt": {"tokens": 3, "init": "text", "init_text": "", "learning_rate": 5e-2},
+    "prefix": {"tokens": 3, "projection": True, "hidden": 8, "learning_rate": 5e-3},
+    "p_tuning": {"tokens": 3, "encoder": "mlp", "hidden": 8, "learning_rate": 5e-3},
+    "p_tuning_v2": {"tokens": 3, "learning_rate": 5e-2},
+    "ia3": {"learning_rate": 1e-2},
+    "bitfit": {"learning_rate": 1e-2},
+    "layer_norm": {"learning_rate": 1e-2},
     "full": {"learning_rate": 1e-3},
 }
 """Method -> a cheap full configuration, for tests that run over all methods."""
