@@ -123,7 +123,7 @@ def export_trials(
     with _staging(to) as staging:
         staged = [staging / target.relative_to(to) for target in targets]
         told(f"Exporting {len(chosen)} trial{'s' if len(chosen) != 1 else ''} to {to}")
-        jobs = _write(study, to, staging, staged, targets, chosen)
+        jobs = write_trials(study, to, staging, staged, targets, chosen)
         told("Verifying in a fresh process")
         scores = score_folders(jobs, lambda index, score: told(_account(chosen[index], study, score)))
         for record, score in zip(chosen, scores, strict=True):
@@ -223,7 +223,7 @@ def _writing(to: Path) -> Iterator[None]:
         raise StudyError(f"cannot write to {str(to)!r}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _write(
+def write_trials(
     study: StudyToExport,
     to: Path,
     staging: Path,
