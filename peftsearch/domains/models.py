@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
-from peftsearch.spec import StudyError
+from peftsearch.domains.hub import hub_reachable, out_of_reach
+from peftsearch.spec import StudyError, UnreachableError
 
 Architecture = Literal["encoder", "encoder-decoder", "decoder"]
 
@@ -18,15 +20,20 @@ def model_config(location: str, revision: str | None, **kwargs: Any) -> Any:
         kwargs: Fields of the configuration to set.
 
     Raises:
+        UnreachableError: It is a model of the Hub that cannot be read here.
         StudyError: There is no such model, or its configuration cannot be read.
     """
     from transformers import AutoConfig
 
+    on_hub = not Path(location).is_dir()
+    if on_hub:
+        hub_reachable()
     try:
         return AutoConfig.from_pretrained(location, revision=revision, **kwargs)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, hub errors, JSON errors, ...
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise StudyError(
+        why = out_of_reach(error) if on_hub else None
+        reason = why or (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise (UnreachableError if why else StudyError)(
             f"cannot load the model {location!r}: {reason} (name a folder with config.json and model.safetensors, "
             "package:NAME/FOLDER, or a Hub id that this machine can reach)"
         ) from None
