@@ -187,7 +187,7 @@ class _Costs:
 
     def measure(self) -> None:
         """Take about 0.2 s to see how fast this machine is."""
-        formats = number_formats(self._plan)
+        formats = number_formats(self._plan.spec)
         if not self._plan.spec.resources.gpus_per_worker:
             self._speeds = measured_speeds(formats, on_gpu=False)
             return

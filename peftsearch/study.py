@@ -341,7 +341,8 @@ class Study:
             StudyError: There is no such study, it has not finished, or it is this one.
         """
         name = self.spec.search.warm_start
-        if name is None:
+        if name is None or self.spec.search.sampler == "grid":
+            # A grid has its own order, and the plan says so.
             return {}, ""
         loc = ("search", "warm_start")
         if name == self.name:

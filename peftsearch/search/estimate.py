@@ -6,7 +6,7 @@ Good to a factor of about two: enough to tell minutes from days, and a model tha
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from peftsearch.search.cells import Cell
     from peftsearch.search.counts import ParameterCount
     from peftsearch.search.plan import StudyPlan
+    from peftsearch.spec import ModelFacts, StudySpec
+    from peftsearch.training.segment import ModelPlace
 
 Format = Literal["fp32", "bf16"]
 
@@ -185,7 +187,7 @@ def estimate(plan: StudyPlan) -> Estimate:
 
     on_gpu = plan.spec.resources.gpus_per_worker > 0
     device = torch.device("cuda" if on_gpu else "cpu")
-    costs = TrialCosts(plan, measured_speeds(number_formats(plan), on_gpu))
+    costs = TrialCosts(plan, measured_speeds(number_formats(plan.spec), on_gpu))
     peaks = {item.cell.key: (costs.memory(item.cell, item.largest), item.cell.method) for item in plan.cells}
     worker_bytes, largest = max(peaks.values())
     if costs.speeds is None:
@@ -196,9 +198,9 @@ def estimate(plan: StudyPlan) -> Estimate:
     return Estimate(worker_bytes, largest, seconds, f"{count} x {name}" if count > 1 else name)
 
 
-def number_formats(plan: StudyPlan) -> list[Format]:
+def number_formats(spec: StudySpec) -> list[Format]:
     """The formats that a study computes in."""
-    return sorted({_training_format(plan), "fp32"})
+    return sorted({_training_format(spec), "fp32"})
 
 
 def measured_speeds(formats: Sequence[Format], on_gpu: bool) -> dict[Format, float] | None:
@@ -214,16 +216,49 @@ def measured_speeds(formats: Sequence[Format], on_gpu: bool) -> dict[Format, flo
     return {name: measured_speed(device, name) * EFFICIENCY[name] for name in formats}
 
 
-def _training_format(plan: StudyPlan) -> Format:
+def _training_format(spec: StudySpec) -> Format:
     import torch
 
     from peftsearch.training.precision import computes_bf16
 
-    on_gpu = plan.spec.resources.gpus_per_worker > 0
-    if plan.spec.training.precision != "auto":
-        return plan.spec.training.precision
+    on_gpu = spec.resources.gpus_per_worker > 0
+    if spec.training.precision != "auto":
+        return spec.training.precision
     missing = on_gpu and not torch.cuda.is_available()
     return "bf16" if not missing and computes_bf16(torch.device("cuda" if on_gpu else "cpu")) else "fp32"
+
+
+class MemoryCosts:
+    """Memory of single configurations, by the formulas above; needs no data, only what is known of it.
+
+    Args:
+        spec: The study file.
+        cells: All cells.
+        shapes: The models.
+        lengths: Tokens per text, by domain.
+    """
+
+    def __init__(
+        self,
+        spec: StudySpec,
+        cells: Iterable[Cell],
+        shapes: Mapping[str, ModelShape],
+        lengths: Mapping[str, int],
+    ) -> None:
+        self._spec = spec
+        self._shapes = shapes
+        self._lengths = lengths
+        self._compute_bytes = 2 if _training_format(spec) == "bf16" else 4
+        # A worker keeps every base of the study that it has seen, and of each its quantised forms.
+        self._bases = sum(frozen_bytes(shapes[model], form) for model, form in _bases(cells))
+
+    def __call__(self, cell: Cell, count: ParameterCount) -> int:
+        """Peak of one worker, in bytes: of the GPU where it trains on one."""
+        shape, training, resources = self._shapes[cell.model], self._spec.training_of(cell.method), self._spec.resources
+        batch = -(-training.batch_size // (resources.workers_per_trial * training.gradient_accumulation))
+        activations = activation_bytes(shape, batch, self._lengths[cell.domain], self._compute_bytes)
+        trial = trial_bytes(shape, count.trainable, cell.space.method.trains_copy, activations)
+        return (0 if resources.gpus_per_worker else PROCESS_BYTES) + self._bases + trial
 
 
 class TrialCosts:
@@ -237,26 +272,15 @@ class TrialCosts:
     def __init__(self, plan: StudyPlan, speeds: Mapping[Format, float] | None = None) -> None:
         self.plan = plan
         self.speeds = speeds
-        self._shapes = {model: _shape(plan, model) for model in plan.models}
-        self._format: Format = _training_format(plan)
-        # A worker keeps every base of the study that it has seen, and of each its quantised forms.
-        self._bases = sum(frozen_bytes(self._shapes[model], form) for model, form in _bases(plan))
+        self._shapes = model_shapes(plan.models, plan.model_facts)
+        self._format: Format = _training_format(plan.spec)
+        lengths = {name: domain.max_length for name, domain in plan.domains.items()}
+        self.memory = MemoryCosts(plan.spec, [item.cell for item in plan.cells], self._shapes, lengths)
         self._seconds = functools.cache(self._seconds_of)
 
     def __call__(self, cell: Cell, hyperparameters: Mapping[str, Any], count: ParameterCount) -> TrialCost:
         """A configuration's cost, given its parameters."""
         return TrialCost(self.memory(cell, count), self.seconds(cell))
-
-    def memory(self, cell: Cell, count: ParameterCount) -> int:
-        """Peak of one worker, in bytes: of the GPU where it trains on one."""
-        shape, training = self._shapes[cell.model], self.plan.spec.training_of(cell.method)
-        workers = self.plan.spec.resources.workers_per_trial
-        batch = -(-training.batch_size // (workers * training.gradient_accumulation))
-        length = self.plan.domains[cell.domain].max_length
-        activations = activation_bytes(shape, batch, length, 2 if self._format == "bf16" else 4)
-        trial = trial_bytes(shape, count.trainable, cell.space.method.trains_copy, activations)
-        process = 0 if self.plan.spec.resources.gpus_per_worker else PROCESS_BYTES
-        return process + self._bases + trial
 
     def seconds(self, cell: Cell) -> float | None:
         """Training and evaluation up to the full budget; the same for all configurations of a cell."""
@@ -276,18 +300,21 @@ class TrialCosts:
         return seconds + (len(budget.evaluation_steps) - 1) * evaluation / training + evaluation / full
 
 
-def _bases(plan: StudyPlan) -> set[tuple[str, Quantization | None]]:
+def _bases(cells: Iterable[Cell]) -> set[tuple[str, Quantization | None]]:
     found: set[tuple[str, Quantization | None]] = set()
-    for item in plan.cells:
-        space, method = item.cell.space.space, item.cell.space.method
+    for cell in cells:
+        space, method = cell.space.space, cell.space.method
         # How a base is stored is chosen by words, which are listed: a value of each other hyperparameter is enough.
-        for values in corners(item.cell, {name for name, chosen in space.items() if isinstance(chosen, tuple)}):
-            found.add((item.cell.model, method.quantization(values)))
+        for values in corners(cell, {name for name, chosen in space.items() if isinstance(chosen, tuple)}):
+            found.add((cell.model, method.quantization(values)))
     return found
 
 
-def _shape(plan: StudyPlan, model: str) -> ModelShape:
+def model_shapes(places: Mapping[str, ModelPlace], facts: Mapping[str, ModelFacts]) -> dict[str, ModelShape]:
+    """What the estimates need to know of each model."""
     from peftsearch.domains.models import model_config
 
-    place = plan.models[model]
-    return ModelShape.of(model_config(place.location, place.revision), plan.model_facts[model].total_parameters)
+    return {
+        model: ModelShape.of(model_config(place.location, place.revision), facts[model].total_parameters)
+        for model, place in places.items()
+    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 from peftsearch.domains import CheckedDomain, PreparedDomain, check_domain
 from peftsearch.search.cells import Cell, corners, study_cells, trials_of
 from peftsearch.search.counts import ParameterCount, ParameterCounter
-from peftsearch.search.run import DomainSearch, excesses
+from peftsearch.search.estimate import MemoryCosts, model_shapes
+from peftsearch.search.run import DomainSearch, TrialCost, excesses
 from peftsearch.spec import ModelFacts, StudyError, StudyFile, StudySpec, TrainingSpec, model_location
 from peftsearch.training.budget import Budget
 from peftsearch.training.segment import ModelPlace, WorkerPlan
@@ -101,6 +102,19 @@ def plan_study(file: StudyFile, cache: Path) -> StudyPlan:
             except StudyError as error:
                 raise StudyError(error.message, _model_loc(spec, index)) from None
     cell_plans = tuple(_cell_plan(cell, counter) for cell in cells)
+    first = next(iter(spec.domains))
+    facts = {
+        path: ModelFacts(
+            location=place.location,
+            revision=place.revision,
+            architecture=counter.architecture(path, first),
+            total_parameters=max(counter.total(path, name) for name in spec.domains),
+            fingerprint=_fingerprint(place),
+        )
+        for path, place in models.items()
+    }
+    lengths = {name: checked[first_model, name].max_length for name in spec.domains}
+    _check_limits(spec, cell_plans, MemoryCosts(spec, cells, model_shapes(models, facts), lengths))
     prepared = {key: domain.prepare(cache) for key, domain in checked.items()}
     domains = {name: prepared[first_model, name] for name in spec.domains}
     budgets = {
@@ -108,37 +122,19 @@ def plan_study(file: StudyFile, cache: Path) -> StudyPlan:
         for name, domain in domains.items()
         for method in spec.methods
     }
-    first = next(iter(domains))
-    facts = {
-        path: ModelFacts(
-            location=place.location,
-            revision=place.revision,
-            architecture=counter.architecture(path, first),
-            total_parameters=max(counter.total(path, name) for name in domains),
-            fingerprint=_fingerprint(place),
-        )
-        for path, place in models.items()
-    }
-    plan = StudyPlan(spec, cell_plans, domains, prepared, budgets, models, facts, counter)
-    _check_limits(plan)
-    return plan
+    return StudyPlan(spec, cell_plans, domains, prepared, budgets, models, facts, counter)
 
 
-def _check_limits(plan: StudyPlan) -> None:
+def _check_limits(spec: StudySpec, cells: Iterable[CellPlan], memory: MemoryCosts) -> None:
     """In every cell something is within the limits.
 
     Raises:
         StudyError: Names the first cell of which even the smallest configuration is too large.
     """
-    from peftsearch.search.estimate import TrialCosts
-
-    search = plan.spec.search
-    if search.max_parameters is None and search.max_memory is None:
-        return
-    costs = TrialCosts(plan)
-    for item in plan.cells:
-        cell, memory = item.cell, costs(item.cell, {}, item.smallest)
-        exceeded = excesses(search, item.smallest, memory)
+    search = spec.search
+    for item in cells:
+        cell, cost = item.cell, TrialCost(memory(item.cell, item.smallest))
+        exceeded = excesses(search, item.smallest, cost)
         where = f"the smallest configuration of {cell.method} in domain {cell.domain!r}"
         if exceeded.get("max_parameters", 0) > 0:
             raise StudyError(
@@ -148,7 +144,7 @@ def _check_limits(plan: StudyPlan) -> None:
             )
         if exceeded.get("max_memory", 0) > 0:
             raise StudyError(
-                f"{where} is expected to need {memory.memory_bytes / 2**30:.2f} GiB per worker, more than "
+                f"{where} is expected to need {cost.memory_bytes / 2**30:.2f} GiB per worker, more than "
                 f"{search.max_memory:g}: raise the limit, lower training.batch_size, or leave the method out",
                 ("search", "max_memory"),
             )

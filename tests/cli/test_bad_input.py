@@ -175,6 +175,37 @@ WRONG: dict[str, tuple[Edit, tuple[str, ...]]] = {
         setting("model", "package:no_such_package/model"),
         ("model", "'no_such_package' is not installed", "pip"),
     ),
+    # limits, grids, warm starts
+    "fewer parameters than anything has": (
+        setting("search.max_parameters", 50),
+        ("search.max_parameters", "the smallest configuration of lora in domain 'legal' trains", "more than 50"),
+    ),
+    "parameters that full fine-tuning exceeds": (
+        setting("search.max_parameters", 1000),
+        ("search.max_parameters", "the smallest configuration of full", "leave the method out"),
+    ),
+    "less memory than anything takes": (
+        setting("search.max_memory", 0.01),
+        ("search.max_memory", "the smallest configuration of lora", "GiB per worker, more than 0.01"),
+    ),
+    "grid of a range without a step": (
+        setting("search.sampler", "grid"),
+        ("methods.lora.", "grid needs a list of values", "or a range with a step"),
+    ),
+    "warm start from nowhere": (
+        setting("search.warm_start", "smal"),
+        ("search.warm_start", "no study 'smal'"),
+    ),
+    "warm start from itself": (
+        setting("search.warm_start", "small"),
+        ("search.warm_start", "cannot start from its own front"),
+    ),
+    "warm start of a grid": (
+        lambda study, _: study.update(
+            methods={"full": {"learning_rate": [1e-3]}}, search={"sampler": "grid", "warm_start": "other"}
+        ),
+        ("search.warm_start", "warm_start has no place in it"),
+    ),
     "targets that the model lacks": (
         setting("methods.lora.targets", "nothing_like_it"),
         ("methods.lora", "no configuration fits the model"),

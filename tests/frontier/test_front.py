@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftsearch.frontier import domain_fronts, front, hypervolume, pick
-from peftsearch.spec import Direction, StudyError, StudyFacts, TrialRecord, TrialState
+from peftsearch.frontier.front import finalists
+from peftsearch.spec import ConfirmSpec, Direction, StudyError, StudyFacts, TrialRecord, TrialState
 
 VALUES = st.one_of(st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.floats(0, 1))
 PARAMETERS = st.one_of(st.sampled_from([0, 1, 10, 1000]), st.integers(0, 10_000_000))
@@ -191,3 +192,42 @@ def test_nothing_left_says_what_is_nearest(how: str, limits: dict[str, float], m
 def test_nothing_to_pick_from() -> None:
     with pytest.raises(StudyError, match="no trial has reached the full budget yet"):
         pick([], "best")
+
+
+@pytest.mark.parametrize(
+    ("settings_", "chosen"),
+    [
+        # Best of its cell: 1 (lora), 5 (adapter), 3 (prompt). On the front: 4, 3, 0, 1.
+        ({"finalists": "methods"}, [1, 5, 3]),
+        ({"finalists": "front"}, [1, 0, 3, 4]),
+        ({"finalists": "both"}, [1, 5, 3, 0, 4]),
+        ({"finalists": "both", "max_finalists": 4}, [1, 5, 3, 0]),
+        ({"finalists": "methods", "max_finalists": 2}, [1, 5]),
+    ],
+)
+def test_finalists(settings_: dict[str, object], chosen: list[int]) -> None:
+    records = [
+        make_record(0, 0.7, 100),
+        make_record(1, 0.9, 900),
+        make_record(2, 0.95, 10, state=TrialState.PRUNED),
+        make_record(3, 0.6, 50, method="prompt"),
+        make_record(4, 0.5, 40, method="prompt"),
+        make_record(5, 0.8, 1000, method="adapter"),
+        make_record(6, 0.3, 40, method="adapter", domain="legal", state=TrialState.FAILED),
+    ]
+    found = finalists(records, make_facts(), ConfirmSpec.model_validate({"seeds": 2} | settings_))
+    assert [record.number for record in found] == chosen
+
+
+def test_each_domain_and_model_has_finalists_and_smaller_may_be_better() -> None:
+    facts = make_facts()
+    legal = facts.domains["legal"].model_copy(update={"direction": "minimize"})
+    facts = facts.model_copy(update={"domains": facts.domains | {"legal": legal}})
+    records = [
+        make_record(0, 0.9, 10),
+        make_record(1, 0.8, 10, model="other"),
+        make_record(2, 20.0, 10, domain="legal"),
+        make_record(3, 12.0, 10, domain="legal"),
+    ]
+    confirm = ConfirmSpec(seeds=1, finalists="methods")
+    assert [record.number for record in finalists(records, facts, confirm)] == [0, 1, 3]
