@@ -13,44 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from study_runs import command, ledger, run
 
-from peftsearch.spec import TrialRecord, TrialState
+from peftsearch.spec import TrialState
 from peftsearch.study import Study
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
-
-
-def command(*arguments: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "peftsearch", *map(str, arguments)], capture_output=True, text=True, timeout=timeout
-    )
-
-
-def run(path: Path, storage: Path, *options: str) -> None:
-    done = command("run", path, "--storage", storage, *options)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def essence(record: TrialRecord) -> dict[str, Any]:
-    """A trial without what the clock and MLflow put into it."""
-    fields = record.model_dump(
-        exclude={
-            "started",
-            "finished",
-            "train_seconds",
-            "evaluation_seconds",
-            "peak_memory_bytes",
-            "mlflow_run_id",
-            "retries",
-        }
-    )
-    for rung in fields["rungs"]:
-        del rung["train_seconds"], rung["evaluation_seconds"]
-    return fields
-
-
-def ledger(name: str, storage: Path) -> list[dict[str, Any]]:
-    return [essence(record) for record in Study.open(name, storage).trials()]
 
 
 @pytest.fixture(scope="module")
