@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from peftsearch.cli import progress as module
-from peftsearch.cli.progress import Progress
+from peftsearch.cli.progress import INTERVAL, Progress
 from peftsearch.cli.words import duration, size
 from peftsearch.spec import Baseline, Rung, TrialRecord, TrialState
 
@@ -97,6 +97,33 @@ def end_with_an_error(progress: Progress) -> None:
 
     with pytest.raises(ValueError):
         check()
+
+
+def test_log_counts_confirmations() -> None:
+    progress, file, clock, _ = make_progress()
+    with progress:
+        progress.phase("checking")
+        progress.planned(make_run())
+        clock.now += INTERVAL
+        progress.confirmations(0, 0, 6)
+        progress.confirmations(1, 0, 6)
+        clock.now += INTERVAL
+        progress.confirmations(4, 1, 6)
+        progress.confirmations(5, 1, 6)
+    assert [line.split(";")[0] for line in lines(file) if "confirmations" in line] == [
+        "0 of 6 confirmations",
+        "4 of 6 confirmations, 1 failed",
+        "5 of 6 confirmations, 1 failed",
+    ]
+
+
+def test_the_live_view_counts_confirmations() -> None:
+    progress, _, _, _ = make_progress(terminal=True)
+    with progress:
+        progress.planned(make_run())
+        assert "confirmations" not in frame(progress)
+        progress.confirmations(2, 0, 6)
+        assert "2 of 6 confirmations" in frame(progress)
 
 
 def test_log_says_phases_warnings_and_failures_at_once() -> None:
