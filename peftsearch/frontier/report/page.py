@@ -113,7 +113,8 @@ nav { display: flex; flex-wrap: wrap; gap: 0.2rem 1rem; font-size: 0.9rem; } a {
 .pair { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 1.25rem; align-items: start; }
 @media (max-width: 1050px) { .pair { grid-template-columns: minmax(0, 1fr); gap: 0; } }
 figure { margin: 0.6rem 0; min-width: 0; } .plot { overflow-x: auto; }
-.plot svg { display: block; width: 100%; min-width: 340px; height: auto; }
+.plot svg { display: block; width: 100%; height: auto; }
+.plot svg * { stroke-linejoin: round; stroke-linecap: butt; }
 figcaption, .caption, summary { font-size: 0.88rem; color: var(--faint); padding-bottom: 0.3rem; max-width: none; }
 .table { min-width: 0; margin: 0.6rem 0; } .scroll { overflow: auto; max-height: 32rem; }
 table { border-collapse: collapse; font-size: 0.84rem; font-variant-numeric: tabular-nums; }

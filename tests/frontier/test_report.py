@@ -1,0 +1,606 @@
+"""The report: what it says of a study in any state, that its numbers follow from the records, and that it is safe."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import random
+import re
+from collections.abc import Callable, Sequence
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import pytest
+from frontier_study import confirm, confirm_best, make_facts, make_record, make_spec, make_study, write_predictions
+
+from peftsearch.domains import get_task
+from peftsearch.frontier.report import write_report
+from peftsearch.frontier.report.comparisons import compare_domain
+from peftsearch.frontier.report.results import macro_average, results, score_by_task
+from peftsearch.frontier.report.sensitivity import bins, importance, sensitivities
+from peftsearch.frontier.report.significance import Predicted, compare, holm
+from peftsearch.spec import Baseline, Confirmed, Reading, StudyError, StudyFacts, StudySpec, TrialRecord, TrialState
+
+NASTY = "</script><script>alert('x')</script> \"quoted\" | & `code` _it_ 🩺"
+
+
+class Page(HTMLParser):
+    """What a browser would load, how its tags close, and the text of the cells."""
+
+    VOID = {"meta", "link", "br", "img", "hr"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.text: list[str] = []
+        self.pairs: list[list[str]] = []
+        self._open: list[str] = []
+        self.feed(text)
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        named = dict(attrs)
+        self.loaded += [named[key] or "" for key in ("src", "href", "srcset", "data", "xlink:href") if key in named]
+        self.ids += [named["id"] or ""] if "id" in named else []
+        if named.get("class") == "pair":
+            self.pairs.append([])
+        if self.pairs:
+            self.pairs[-1].append(tag)
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.handle_endtag(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[TrialRecord], StudyFacts, StudySpec, Path]:
+    """A confirmed study of two domains and its report."""
+    folder, to = tmp_path_factory.mktemp("study"), tmp_path_factory.mktemp("report")
+    facts = make_facts()
+    spec = make_spec(facts)
+    records = [
+        record.model_copy(
+            update={"estimated_memory_bytes": 2 * 2**30, "estimated_seconds": 5.0, "peak_memory_bytes": 2**30}
+        )
+        for record in confirm_best(make_study(), facts, folder)
+    ]
+    write_report(to, records, facts, spec, folder, "finished")
+    return to, records, facts, spec, folder
+
+
+Report = tuple[Path, list[TrialRecord], StudyFacts, StudySpec, Path]
+
+
+# --- the whole ---
+
+
+def test_the_page_is_self_contained_and_well_formed(study: Report) -> None:
+    text = (study[0] / "report.html").read_text()
+    page = Page(text)
+    assert all(link.startswith(("#", "data:")) for link in page.loaded)
+    assert "script" not in page.tags
+    assert "default-src 'none'" in text
+    assert len(page.ids) == len(set(page.ids))
+    assert {link[1:] for link in page.loaded if link.startswith("#")} <= set(page.ids)
+    # Addresses appear as names of XML only.
+    assert set(re.findall(r"https?://[^\"\s<)]+", text)) == {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+    assert "prefers-color-scheme: dark" in text
+    assert 'name="viewport"' in text
+
+
+def test_a_table_stands_beside_every_plot(study: Report) -> None:
+    page = Page((study[0] / "report.html").read_text())
+    assert page.tags.count("figure") == page.tags.count("svg") == len(page.pairs) > 8
+    assert all("table" in tags for tags in page.pairs)
+    pictures = re.findall(r"\]\(([^)]+\.png)\)", (study[0] / "report.md").read_text())
+    assert sorted(pictures) == sorted(path.name for path in study[0].glob("*.png"))
+    for path in study[0].glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_equal_studies_give_equal_reports(study: Report, tmp_path: Path) -> None:
+    _, records, facts, spec, folder = study
+    some = [record for record in records if record.confirmed and record.domain == "legal"]
+    one = write_report(tmp_path / "one", some, facts, spec, folder, "finished")
+    other = write_report(tmp_path / "other", reversed(some), facts, spec, folder, "finished")
+    assert [path.name for path in one[:2]] == ["report.html", "report.md"]
+    assert sorted(one) == sorted((tmp_path / "one").iterdir())
+    assert [(path.name, path.read_bytes()) for path in one] == [(path.name, path.read_bytes()) for path in other]
+
+
+# --- methods and domains ---
+
+
+def test_means_and_deviations_are_those_of_the_readings(study: Report) -> None:
+    to, records, facts, _, _ = study
+    table = {(row["domain"], row["method"]): row for row in rows(to / "results.csv")}
+    assert len(table) == len(facts.domains) * len(facts.methods)
+    text = (to / "report.md").read_text()
+    for record in records:
+        if record.confirmed is None:
+            continue
+        row = table[record.domain, record.method]
+        values = [reading.test for reading in record.confirmed.readings if reading.test is not None]
+        assert float(row["test_mean"]) == pytest.approx(fmean(values))
+        assert float(row["test_std"]) == pytest.approx(stdev(values))
+        assert (row["test_seeds"], row["trial"]) == ("3", str(record.number))
+        assert float(row["trainable_share"]) == pytest.approx(record.trainable_parameters / 22_713_216)
+        assert float(row["examples_per_second"]) == pytest.approx(412.0)
+        assert float(row["train_seconds"]) == pytest.approx(9.0)
+        assert f"{fmean(values):.3f} ± {stdev(values):.3f} (3)" in text
+
+
+def test_unconfirmed_values_and_baselines_are_marked(tmp_path: Path) -> None:
+    facts = make_facts()
+    records = [
+        confirm(make_record(0, 0.8, 1000), facts, tmp_path, 0.8),
+        make_record(1, 0.9, 2000, method="adapter", hyperparameters={"bottleneck": 8, "learning_rate": 1e-3}),
+    ]
+    write_report(tmp_path / "report", records, facts, make_spec(facts), tmp_path)
+    text = (tmp_path / "report" / "report.md").read_text()
+    (line,) = (line for line in text.splitlines() if line.startswith("| adapter") and "0.900†" in line)
+    (majority,) = (line for line in text.splitlines() if line.startswith("| majority class"))
+    assert "0.210†" in majority
+    assert "† On the validation split" in text
+    # A value on validation does not compete with values on test, however high.
+    assert "**clinical**: lora is" in text
+    assert "**" not in line
+    assert rows(tmp_path / "report" / "significance.csv")[0]["note"] == "not confirmed"
+
+
+def test_a_method_is_represented_by_what_validation_chose(tmp_path: Path) -> None:
+    """Never by the test split, which would make a lucky configuration look like a good one."""
+
+    def confirmed(validation: float, test: float) -> Confirmed:
+        return Confirmed.of([Reading(seed=s, value=validation, loss=1.0, test=test, test_examples=9) for s in (1, 2)])
+
+    facts = make_facts()
+    records = [
+        make_record(0, 0.70, 1000, confirmed=confirmed(0.80, 0.6)),
+        make_record(1, 0.90, 1000, confirmed=confirmed(0.75, 0.9)),
+        make_record(2, 0.95, 1000),
+    ]
+    found = results(records, facts, make_spec(facts))["clinical"][0]
+    assert found.chosen is not None
+    assert found.chosen.number == 0
+    assert found.test == (0.6, 0.0, 2)
+
+
+def test_smaller_is_better_where_the_metric_says_so(tmp_path: Path) -> None:
+    facts = make_facts()
+    clinical = facts.domains["clinical"].model_copy(
+        update={"metric": "perplexity", "direction": "minimize", "task": "language_modelling", "baselines": {}}
+    )
+    facts = facts.model_copy(update={"domains": {**facts.domains, "clinical": clinical}})
+    records = [
+        make_record(0, 31.25, 1000, method="adapter", hyperparameters={"bottleneck": 8}),
+        make_record(1, 12.5, 2000, hyperparameters={"rank": 8}),
+        make_record(2, 90_000.0, 3000, hyperparameters={"rank": 16}),
+    ]
+    spec = make_spec(make_facts())
+    write_report(tmp_path, records, facts, spec, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "lora is best with perplexity 12.5 on the validation split" in text
+    # An average over perplexities and accuracies would say nothing.
+    assert "macro average" not in text
+
+
+def test_averages_need_every_domain() -> None:
+    assert macro_average([0.5, 0.7]) == pytest.approx(0.6)
+    assert macro_average([0.5, None]) is None
+    # BLURB: within each task type first, then over the types.
+    assert score_by_task([0.8, 0.6, 0.1], ["ner", "ner", "qa"]) == pytest.approx((0.7 + 0.1) / 2)
+    assert score_by_task([0.8, None, 0.1], ["ner", "ner", "qa"]) is None
+
+
+def test_averages_stand_in_the_table(study: Report) -> None:
+    to, _, facts, _, _ = study
+    by_method: dict[str, list[float]] = {}
+    for row in rows(to / "results.csv"):
+        by_method.setdefault(row["method"], []).append(float(row["test_mean"]))
+    for row in rows(to / "averages.csv"):
+        assert row["split"] == "test"
+        assert float(row["macro_average"]) == pytest.approx(fmean(by_method[row["method"]]))
+    assert len(by_method["lora"]) == len(facts.domains)
+
+
+# --- budgets ---
+
+
+def test_a_cell_that_got_less_is_marked_everywhere(tmp_path: Path) -> None:
+    facts = make_facts(methods=("lora", "full"), trials_per_cell=2)
+    records = [
+        make_record(number, 0.8, 1000, domain=domain, method=method, hyperparameters={"learning_rate": 1e-3})
+        for number, (domain, method) in enumerate(
+            (d, m) for d in ("clinical", "legal") for m in ("lora", "full") for _ in range(2)
+        )
+    ]
+    write_report(tmp_path / "equal", records, facts, make_spec(facts), tmp_path)
+    equal = (tmp_path / "equal" / "report.md").read_text()
+    assert "‡" not in equal
+    assert "every cell got them, with the same training settings" in equal
+    write_report(tmp_path / "less", records[:-1], facts, make_spec(facts), tmp_path)
+    less = (tmp_path / "less" / "report.md").read_text()
+    assert "1 of 4 cells got less" in less
+    line = next(line for line in less.splitlines() if line.startswith("| full |"))
+    assert line.count("‡") == 1
+    assert [row["less"] for row in rows(tmp_path / "less" / "budgets.csv")].count("1 of 2 trials") == 1
+
+
+def test_training_of_a_methods_own_is_told(tmp_path: Path) -> None:
+    facts = make_facts()
+    spec = make_spec(facts, methods={"lora": {}, "adapter": {}, "prompt": {"training": {"epochs": 9}}, "full": {}})
+    write_report(tmp_path, [], facts, spec, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "prompt had training settings of its own: epochs 9" in text
+
+
+# --- significance ---
+
+
+def accuracy(predictions: Sequence[Any], references: Sequence[Any]) -> float:
+    return fmean(float(p == r) for p, r in zip(predictions, references, strict=True))
+
+
+def answers(wrong: Sequence[int], size: int = 200) -> Predicted:
+    return Predicted([1 if index in wrong else 0 for index in range(size)], [0] * size)
+
+
+def test_a_clear_difference_is_significant_and_a_tie_is_not() -> None:
+    runs = {
+        "best": [answers(range(10)), answers(range(12))],
+        "worse": [answers(range(60)), answers(range(58))],
+        "twin": [answers(range(9, 19)), answers(range(9, 21))],
+    }
+    found = compare("best", runs, accuracy, labels=("a", "b"))
+    worse, twin = found["worse"], found["twin"]
+    assert worse.difference == pytest.approx((59 - 11) / 200)
+    assert worse.low > 0
+    assert worse.p == pytest.approx(2 / 1001)
+    assert twin.low <= 0 <= twin.high
+    assert twin.p > 0.5
+    # The exact spread of a paired difference that is 1 on 48.. examples: binomial.
+    share = 48 / 200
+    expected = 1.96 * math.sqrt(share * (1 - share) / 200)
+    assert (worse.high - worse.low) / 2 == pytest.approx(expected, rel=0.15)
+    assert compare("best", runs, accuracy, labels=("a", "b")) == found
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "macro_f1", "f1/b"])
+def test_shortcuts_give_what_scoring_every_resample_gives(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftsearch.frontier.report import significance
+
+    task, labels, draw = get_task("classification"), ("a", "b", "c", "d"), random.Random(3)
+    references = [draw.choice([0, 0, 0, 1, 1, 2]) for _ in range(60)]
+
+    def run(right: float) -> Predicted:
+        return Predicted([r if draw.random() < right else draw.randrange(4) for r in references], references)
+
+    def score(predictions: Sequence[Any], truth: Sequence[Any]) -> float:
+        return task.score(list(predictions), list(truth), labels)[metric]
+
+    runs = {"best": [run(0.9), run(0.8)], "other": [run(0.6), run(0.7)]}
+    fast = compare("best", runs, score, labels=labels, resamples=60)["other"]
+    monkeypatch.setattr(significance, "additive", lambda *_: None)
+    slow = compare("best", runs, score, labels=labels, resamples=60)["other"]
+    assert (fast.difference, fast.low, fast.high, fast.p) == pytest.approx(
+        (slow.difference, slow.low, slow.high, slow.p), abs=1e-12
+    )
+
+
+def _entity_f1(predictions: Sequence[Any], references: Sequence[Any]) -> float:
+    from seqeval.metrics import f1_score
+
+    return float(f1_score(list(references), list(predictions), zero_division=0))
+
+
+def _perplexity(predictions: Sequence[Any], references: Sequence[Any]) -> float:
+    return math.exp(fmean(predictions))
+
+
+def _tags(draw: random.Random, noise: float) -> Predicted:
+    references = [[random.Random(i * 31 + j).choice(["O", "B-x", "I-x", "B-y"]) for j in range(8)] for i in range(40)]
+    predictions = [[draw.choice(["O", "B-x"]) if draw.random() < noise else tag for tag in r] for r in references]
+    return Predicted(predictions, references)
+
+
+@pytest.mark.parametrize(
+    ("score", "make"),
+    [
+        (_entity_f1, _tags),
+        (_perplexity, lambda draw, noise: Predicted([2 + draw.random() + noise for _ in range(50)], [0] * 50)),
+        # A mean over examples that no formula knows, such as ROUGE.
+        (
+            lambda p, r: fmean(len(set(a) & set(b)) / len(set(b)) for a, b in zip(p, r, strict=True)),
+            lambda draw, noise: Predicted(
+                ["".join(draw.sample("abcdefgh", 5)) + "ab" * (noise < 0.2) for _ in range(50)], ["abc"] * 50
+            ),
+        ),
+    ],
+    ids=["entities", "perplexity", "mean"],
+)
+def test_slow_metrics_have_shortcuts_too(
+    score: Callable[[Sequence[Any], Sequence[Any]], float], make: Callable[[random.Random, float], Predicted]
+) -> None:
+    draw = random.Random(5)
+    runs = {"one": [make(draw, 0.1)], "other": [make(draw, 0.4)]}
+    size, calls = len(runs["one"][0].references), []
+
+    def counted(predictions: Sequence[Any], references: Sequence[Any]) -> float:
+        calls.append(len(predictions))
+        return score(predictions, references)
+
+    found = compare("one", runs, counted)["other"]
+    assert found.resamples == 1000
+    # Far from two thousand readings of the whole split: only single examples, and the trying out.
+    assert sum(count for count in calls if count > 1) < 40 * size
+
+
+def test_a_metric_without_a_formula_is_scored_on_every_resample() -> None:
+    import numpy as np
+
+    draw = random.Random(1)
+    truth = [draw.random() for _ in range(80)]
+    runs = {
+        "one": [Predicted([value + 0.1 * draw.random() for value in truth], truth)],
+        "other": [Predicted([draw.random() for _ in truth], truth)],
+    }
+    found = compare("one", runs, lambda p, r: float(np.corrcoef(p, r)[0, 1]), resamples=200)["other"]
+    assert found.resamples == 200
+    assert found.p == pytest.approx(2 / 201)
+    assert 0.5 < found.difference < 1.3
+
+
+def test_too_slow_a_metric_is_said_to_be_so() -> None:
+    import time
+
+    def slow(predictions: Sequence[Any], references: Sequence[Any]) -> float:
+        time.sleep(0.002)
+        return max(predictions) * 0.7 + len(set(predictions)) ** 2
+
+    runs = {"one": [Predicted(list(range(9)), [0] * 9)], "other": [Predicted(list(range(1, 10)), [0] * 9)]}
+    with pytest.raises(ValueError, match="too slow"):
+        compare("one", runs, slow, budget=0.01)
+
+
+def test_holm_is_the_textbooks() -> None:
+    # Holm 1979: sorted p values times 4, 3, 2, 1, never falling.
+    found = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
+    assert found == pytest.approx({"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})
+
+
+def test_missing_broken_and_foreign_predictions_are_said(tmp_path: Path) -> None:
+    facts = make_facts()
+    methods = ("lora", "adapter", "prompt", "full")
+    records = [
+        confirm(make_record(number, 0.8, 1000 + number, method=method, hyperparameters={}), facts, tmp_path, accuracy)
+        for number, (method, accuracy) in enumerate(zip(methods, (0.9, 0.7, 0.6, 0.5), strict=True))
+    ]
+    (tmp_path / "trials/00001-2/test.jsonl").unlink()
+    (tmp_path / "trials/00002-1/test.jsonl").write_text("{broken")
+    write_predictions(tmp_path / "trials/00003-3/test.jsonl", [0, 1, 2], [0, 1, 1])
+    found = results(records, facts, make_spec(facts))["clinical"]
+    compared = compare_domain(found, facts.domains["clinical"], tmp_path)
+    why = {other.result.method: other.why_not or "" for other in compared.others}
+    assert "gone" in why["adapter"]
+    assert "cannot be read" in why["prompt"]
+    assert "other test examples" in why["full"]
+    # The seeds still tell them apart.
+    assert all(other.within_noise is False for other in compared.others)
+
+
+def test_the_cheapest_within_the_noise(tmp_path: Path) -> None:
+    """Among all confirmed trials, not only those that stand for their method."""
+    facts = make_facts()
+    records = [
+        confirm(make_record(0, 0.81, 9000), facts, tmp_path, 0.801),
+        confirm(make_record(1, 0.80, 300), facts, tmp_path, 0.80),
+        confirm(make_record(2, 0.60, 100), facts, tmp_path, 0.60),
+        confirm(make_record(3, 0.79, 5000, method="adapter", hyperparameters={}), facts, tmp_path, 0.79),
+    ]
+    found = results(records, facts, make_spec(facts))["clinical"]
+    cheapest = compare_domain(found, facts.domains["clinical"], tmp_path).cheapest
+    assert cheapest is not None
+    assert cheapest.record.number == 1
+
+
+# --- sensitivity and importance ---
+
+
+def test_bins_hold_all_points_and_tear_no_value_apart() -> None:
+    draw = random.Random(0)
+    points = [(float(draw.choice([1, 2, 3, 4, 5, 6, 7, 8, 64])), draw.random()) for _ in range(40)]
+    found = bins(points, log=True)
+    assert sum(item.trials for item in found) == 40
+    assert all(one.high < other.low for one, other in pairwise(found))
+    assert 2 <= len(found) <= 5
+    few = bins([(8.0, 0.5), (8.0, 0.7), (16.0, 0.9)], log=False)
+    assert [(item.low, item.high, item.trials) for item in few] == [(8.0, 8.0, 2), (16.0, 16.0, 1)]
+    assert few[0].quartiles == pytest.approx((0.55, 0.6, 0.65))
+
+
+def test_every_numeric_hyperparameter_has_its_panel(records: list[TrialRecord], facts: StudyFacts) -> None:
+    mine = [record for record in records if record.domain == "clinical" and record.method == "lora"]
+    found = {item.name: item for item in sensitivities(mine, "lora", make_spec(facts))}
+    # Alpha was the same in all of them.
+    assert set(found) == {"rank", "learning_rate"}
+    assert found["rank"].log
+    assert len(found["rank"].points) == sum(record.state is TrialState.COMPLETE for record in mine)
+    assert len(found["rank"].pruned) == sum(record.state is TrialState.PRUNED for record in mine)
+
+
+def test_importance_finds_what_decides_and_admits_what_it_cannot_know(facts: StudyFacts) -> None:
+    draw, spec = random.Random(0), make_spec(facts)
+    trials = []
+    for number in range(40):
+        rate, rank = 10 ** draw.uniform(-4, -2), round(2 ** draw.uniform(0, 6))
+        score = 0.8 - 0.2 * abs(math.log10(rate) + 3) + 0.001 * draw.random()
+        hyperparameters = {"rank": rank, "learning_rate": rate, "targets": draw.choice(["attention", "all-linear"])}
+        trials.append(make_record(number, score, 1000, hyperparameters=hyperparameters))
+    found = importance(trials, "lora", spec, "maximize")
+    assert next(iter(found.shares)) == "learning_rate"
+    assert found.shares["learning_rate"] > 0.8
+    assert sum(found.shares.values()) == pytest.approx(1)
+    assert "too few trials (7 of at least 8)" in (importance(trials[:7], "lora", spec, "maximize").why_not or "")
+    same = [trial.model_copy(update={"value": 0.5}) for trial in trials]
+    assert importance(same, "lora", spec, "maximize").why_not == "all trials scored the same"
+
+
+# --- few-shot curves, estimates, readings ---
+
+
+def test_few_shot_domains_are_one_curve(tmp_path: Path) -> None:
+    facts = make_facts()
+    clinical = facts.domains["clinical"]
+    sizes = (8, 32, 128)
+    domains = {f"clinical-{n}": clinical.model_copy(update={"rows": {"train": n, "test": 300}}) for n in sizes}
+    facts = facts.model_copy(update={"domains": {**domains, "legal": facts.domains["legal"]}})
+    spec = make_spec(
+        facts,
+        domains={
+            "clinical": {"data": {"source": "a.csv", "limit": {"train": list(sizes)}}},
+            "legal": {"data": {"source": "b.csv"}},
+        },
+    )
+    records = [
+        confirm(make_record(i, 0.5 + 0.1 * i, 1000, domain=f"clinical-{n}"), facts, tmp_path, 0.5 + 0.1 * i)
+        for i, n in enumerate(sizes)
+    ]
+    write_report(tmp_path / "report", records, facts, spec, tmp_path)
+    table = rows(tmp_path / "report" / "few_shot.csv")
+    assert [(row["domain"], row["method"], row["examples"], row["split"], row["seeds"]) for row in table] == [
+        ("clinical", "lora", str(size), "test", "3") for size in sizes
+    ]
+    assert (tmp_path / "report" / "few_shot-clinical.png").exists()
+
+
+def test_estimates_are_held_against_measurements(study: Report) -> None:
+    table = {row["method"]: row for row in rows(study[0] / "estimates.csv")}
+    assert float(table["lora"]["memory_median_ratio"]) == pytest.approx(0.5)
+    # Nine evaluations of 0.8 s of training and 0.1 s of scoring, 5 s expected.
+    assert float(table["lora"]["seconds_median_ratio"]) == pytest.approx(8.1 / 5)
+
+
+def test_every_reading_of_the_test_split_is_listed(study: Report, tmp_path: Path) -> None:
+    to, records, facts, spec, folder = study
+    table = rows(to / "readings.csv")
+    confirmed = [record for record in records if record.confirmed]
+    assert len(table) == 3 * len(confirmed) == 24
+    assert {(row["trial"], row["seed"]) for row in table} == {
+        (str(r.number), str(s)) for r in confirmed for s in (1, 2, 3)
+    }
+    assert "has read it once" in (to / "report.md").read_text()
+    first = confirmed[0]
+    assert first.confirmed is not None
+    again = Confirmed.of([*first.confirmed.readings, first.confirmed.readings[0]])
+    write_report(tmp_path, [first.model_copy(update={"confirmed": again})], facts, spec, folder)
+    assert f"Read more than once: trial {first.number} with seed 1" in (tmp_path / "report.md").read_text()
+
+
+# --- studies that are not finished, and hostile names ---
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [],
+        [make_record(0, None, 1000, state=TrialState.RUNNING)],
+        [make_record(0, None, 1000, state=TrialState.FAILED, error="broken")],
+        [make_record(0, 0.4, 1000, state=TrialState.PRUNED)],
+        [make_record(0, math.nan, 1000)],
+        make_study(3)[:9],
+    ],
+    ids=["empty", "running", "failed", "pruned", "nan", "unconfirmed"],
+)
+def test_any_study_has_a_report(records: list[TrialRecord], tmp_path: Path) -> None:
+    facts = make_facts()
+    write_report(tmp_path / "report", records, facts, make_spec(facts), tmp_path, "running")
+    text = (tmp_path / "report" / "report.md").read_text()
+    Page((tmp_path / "report" / "report.html").read_text())
+    assert "The study is running" in text
+    assert "The test split has not been read" in text
+    assert "No trial has reached the full budget yet." in text or len(records) == 9
+
+
+def test_confirmations_without_a_test_split(tmp_path: Path) -> None:
+    facts = make_facts()
+    confirmed = Confirmed.of([Reading(seed=s, value=0.8 + 0.01 * s, loss=1.0) for s in (1, 2, 3)])
+    record = make_record(0, 0.8, 1000, confirmed=confirmed)
+    write_report(tmp_path / "report", [record], facts, make_spec(facts), tmp_path)
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "0.820 ± 0.010 (3)†" in text
+    assert "The test split has not been read" in text
+
+
+def test_several_models_are_told_apart(tmp_path: Path) -> None:
+    facts = make_facts()
+    tiny = facts.models["package:tiny/model"]
+    facts = facts.model_copy(update={"models": {"org/one": tiny, "org/two": tiny}})
+    records = [
+        make_record(number, 0.7 + 0.001 * number, 1000, model=model, hyperparameters={"rank": 1 + number})
+        for number, model in enumerate(["org/one", "org/two"] * 5)
+    ]
+    write_report(tmp_path / "report", records, facts, make_spec(facts), tmp_path)
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "lora on org/two is best" in text
+    assert len(rows(tmp_path / "report" / "results.csv")) == 16
+    assert (tmp_path / "report" / "sensitivity-clinical-lora-org_one.png").exists()
+
+
+def test_names_are_text_and_not_markup(tmp_path: Path) -> None:
+    facts = make_facts(description=NASTY)
+    clinical = facts.domains["clinical"].model_copy(
+        update={
+            "source": NASTY,
+            "warnings": (NASTY,),
+            "labels": (NASTY, "b", "c"),
+            "baselines": {"package:tiny/model": {"majority": Baseline(title=NASTY, value=0.2)}},
+        }
+    )
+    facts = facts.model_copy(
+        update={"domains": {**facts.domains, "clinical": clinical}, "provenance": {NASTY: NASTY, "sum": "=1+1"}}
+    )
+    record = make_record(0, 0.8, 1000, method="lora", hyperparameters={"targets": NASTY, "rank": 2})
+    other = make_record(1, 0.7, 2000, method="lora", hyperparameters={"targets": "b", "rank": 4})
+    write_report(tmp_path / "report", [record, other], facts, make_spec(make_facts()), tmp_path)
+    page = (tmp_path / "report" / "report.html").read_text()
+    parsed = Page(page)
+    assert "script" not in parsed.tags
+    assert "alert('x')" in "".join(parsed.text)
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "<script>" not in text
+    for line in text.splitlines():
+        assert "`code`" not in line or "\\`code" in line
+    # A spreadsheet would compute a text that begins so.
+    assert [row["value"] for row in rows(tmp_path / "report" / "provenance.csv") if row["what"] == "sum"] == ["'=1+1"]
+
+
+def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
+    facts = make_facts()
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(StudyError, match="it is a file"):
+        write_report(tmp_path / "taken", [], facts, make_spec(facts), tmp_path)
+    assert (tmp_path / "taken").read_text() == "mine"
