@@ -10,14 +10,17 @@ import contextlib
 import csv
 import json
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from peftsearch.spec import DataSpec, StudyError, package_path, suggest
+from peftsearch.domains.hub import hub_reachable, out_of_reach
+from peftsearch.domains.iob import read_iob
+from peftsearch.domains.squad_file import is_squad, squad_records
+from peftsearch.spec import DataSpec, StudyError, UnreachableError, package_path, suggest
 from peftsearch.spec.locations import PACKAGE_PREFIX
 from peftsearch.spec.yaml_file import Loc
 
@@ -30,6 +33,10 @@ SUFFIXES = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".parquet": "parquet",
+    ".iob": "iob",
+    ".iob2": "iob",
+    ".bio": "iob",
+    ".conll": "iob",
 }
 # What data sets call their splits, in the order of preference.
 SPLIT_NAMES = {
@@ -67,7 +74,9 @@ def describe_source(data: DataSpec) -> str:
     return data.source + (f" ({data.config})" if data.config else "") + (f" @ {data.revision}" if data.revision else "")
 
 
-def read_source(data: DataSpec, folder: Path, loc: Loc, needed: Collection[str]) -> dict[str, RawSplit]:
+def read_source(
+    data: DataSpec, folder: Path, loc: Loc, needed: Collection[str], formats: Mapping[str, str] | None = None
+) -> dict[str, RawSplit]:
     """Read the splits that a source brings.
 
     Args:
@@ -75,17 +84,20 @@ def read_source(data: DataSpec, folder: Path, loc: Loc, needed: Collection[str])
         folder: The study file's folder; relative paths start there.
         loc: Where the ``data`` section stands in the study file.
         needed: Names of the columns that the task reads.
+        formats: What the task takes files of some suffix for, where the study file names no format.
 
     Returns:
         ``train``, and ``validation`` and ``test`` where the source has them.
 
     Raises:
+        UnreachableError: It is on the Hub, which cannot be read here; or a local file is missing, of which the study
+            file says what to expect.
         StudyError: The source does not exist, cannot be read, or brings no training split.
     """
     if data.source is None:
         named = {"train": data.train, "validation": data.validation, "test": data.test}
         return {
-            split: _read_named_file(path, data, folder, (*loc, split), needed)
+            split: _read_named_file(path, data, folder, (*loc, split), needed, formats or {})
             for split, path in named.items()
             if path is not None
         }
@@ -94,13 +106,13 @@ def read_source(data: DataSpec, folder: Path, loc: Loc, needed: Collection[str])
         return _read_hub(data.source.removeprefix(HUB_PREFIX), data, place)
     if data.source.startswith(RECIPE_PREFIX):
         return {"train": _read_recipe(data.source.removeprefix(RECIPE_PREFIX), place)}
-    path = _locate(data.source, folder, place)
+    path = _locate(data.source, data, folder, place)
     if path.is_dir():
         return _read_datasets_folder(path, place)
-    return {"train": _read_file(path, data, place, needed)}
+    return {"train": _read_file(path, data, place, needed, formats or {})}
 
 
-def _locate(reference: str, folder: Path, loc: Loc) -> Path:
+def _locate(reference: str, data: DataSpec, folder: Path, loc: Loc) -> Path:
     if reference.startswith(PACKAGE_PREFIX):
         try:
             return package_path(reference)
@@ -109,6 +121,9 @@ def _locate(reference: str, folder: Path, loc: Loc) -> Path:
     path = Path(reference).expanduser()
     path = path if path.is_absolute() else folder / path
     if not path.exists():
+        if data.expected is not None:
+            # A study file that says what the data holds knows that not everybody has it.
+            raise UnreachableError(f"no file or folder {reference!r} (looked for {str(path)!r})", loc)
         raise StudyError(_missing_file(reference, path), loc)
     return path
 
@@ -123,19 +138,21 @@ def _missing_file(reference: str, path: Path) -> str:
     return f"{message}: check the path; relative ones start at the study file's folder"
 
 
-def _read_named_file(reference: str, data: DataSpec, folder: Path, loc: Loc, needed: Collection[str]) -> RawSplit:
-    path = _locate(reference, folder, loc)
+def _read_named_file(
+    reference: str, data: DataSpec, folder: Path, loc: Loc, needed: Collection[str], formats: Mapping[str, str]
+) -> RawSplit:
+    path = _locate(reference, data, folder, loc)
     if path.is_dir():
         raise StudyError(f"{reference!r} is a folder: name a file here, or the folder as 'source'", loc)
-    return _read_file(path, data, loc, needed)
+    return _read_file(path, data, loc, needed, formats)
 
 
-def _read_file(path: Path, data: DataSpec, loc: Loc, needed: Collection[str]) -> RawSplit:
-    kind = data.format if data.format != "auto" else SUFFIXES.get(path.suffix.lower())
+def _read_file(path: Path, data: DataSpec, loc: Loc, needed: Collection[str], formats: Mapping[str, str]) -> RawSplit:
+    kind = data.format if data.format != "auto" else {**SUFFIXES, **formats}.get(path.suffix.lower())
     if kind is None:
         raise StudyError(
             f"cannot tell the format of {path.name!r} by its suffix: write 'format: csv' (or tsv, json, jsonl, "
-            "parquet) beside it",
+            "parquet, iob) beside it",
             loc,
         )
     reader: Callable[[Path, DataSpec, Collection[str]], pa.Table] = {
@@ -144,6 +161,7 @@ def _read_file(path: Path, data: DataSpec, loc: Loc, needed: Collection[str]) ->
         "json": _read_json,
         "jsonl": _read_json_lines,
         "parquet": _read_parquet,
+        "iob": _read_iob,
     }[kind]
     try:
         return RawSplit(reader(path, data, needed), path.name, loc)
@@ -234,7 +252,9 @@ def _read_json(path: Path, data: DataSpec, needed: Collection[str]) -> pa.Table:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
             return _read_json_lines(path, data, needed)
         raise StudyError(f", line {error.lineno}: not valid JSON: {error.msg}") from None
-    if isinstance(value, dict):
+    if is_squad(value):
+        value = squad_records(value)
+    elif isinstance(value, dict):
         if value and all(isinstance(record, dict) for record in value.values()):
             value = [{"id": key, **record} for key, record in value.items()]
         else:
@@ -298,6 +318,10 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
+def _read_iob(path: Path, data: DataSpec, needed: Collection[str]) -> pa.Table:
+    return read_iob(path, data.columns.tokens, data.columns.tags)
+
+
 def _read_parquet(path: Path, data: DataSpec, needed: Collection[str]) -> pa.Table:
     import pyarrow.parquet as pq
 
@@ -311,23 +335,37 @@ def _class_names(table: pa.Table) -> dict[str, list[str]]:
     if written is None:
         return {}
     features = json.loads(written).get("info", {}).get("features", {})
-    return {
-        name: feature["names"]
-        for name, feature in features.items()
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
-    }
+    found = {}
+    for name, feature in features.items():
+        # A list of labels is written as {"feature": {...}, "_type": "List"}, or "Sequence" by older versions.
+        inner = feature.get("feature", feature) if isinstance(feature, dict) else None
+        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel" and inner.get("names"):
+            found[name] = inner["names"]
+    return found
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def _with_class_names(table: pa.Table, class_names: dict[str, list[str]]) -> pa.Table:
     for name, names in class_names.items():
-        if name not in table.column_names or not pa.types.is_integer(table.schema.field(name).type):
+        if name not in table.column_names:
             continue
-        # -1 is how `datasets` writes "no label".
-        texts = [
-            names[value] if value is not None and 0 <= value < len(names) else None
-            for value in table.column(name).to_pylist()
-        ]
-        table = table.set_column(table.column_names.index(name), name, pa.array(texts, pa.string()))
+
+        def text(value: int | None, names: list[str] = names) -> str | None:
+            # -1 is how `datasets` writes "no label".
+            return names[value] if value is not None and 0 <= value < len(names) else None
+
+        kind, values = table.schema.field(name).type, table.column(name).to_pylist()
+        if pa.types.is_integer(kind):
+            named = pa.array([text(value) for value in values], pa.string())
+        elif _is_list(kind) and pa.types.is_integer(kind.value_type):
+            lists = [None if value is None else [text(item) for item in value] for value in values]
+            named = pa.array(lists, pa.list_(pa.string()))
+        else:
+            continue
+        table = table.set_column(table.column_names.index(name), name, named)
     return table
 
 
@@ -366,13 +404,16 @@ def _read_datasets_folder(path: Path, loc: Loc) -> dict[str, RawSplit]:
 def _read_hub(identifier: str, data: DataSpec, loc: Loc) -> dict[str, RawSplit]:
     import datasets
 
+    hub_reachable()
     try:
         with quiet_datasets():
             loaded = datasets.load_dataset(identifier, data.config, revision=data.revision)
     except Exception as error:
         # Wrong names, wrong configurations, missing networks and broken files all raise differently, by version.
-        raise StudyError(
-            f"cannot load {identifier!r} from the Hub: {_first_line(error).rstrip('.')}. Check the id, 'config', "
+        why = out_of_reach(error)
+        reason = why or _first_line(error).rstrip(".")
+        raise (UnreachableError if why else StudyError)(
+            f"cannot load {identifier!r} from the Hub: {reason}. Check the id, 'config', "
             "'revision' and the network, or use a local file",
             loc,
         ) from None
@@ -397,11 +438,11 @@ def _from_datasets(loaded: Any, where: str, loc: Loc) -> dict[str, RawSplit]:
 def _dataset_table(dataset: Any) -> pa.Table:
     import datasets
 
-    names = {
-        column: feature.names
-        for column, feature in dataset.features.items()
-        if isinstance(feature, datasets.ClassLabel) and feature.names
-    }
+    names = {}
+    for column, feature in dataset.features.items():
+        inner = getattr(feature, "feature", feature)
+        if isinstance(inner, datasets.ClassLabel) and inner.names:
+            names[column] = inner.names
     table = dataset.with_format("arrow")[:] if len(dataset) else dataset.data.table.slice(0, 0)
     return _with_class_names(table, names)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -44,6 +44,10 @@ class Classification(Task):
     metrics: ClassVar[Mapping[str, Metric]] = {
         "accuracy": Metric("accuracy", "maximize", "accuracy"),
         "macro_f1": Metric("macro_f1", "maximize", "macro F1"),
+        "micro_f1": Metric("micro_f1", "maximize", "micro F1"),
+        "weighted_f1": Metric("weighted_f1", "maximize", "weighted F1"),
+        "balanced_accuracy": Metric("balanced_accuracy", "maximize", "balanced accuracy"),
+        "mcc": Metric("mcc", "maximize", "Matthews correlation"),
     }
     label_metrics: ClassVar[Mapping[str, Metric]] = {
         "f1": Metric("f1", "maximize", "F1"),
@@ -53,7 +57,7 @@ class Classification(Task):
     heads = dict.fromkeys(
         ("encoder", "encoder-decoder", "decoder"), Head("AutoModelForSequenceClassification", "SEQ_CLS")
     )
-    probe = "text"
+    probe: ClassVar[Literal["text", "token", "pair"] | None] = "text"
 
     def columns(self, data: DataSpec) -> tuple[str, ...]:
         """Text, the second text of pairs, and label."""
@@ -175,18 +179,33 @@ class Classification(Task):
         return [int(label) for label in rows["labels"]]
 
     def score(self, predictions: Sequence[Any], references: Sequence[Any], labels: Sequence[str]) -> dict[str, float]:
-        """Accuracy, macro F1, and precision, recall and F1 of each label.
+        """Accuracy, F1 averages, Matthews correlation; and precision, recall and F1 of each label.
 
-        Macro F1 is scikit-learn's: the mean over the labels that occur among references or predictions. A ratio
-        without a denominator counts as 0.
+        All are scikit-learn's. Macro F1 is the mean over the labels that occur among references or predictions,
+        weighted F1 weighs them by their examples, micro F1 equals accuracy where each text has one label, and balanced
+        accuracy is the mean recall over the labels that occur among references. A ratio without a denominator counts
+        as 0.
         """
-        from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
+        from sklearn.metrics import (
+            accuracy_score,
+            f1_score,
+            matthews_corrcoef,
+            precision_recall_fscore_support,
+            recall_score,
+        )
 
         check_counts(predictions, references)
+        present = sorted(set(map(int, references)))
         scores = {
             "accuracy": float(accuracy_score(references, predictions)),
-            "macro_f1": float(f1_score(references, predictions, average="macro", zero_division=0)),
+            # balanced_accuracy_score, without its warning where predictions hold labels that references lack.
+            "balanced_accuracy": float(
+                recall_score(references, predictions, labels=present, average="macro", zero_division=0)
+            ),
+            "mcc": float(matthews_corrcoef(references, predictions)),
         }
+        for average in ("macro", "micro", "weighted"):
+            scores[f"{average}_f1"] = float(f1_score(references, predictions, average=average, zero_division=0))
         precision, recall, f1, _ = precision_recall_fscore_support(
             references, predictions, labels=range(len(labels)), average=None, zero_division=0
         )
