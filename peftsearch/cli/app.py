@@ -157,13 +157,22 @@ def status(name: NameArgument, storage: StorageOption = None, as_json: JsonOptio
         "study": found["study"],
         "state": found["state"] + (f" ({found['error']})" if found["error"] else ""),
         "trials": f"{counts} of {found['planned']} planned",
+        **_confirmations(found["confirmations"]),
         "elapsed": f"{found['elapsed_seconds']:.0f} s",
         "folder": found["folder"],
         "ledger": found["ledger"],
         "MLflow": f"{found['mlflow_tracking_uri'] or 'off'}, experiment {found['mlflow_experiment']}",
     }
     for key, value in lines.items():
-        out.print(f"{key:>8}  {value}", markup=False)
+        out.print(f"{key:>9}  {value}", markup=False)
+
+
+def _confirmations(counts: dict[str, int | None]) -> dict[str, str]:
+    if counts["planned"] == 0 and not counts["done"]:
+        return {}
+    failed = f", {counts['failed']} failed" if counts["failed"] else ""
+    planned = "after the search" if counts["planned"] is None else f"of {counts['planned']} planned"
+    return {"confirmed": f"{counts['done']} re-trainings{failed} {planned}"}
 
 
 @app.command()

@@ -191,6 +191,8 @@ def test_a_retraining_that_cannot_go_on_is_recorded_and_the_study_ends(
     assert study.status()["confirmations"] == {"done": 0, "failed": 2, "planned": 2}
     assert study.status()["state"] == "finished"
     assert study.trials()[0].confirmed is None
+    said = command("status", "doomed", "--storage", tmp_path).stdout
+    assert "0 re-trainings, 2 failed of 2 planned" in said
 
 
 def test_a_study_starts_from_anothers_front(finished: Path, study_file: Path, tmp_path: Path) -> None:
