@@ -108,9 +108,15 @@ class Study:
     def validate(self) -> StudyPlan:
         """Check the study against methods, models and data, and prepare its data; nothing is trained.
 
+        Returns:
+            The plan. What could not be checked here, because a model or data is not at hand, is its ``unchecked``.
+
         Raises:
             StudyError: The first thing that is wrong.
         """
+        return self._plan(partial=True)
+
+    def _plan(self, *, partial: bool) -> StudyPlan:
         from peftsearch.search.plan import plan_study
 
         if self.file is None:
@@ -118,7 +124,7 @@ class Study:
         _check_storage(self.folder)
         try:
             self._guesses()
-            return plan_study(self.file, self.folder.cache)
+            return plan_study(self.file, self.folder.cache, partial=partial)
         except StudyError as error:
             raise StudyError(self.file.explain(error)) from None
 
@@ -144,7 +150,7 @@ class Study:
         with stop_on_signals(stopped, events.stopping):
             events.phase("checking the study and preparing its data")
             self._check_unchanged()
-            plan = self.validate()
+            plan = self._plan(partial=False)
             guesses, found_in = self._guesses()
             self._check_ledger()
             self.folder.create()

@@ -30,7 +30,8 @@ def print_plan(console: Console, study: Study, plan: StudyPlan) -> None:
     from peftsearch.search.estimate import estimate
 
     spec = plan.spec
-    console.print(f"{study.name} is a valid study.", markup=False, style="bold")
+    far = ", as far as it can be checked here" if plan.unchecked else ""
+    console.print(f"{study.name} is a valid study{far}.", markup=False, style="bold")
     if spec.description:
         console.print(spec.description.strip(), markup=False)
     console.print()
@@ -38,15 +39,20 @@ def print_plan(console: Console, study: Study, plan: StudyPlan) -> None:
     for name, domain in plan.domains.items():
         for warning in domain.warnings:
             console.print(f"Note on {name}: {warning}.", markup=False, style="yellow")
-    for table in (_models(plan), _cells(plan)):
+    for table in (_models(plan), _cells(plan)) if plan.cells else ():
         console.print()
         console.print(Fitted(table))
     console.print()
     for line in totals(plan, estimate(plan)):
         console.print(line, markup=False)
+    if plan.unchecked:
+        console.print()
+        console.print("Not checked here:", style="yellow")
+        for sentence in plan.unchecked:
+            console.print(f"- {sentence}", markup=False)
 
 
-def totals(plan: StudyPlan, estimated: Estimate) -> list[str]:
+def totals(plan: StudyPlan, estimated: Estimate | None) -> list[str]:
     """Trials, steps, memory and time, in sentences."""
     spec = plan.spec
     trials = sum(plan.trials(item.cell) for item in plan.cells)
@@ -57,8 +63,10 @@ def totals(plan: StudyPlan, estimated: Estimate) -> list[str]:
     lines = [
         f"{trials:,} trials in {len(plan.cells)} cells, {steps:,} optimiser steps if none is pruned "
         f"(scheduler: {spec.search.scheduler}).",
-        f"Rough estimate: about {size(estimated.worker_bytes)} {where} per worker ({estimated.largest} needs most).",
     ]
+    if estimated is not None:
+        needed = f"about {size(estimated.worker_bytes)} {where} per worker ({estimated.largest} needs most)"
+        lines.append(f"Rough estimate: {needed}.")
     small = sorted({item.cell.method for item in plan.cells if plan.trials(item.cell) < spec.search.trials})
     if small:
         verb = "has" if len(small) == 1 else "have"
@@ -73,14 +81,24 @@ def totals(plan: StudyPlan, estimated: Estimate) -> list[str]:
             f"Then {_WANTED[spec.confirm.finalists]} are trained again with {spec.confirm.seeds} further "
             f"seed{'s' if spec.confirm.seeds > 1 else ''}, and scored once on the test split."
         )
-    if estimated.seconds is None:
-        lines.append(f"Rough estimate of the time: none, {estimated.device}.")
+    if estimated is None:
+        return lines
+    if estimated.assumed:
+        lines.append(
+            f"Rough estimate: about {_hours(estimated.seconds)} GPU hours without pruning, on an "
+            f"{estimated.device}; this machine has no GPU to measure."
+        )
     else:
         lines.append(
             f"Rough estimate: about {duration(estimated.seconds, rough=True)} without pruning on this machine "
             f"({estimated.device}), and the start of the workers."
         )
     return lines
+
+
+def _hours(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
 
 
 def _table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:

@@ -51,7 +51,7 @@ class ExpectedDomain(PreparedDomain):
 def expected_domain(
     name: str,
     spec: StudySpec,
-    architecture: Architecture,
+    architecture: Architecture | None,
     model: str,
     raw: RawDomain | None = None,
 ) -> ExpectedDomain:
@@ -60,7 +60,7 @@ def expected_domain(
     Args:
         name: Its name in the study.
         spec: The study.
-        architecture: Kind of the model.
+        architecture: Kind of the model; one that can do the task where absent.
         model: The model, for errors.
         raw: The checked text, where that is at hand and only the tokenizer is not.
 
@@ -72,14 +72,15 @@ def expected_domain(
     task = get_task(domain.task, place, domain.options)
     labels = raw.labels if raw is not None else _labels(task, data)
     metric = get_metric(task, domain.metric, (*place, "metric"), labels if raw is not None else None)
-    check_architecture(task, architecture, model, name)
+    kind = architecture if architecture is not None else next(iter(task.heads))
+    check_architecture(task, kind, model, name)
     rows = {split: table.num_rows for split, table in raw.splits.items()} if raw is not None else _rows(data)
     longest = spec.domain_max_length(name)
     return ExpectedDomain(
         name=name,
         task_name=task.name,
         options=domain.options,
-        architecture=architecture,
+        architecture=kind,
         metric=metric.name,
         metric_title=metric.title,
         direction=metric.direction,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peftsearch.domains import CheckedDomain, PreparedDomain
+from peftsearch.domains import CheckedDomain, Head, PreparedDomain
 from peftsearch.methods import METHODS, MethodSpace
 from peftsearch.training.segment import ModelPlace
 
@@ -28,13 +28,14 @@ class ParameterCounter:
     """
 
     def __init__(
-        self, models: Mapping[str, ModelPlace], domains: Mapping[str, CheckedDomain] | Mapping[str, PreparedDomain]
+        self, models: Mapping[str, ModelPlace], domains: Mapping[str, CheckedDomain | PreparedDomain]
     ) -> None:
         self._models = models
         # Only what decides a head: a checked domain holds its whole text.
         self._heads = {name: (domain.task, domain.labels) for name, domain in domains.items()}
-        self._bare: dict[tuple[str, str], tuple[Any, tuple[str, ...]]] = {}
+        self._bare: dict[tuple[Any, ...], tuple[Any, tuple[str, ...]]] = {}
         self._counts: dict[tuple[Any, ...], ParameterCount] = {}
+        self._configs: dict[str, Any] = {}
 
     def count(self, model: str, domain: str, space: MethodSpace, hyperparameters: Mapping[str, Any]) -> ParameterCount:
         """Parameters of one configuration.
@@ -42,7 +43,7 @@ class ParameterCounter:
         Raises:
             ValueError: The configuration does not fit the model.
         """
-        key = (model, domain, space.method.name, space.structure(hyperparameters))
+        key = (self._head_key(model, domain), space.method.name, space.structure(hyperparameters))
         if key not in self._counts:
             self._counts[key] = self._build(model, domain, space.method.name, hyperparameters)
         return self._counts[key]
@@ -55,16 +56,28 @@ class ParameterCounter:
         """Class of the model."""
         return type(self._meta(model, domain)[0]).__name__
 
+    def _head(self, model: str, domain: str) -> Head:
+        from peftsearch.domains.models import architecture_of, model_config
+
+        if model not in self._configs:
+            place = self._models[model]
+            self._configs[model] = model_config(place.location, place.revision)
+        task, _ = self._heads[domain]
+        return task.heads[architecture_of(self._configs[model])]
+
+    def _head_key(self, model: str, domain: str) -> tuple[Any, ...]:
+        """What decides the model's parameters: domains that need the same head share one model."""
+        head, (task, labels) = self._head(model, domain), self._heads[domain]
+        return (model, head.auto_model, head.peft_task_type, task.config_kwargs(labels).get("num_labels"))
+
     def _meta(self, model: str, domain: str) -> tuple[Any, tuple[str, ...]]:
         """The model on the meta device, and its modules to save."""
-        from peftsearch.domains.models import architecture_of, model_config
         from peftsearch.training.base_model import meta_model
 
-        key = (model, domain)
+        key = self._head_key(model, domain)
         if key not in self._bare:
             place, (task, labels) = self._models[model], self._heads[domain]
-            head = task.heads[architecture_of(model_config(place.location, place.revision))]
-            self._bare[key] = meta_model(place.location, place.revision, task, head, labels)
+            self._bare[key] = meta_model(place.location, place.revision, task, self._head(model, domain), labels)
         return self._bare[key]
 
     def _build(self, model: str, domain: str, method: str, hyperparameters: Mapping[str, Any]) -> ParameterCount:
@@ -72,14 +85,12 @@ class ParameterCounter:
 
         import torch
 
-        from peftsearch.domains.models import architecture_of, model_config
         from peftsearch.methods import AttachContext
         from peftsearch.training.base_model import count_exported, count_trainable
 
-        chosen, (task, labels) = METHODS[method], self._heads[domain]
+        chosen, (_, labels) = METHODS[method], self._heads[domain]
         chosen.check(hyperparameters)
-        place = self._models[model]
-        head = task.heads[architecture_of(model_config(place.location, place.revision))]
+        place, head = self._models[model], self._head(model, domain)
         bare, modules_to_save = self._meta(model, domain)
         context = AttachContext(head.peft_task_type, place.location, labels, modules_to_save)
         with torch.device("meta"):

@@ -36,6 +36,12 @@ bf16 autocast); large models on accelerators do better (Chowdhery et al. 2022, "
 """
 
 
+REFERENCE_GPU = "NVIDIA A100"
+REFERENCE_SPEED: Mapping[Format, float] = {"fp32": 19.5e12, "bf16": 312e12}
+"""What GPU hours are given for where a study wants a GPU and this machine has none, and its peak in operations per
+second (its data sheet; dense products, bf16 on tensor cores)."""
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """What the estimates need to know of a model.
@@ -171,31 +177,42 @@ class Estimate:
     Attributes:
         worker_bytes: Memory of one worker at its peak: of the GPU where it trains on one.
         largest: The method that decides `worker_bytes`.
-        seconds: Wall time of all trials on this machine if none is pruned; None where it cannot be said.
+        seconds: Wall time of all trials if none is pruned.
         device: What was measured, for people.
+        assumed: The time is a `REFERENCE_GPU`'s, because this machine has no GPU.
     """
 
     worker_bytes: int
     largest: str
-    seconds: float | None
+    seconds: float
     device: str
+    assumed: bool = False
 
 
-def estimate(plan: StudyPlan) -> Estimate:
-    """Estimate a checked study; measures this machine for about 0.2 s."""
+def estimate(plan: StudyPlan) -> Estimate | None:
+    """Estimate a checked study; measures this machine for about 0.2 s.
+
+    None for a plan without cells (of none of its models the parameters are known).
+    """
     import torch
+
+    if not plan.cells:
+        return None
 
     on_gpu = plan.spec.resources.gpus_per_worker > 0
     device = torch.device("cuda" if on_gpu else "cpu")
-    costs = TrialCosts(plan, measured_speeds(number_formats(plan.spec), on_gpu))
+    measured = measured_speeds(number_formats(plan.spec), on_gpu)
+    assumed = {name: peak * EFFICIENCY[name] for name, peak in REFERENCE_SPEED.items()}
+    costs = TrialCosts(plan, assumed if measured is None else measured)
     peaks = {item.cell.key: (costs.memory(item.cell, item.largest), item.cell.method) for item in plan.cells}
     worker_bytes, largest = max(peaks.values())
-    if costs.speeds is None:
-        return Estimate(worker_bytes, largest, None, "no GPU on this machine")
+    seconds = sum(plan.trials(item.cell) * (costs.seconds(item.cell) or 0.0) for item in plan.cells)
+    if measured is None:
+        reached = f"{assumed['bf16'] / 1e12:.0f} TFLOP/s in bf16, {EFFICIENCY['bf16']:.0%} of its peak, are assumed"
+        return Estimate(worker_bytes, largest, seconds, f"{REFERENCE_GPU} ({reached})", assumed=True)
     count = torch.cuda.device_count() if on_gpu else 1
     name = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} CPU cores"
-    seconds = sum(plan.trials(item.cell) * (costs.seconds(item.cell) or 0.0) for item in plan.cells) / count
-    return Estimate(worker_bytes, largest, seconds, f"{count} x {name}" if count > 1 else name)
+    return Estimate(worker_bytes, largest, seconds / count, f"{count} x {name}" if count > 1 else name)
 
 
 def number_formats(spec: StudySpec) -> list[Format]:
@@ -224,8 +241,9 @@ def _training_format(spec: StudySpec) -> Format:
     on_gpu = spec.resources.gpus_per_worker > 0
     if spec.training.precision != "auto":
         return spec.training.precision
+    # A GPU that is elsewhere is taken for one of the last years.
     missing = on_gpu and not torch.cuda.is_available()
-    return "bf16" if not missing and computes_bf16(torch.device("cuda" if on_gpu else "cpu")) else "fp32"
+    return "bf16" if missing or computes_bf16(torch.device("cuda" if on_gpu else "cpu")) else "fp32"
 
 
 class MemoryCosts:

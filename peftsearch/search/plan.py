@@ -8,12 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftsearch.domains import CheckedDomain, PreparedDomain, check_domain
+from peftsearch.domains import CheckedDomain, ExpectedDomain, PreparedDomain, check_domain, expected_domain, load_domain
 from peftsearch.search.cells import Cell, corners, study_cells, trials_of
 from peftsearch.search.counts import ParameterCount, ParameterCounter
 from peftsearch.search.estimate import MemoryCosts, model_shapes
 from peftsearch.search.run import DomainSearch, TrialCost, excesses
-from peftsearch.spec import ModelFacts, StudyError, StudyFile, StudySpec, TrainingSpec, model_location
+from peftsearch.search.unchecked import Unchecked, planned_place
+from peftsearch.spec import (
+    ModelFacts,
+    ModelSpec,
+    StudyError,
+    StudyFile,
+    StudySpec,
+    TrainingSpec,
+    UnreachableError,
+    model_location,
+)
 from peftsearch.training.budget import Budget
 from peftsearch.training.segment import ModelPlace, WorkerPlan
 
@@ -48,6 +58,8 @@ class StudyPlan:
     models: Mapping[str, ModelPlace]
     model_facts: Mapping[str, ModelFacts]
     counter: ParameterCounter
+    unchecked: tuple[str, ...] = ()
+    """What could not be checked here, one sentence each; empty for a plan that can be run."""
 
     def count(self, cell: Cell, hyperparameters: Mapping[str, Any]) -> ParameterCount:
         """Parameters of a configuration; raises ValueError where it does not fit the model."""
@@ -78,29 +90,34 @@ class StudyPlan:
         )
 
 
-def plan_study(file: StudyFile, cache: Path) -> StudyPlan:
+def plan_study(file: StudyFile, cache: Path, *, partial: bool = False) -> StudyPlan:
     """Check a study against methods, models and data, and prepare its data once nothing was found wrong.
 
     Args:
         file: The study file.
         cache: Where tokenised data goes.
+        partial: Where a model or data is not at hand, plan with what the study file says of it and list it under
+            `StudyPlan.unchecked`, rather than refuse. Such a plan is for reading, not for running.
 
     Raises:
+        UnreachableError: A model or data is not at hand, unless `partial`.
         StudyError: The first thing that is wrong, with its place in the file.
     """
     spec = file.spec
     cells = study_cells(spec)
-    models = {model.path: _place(index, spec, file.folder) for index, model in enumerate(spec.models)}
+    unchecked = Unchecked(allowed=partial)
+    models = _places(spec, file.folder, cache, unchecked)
+    cells = [cell for cell in cells if cell.model in models]
     # Everything is checked before anything is written: a mistake in the last domain leaves nothing of the first.
-    checked = _check_domains(spec, file.folder, models)
-    first_model = next(iter(models))
+    checked = _check_domains(spec, file.folder, models, unchecked)
+    first_model, _ = next(iter(checked))
     counter = ParameterCounter(models, {name: checked[first_model, name] for name in spec.domains})
-    for index, path in enumerate(models):
+    for path in models:
         for name in spec.domains:
             try:
                 counter.total(path, name)
             except StudyError as error:
-                raise StudyError(error.message, _model_loc(spec, index)) from None
+                raise type(error)(error.message, _model_loc(spec, path)) from None
     cell_plans = tuple(_cell_plan(cell, counter) for cell in cells)
     first = next(iter(spec.domains))
     facts = {
@@ -122,7 +139,7 @@ def plan_study(file: StudyFile, cache: Path) -> StudyPlan:
         for name, domain in domains.items()
         for method in spec.methods
     }
-    return StudyPlan(spec, cell_plans, domains, prepared, budgets, models, facts, counter)
+    return StudyPlan(spec, cell_plans, domains, prepared, budgets, models, facts, counter, unchecked.sentences)
 
 
 def _check_limits(spec: StudySpec, cells: Iterable[CellPlan], memory: MemoryCosts) -> None:
@@ -154,16 +171,33 @@ def _budget(examples: int, training: TrainingSpec) -> Budget:
     return Budget.of(examples, training.batch_size, training.epochs, training.evaluations)
 
 
-def _place(index: int, spec: StudySpec, folder: Path) -> ModelPlace:
+def _places(spec: StudySpec, folder: Path, cache: Path, unchecked: Unchecked) -> dict[str, ModelPlace]:
+    """Where each model is, by its path; without those of which nothing is known here."""
+    places = {}
+    for model in spec.models:
+        loc = _model_loc(spec, model.path)
+        try:
+            places[model.path] = _place(model, folder)
+        except UnreachableError as error:
+            unchecked.model(model, UnreachableError(error.message, loc), len(spec.domains) * len(spec.methods))
+            if model.config is not None:
+                places[model.path] = planned_place(model.config, cache, (*loc, "config"))
+        except StudyError as error:
+            raise StudyError(error.message, loc) from None
+    return places
+
+
+def _place(model: ModelSpec, folder: Path) -> ModelPlace:
     from peftsearch.domains.models import model_config
 
-    model = spec.models[index]
     try:
-        place = ModelPlace(model_location(model.path, folder), model.revision)
-        model_config(place.location, place.revision)
-        _check_weights(place)
+        location = model_location(model.path, folder)
     except StudyError as error:
-        raise StudyError(error.message, _model_loc(spec, index)) from None
+        # A study file that brings the configuration knows that not everybody has the folder.
+        raise (StudyError if model.config is None else UnreachableError)(error.message) from None
+    place = ModelPlace(location, model.revision)
+    model_config(place.location, place.revision)
+    _check_weights(place)
     return place
 
 
@@ -188,24 +222,46 @@ def _check_weights(place: ModelPlace) -> None:
             raise StudyError(f"cannot read the weights {str(file)!r}: {error}") from None
 
 
-def _model_loc(spec: StudySpec, index: int) -> tuple[str | int, ...]:
-    return ("model",) if len(spec.models) == 1 else ("models", index)
+def _model_loc(spec: StudySpec, path: str) -> tuple[str | int, ...]:
+    if len(spec.models) == 1:
+        return ("model",)
+    return ("models", [model.path for model in spec.models].index(path))
 
 
 def _check_domains(
-    spec: StudySpec, folder: Path, models: Mapping[str, ModelPlace]
-) -> dict[tuple[str, str], CheckedDomain]:
-    checked = {}
-    for index, (path, place) in enumerate(models.items()):
+    spec: StudySpec, folder: Path, models: Mapping[str, ModelPlace], unchecked: Unchecked
+) -> dict[tuple[str, str], CheckedDomain | ExpectedDomain]:
+    checked: dict[tuple[str, str], CheckedDomain | ExpectedDomain] = {}
+    # Where nothing is known of any model, the data is checked all the same.
+    for path in models or [spec.models[0].path]:
         for name in spec.domains:
             try:
-                checked[path, name] = check_domain(
-                    name, spec, folder=folder, model_location=place.location, revision=place.revision
-                )
+                checked[path, name] = _check_domain(name, spec, folder, path, models.get(path), unchecked)
             except StudyError as error:
-                loc = _model_loc(spec, index) if error.loc == ("model",) else error.loc
-                raise StudyError(error.message, loc) from None
+                loc = _model_loc(spec, path) if error.loc == ("model",) else error.loc
+                raise type(error)(error.message, loc) from None
     return checked
+
+
+def _check_domain(
+    name: str, spec: StudySpec, folder: Path, path: str, place: ModelPlace | None, unchecked: Unchecked
+) -> CheckedDomain | ExpectedDomain:
+    """A domain for a model, as far as both are at hand."""
+    from peftsearch.domains.models import architecture_of, model_config
+
+    if path not in unchecked.models and place is not None:
+        try:
+            return check_domain(name, spec, folder=folder, model_location=place.location, revision=place.revision)
+        except UnreachableError as error:
+            if error.loc[:1] != ("domains",):
+                unchecked.tokenizer(path, error)
+    try:
+        raw = load_domain(name, spec, folder)
+    except UnreachableError as error:
+        unchecked.data(name, spec.domains[name].data, error)
+        raw = None
+    kind = architecture_of(model_config(place.location, place.revision)) if place is not None else None
+    return expected_domain(name, spec, kind, path, raw)
 
 
 def _cell_plan(cell: Cell, counter: ParameterCounter) -> CellPlan:
