@@ -256,13 +256,16 @@ def _settings() -> AbstractContextManager[None]:
     )
 
 
-def page_svg(svg: str, title: str, prefix: str) -> str:
+def page_svg(svg: str, title: str, prefix: str) -> tuple[str, float]:
     """An SVG that can stand inside a page: in the page's colours, ids of its own, scaled to the room there is.
 
     Args:
         svg: As matplotlib wrote it.
         title: For who cannot see it; escaped already.
         prefix: What to put before its ids, different for every picture of the page.
+
+    Returns:
+        The SVG, and its natural width in pixels.
     """
     svg = svg[svg.index("<svg") :]
     # A style element inside a page is the whole page's; this one's line joins stand in the page's own style.
@@ -283,7 +286,7 @@ def page_svg(svg: str, title: str, prefix: str) -> str:
     size = f' style="max-width:{natural:.0f}px;min-width:{max(300, 0.6 * natural):.0f}px"'
     svg = re.sub(r'(<svg[^>]*?) height="[\d.]+pt"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) width="[\d.]+pt"', r"\1", svg, count=1)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{title}"{size} ', 1)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{title}"{size} ', 1), natural
 
 
 def _tidy(axis: Axes, grid: Any = "both") -> None:

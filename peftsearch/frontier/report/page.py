@@ -7,6 +7,9 @@ import html
 from peftsearch.frontier.report.document import Block, Document, Figure, Heading, Points, Table, Text
 from peftsearch.frontier.report.figures import page_svg
 
+_WIDE = 900
+"""Pixels: pictures above it stand over their table and not beside it."""
+
 
 def page(document: Document) -> str:
     """The whole report."""
@@ -37,9 +40,10 @@ def _block(block: Block, index: int, anchors: dict[int, str]) -> str:
         )
         return f"<ul>{items}</ul>"
     if isinstance(block, Figure):
-        picture = page_svg(block.svg, html.escape(block.title), f"f{index}-")
+        picture, width = page_svg(block.svg, html.escape(block.title), f"f{index}-")
+        wide = " wide" if width > _WIDE else ""
         return (
-            f'<div class="pair"><figure><figcaption>{html.escape(block.title)}</figcaption>'
+            f'<div class="pair{wide}"><figure><figcaption>{html.escape(block.title)}</figcaption>'
             f'<div class="plot">{picture}</div></figure>{_table(block.table)}</div>'
         )
     return _table(block)
@@ -66,7 +70,8 @@ def _table(table: Table) -> str:
 
 
 def _cell(text: str, line: int, column: int, table: Table) -> str:
-    content = html.escape(text)
+    # A setting such as lr=3.1e-04 is not torn apart at the end of a line.
+    content = " ".join(f"<span>{html.escape(w)}</span>" if "=" in w else html.escape(w) for w in text.split(" "))
     if (line, column) in table.best:
         content = f"<b>{content}</b>"
     return f"<td{_class(column, table)}>{content}</td>"
@@ -112,11 +117,13 @@ p { margin: 0.4rem 0; max-width: 75ch; } ul { margin: 0.4rem 0; padding-left: 1.
 nav { display: flex; flex-wrap: wrap; gap: 0.2rem 1rem; font-size: 0.9rem; } a { color: var(--link); }
 .pair { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 1.25rem; align-items: start; }
 @media (max-width: 1050px) { .pair { grid-template-columns: minmax(0, 1fr); gap: 0; } }
+.pair.wide { grid-template-columns: minmax(0, 1fr); gap: 0; }
 figure { margin: 0.6rem 0; min-width: 0; } .plot { overflow-x: auto; }
 .plot svg { display: block; width: 100%; height: auto; }
 .plot svg * { stroke-linejoin: round; stroke-linecap: butt; }
 figcaption, .caption, summary { font-size: 0.88rem; color: var(--faint); padding-bottom: 0.3rem; max-width: none; }
 .table { min-width: 0; margin: 0.6rem 0; } .scroll { overflow: auto; max-height: 32rem; }
+td span { white-space: nowrap; }
 table { border-collapse: collapse; font-size: 0.84rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.28rem 0.55rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top;
   overflow-wrap: normal; }

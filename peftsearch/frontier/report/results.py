@@ -51,9 +51,32 @@ class Result:
         return validated(self.chosen)
 
     @property
+    def train_seconds(self) -> float | None:
+        """Of one training at the full budget; the mean over the seeds where confirmed."""
+        return _mean(reading.train_seconds or None for reading in self.readings) or (
+            self.chosen.train_seconds if self.chosen else None
+        )
+
+    @property
+    def peak_memory_bytes(self) -> int | None:
+        """The highest of the confirmations', else of the trial."""
+        known = [reading.peak_memory_bytes for reading in self.readings if reading.peak_memory_bytes is not None]
+        return max(known) if known else (self.chosen.peak_memory_bytes if self.chosen else None)
+
+    @property
+    def examples_per_second(self) -> float | None:
+        """Inference on the test split, mean over the seeds."""
+        return _mean(reading.examples_per_second for reading in self.readings)
+
+    @property
     def seeds(self) -> int:
         """How many seeds confirm it."""
         return self.chosen.confirmed.seeds if self.chosen and self.chosen.confirmed else 0
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
 
 
 def tested(record: TrialRecord | None) -> tuple[float, float, int] | None:
