@@ -1,5 +1,6 @@
 """Text in, tokenised Arrow splits out: sources, splits, tasks and metrics."""
 
+from peftsearch.domains.expected import ExpectedDomain, expected_domain
 from peftsearch.domains.prepare import (
     CheckedDomain,
     PreparedDomain,
@@ -14,12 +15,14 @@ from peftsearch.domains.tasks import TASKS, Head, Metric, Task, get_metric, get_
 __all__ = [
     "TASKS",
     "CheckedDomain",
+    "ExpectedDomain",
     "Head",
     "Metric",
     "PreparedDomain",
     "RawDomain",
     "Task",
     "check_domain",
+    "expected_domain",
     "get_metric",
     "get_task",
     "load_domain",
