@@ -149,12 +149,15 @@ def tiny_encoder_decoder(folder: Path) -> Path:
         num_heads=4,
         feed_forward_proj="gated-gelu",
         tie_word_embeddings=False,
-        initializer_factor=2.0,
         pad_token_id=0,
         eos_token_id=1,
         decoder_start_token_id=0,
     )
-    T5ForConditionalGeneration(config).save_pretrained(folder)
+    model = T5ForConditionalGeneration(config)
+    with torch.no_grad():
+        # transformers draws an untied head so wide that the model is very sure of nonsense, and long to unlearn it.
+        model.lm_head.weight.mul_(HIDDEN**-0.5)
+    model.save_pretrained(folder)
     return folder
 
 

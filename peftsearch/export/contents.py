@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftsearch.export.card import SPLIT, CardFacts, model_card
 from peftsearch.export.folder import CARD, LABELS, PROVENANCE
+from peftsearch.methods import METHODS
 from peftsearch.spec import StudyError, TrialRecord
 from peftsearch.tracking.ledger import hide_password
 
@@ -53,7 +54,8 @@ def trained_model(base: FrozenBase, domain: PreparedDomain, record: TrialRecord,
         model = build_model(base, domain, record.method, record.hyperparameters, record.seed)
         load_trained(model, weights)
         if isinstance(model, PeftModel):
-            _keep_untrained(model, base.template(domain).fresh)
+            quantization = METHODS[record.method].quantization(record.hyperparameters)
+            _keep_untrained(model, base.template(domain, quantization).fresh)
             model.peft_config["default"].revision = base.revision
     except OSError as error:
         raise StudyError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,8 +46,8 @@ class FrozenBase:
         self.revision = revision
         self.device = device or torch.device("cpu")
         self._templates: dict[tuple[str, tuple[str, ...], Quantization | None], Template] = {}
-        self._tensors: dict[tuple[str, str], nn.Parameter] = {}
-        self._quantised: dict[tuple[str, str], nn.Module] = {}
+        self._tensors: dict[str, nn.Parameter] = {}
+        self._quantised: dict[str, nn.Module] = {}
 
     def trial_model(
         self,
@@ -80,10 +80,9 @@ class FrozenBase:
 
     def fingerprint(self) -> dict[str, int]:
         """A hash per pretrained tensor; equal before and after a study, or something wrote to the base."""
-        found = {" ".join(key): _hash(tensor) for key, tensor in self._tensors.items()}
-        for key, layer in self._quantised.items():
-            for index, tensor in enumerate(scales(layer)):
-                found[f"{' '.join(key)} scale {index}"] = _hash(tensor)
+        found = {name: _hash(tensor) for name, tensor in self._tensors.items()}
+        for name, layer in self._quantised.items():
+            found |= {f"{name} scale {index}": _hash(tensor) for index, tensor in enumerate(scales(layer))}
         return found
 
     def template(self, domain: PreparedDomain, quantization: Quantization | None = None) -> Template:
@@ -131,10 +130,10 @@ class FrozenBase:
         for name, parameter in list(model.named_parameters()):
             if name in fresh:
                 continue
-            # Some of a base's tensors are the same whether it is quantised or not.
-            key = (name, type(parameter).__name__)
-            known = self._tensors.get(key)
             layer = layers.get(name.removesuffix(".weight"))
+            # Tensors that are not quantised are the same whatever becomes of the others.
+            key = name if layer is None else f"{name} ({type(parameter).__name__})"
+            known = self._tensors.get(key)
             if known is None or known.shape != parameter.shape or known.dtype != parameter.dtype:
                 self._tensors[key] = parameter
                 if layer is not None:
@@ -215,8 +214,9 @@ def meta_model(
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The model without weights, on the meta device, for counting parameters; and its modules to save.
 
-    Of a model in a folder the names in its files decide what is fresh. A Hub model is not downloaded for that: what
-    the bare model of its architecture does not have is taken for the head.
+    Of a model in a folder the names in its files decide what is fresh. A Hub model is not downloaded for that, and a
+    folder may hold no more than a configuration: what the bare model of an architecture does not have is taken for the
+    head.
 
     Raises:
         StudyError: There is no such model, or it cannot do the task.
@@ -230,7 +230,7 @@ def meta_model(
     except ValueError as error:
         raise StudyError(str(error)) from None
     try:
-        if Path(location).is_dir():
+        if any(Path(location).glob("*.safetensors")):
             model, fresh = load_model(location, revision, head, config_kwargs, device_map="meta")
         else:
             with torch.device("meta"), quiet_loading():
@@ -238,11 +238,9 @@ def meta_model(
                 bare = transformers.AutoModel.from_config(config)
             prefix = f"{model.base_model_prefix}."
             known = {name.removeprefix(prefix) for name, _ in bare.named_parameters()}
-            fresh = frozenset(
-                name
-                for name, _ in model.named_parameters()
-                if name.removeprefix(prefix) not in known and not name.startswith("lm_head.")
-            )
+            # Language models bring their heads along.
+            named = [] if head.auto_model.endswith("LM") else [name for name, _ in model.named_parameters()]
+            fresh = frozenset(name for name in named if name.removeprefix(prefix) not in known)
     except ValueError as error:
         raise StudyError(
             f"the model {location!r} ({config.model_type}) cannot do {task.name}: {str(error).splitlines()[0]}"
@@ -286,15 +284,32 @@ def count_exported(model: nn.Module) -> int:
 
 def _draw_anew(model: PreTrainedModel, names: frozenset[str]) -> None:
     """Give the trial its own, freshly initialised parameters for everything that the checkpoint does not hold."""
+    fresh: set[int] = set()
     for path, module in model.named_modules():
-        own = [name for name, _ in module.named_parameters(recurse=False) if _join(path, name) in names]
-        if not own:
-            continue
-        for name in own:
-            old = getattr(module, name)
-            setattr(module, name, nn.Parameter(torch.zeros_like(old), requires_grad=False))
-        # transformers' own initialisation of the architecture, as from_pretrained applies it to missing weights.
-        model._init_weights(module)
+        for name in [name for name, _ in module.named_parameters(recurse=False) if _join(path, name) in names]:
+            parameter = nn.Parameter(torch.zeros_like(getattr(module, name)), requires_grad=False)
+            setattr(module, name, parameter)
+            fresh.add(id(parameter))
+    # transformers' own initialisation of the architecture, as from_pretrained applies it to missing weights: modules
+    # inside first, then those around them, which may know better (T5 draws its heads there). What is marked like this
+    # it leaves alone.
+    kept = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in fresh]
+    kept = [tensor for tensor in kept if not getattr(tensor, "_is_hf_initialized", False)]
+    for tensor in kept:
+        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    try:
+        for module in _inside_first(model):
+            if any(id(parameter) in fresh for parameter in module.parameters()):
+                model._init_weights(module)
+    finally:
+        for tensor in kept:
+            del tensor._is_hf_initialized  # type: ignore[attr-defined]
+
+
+def _inside_first(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        yield from _inside_first(child)
+    yield module
 
 
 def _replace(model: nn.Module, name: str, parameter: nn.Parameter) -> None:

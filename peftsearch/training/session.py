@@ -66,10 +66,10 @@ def build_model(
     """
     chosen = METHODS[method]
     chosen.check(hyperparameters)
-    model = base.trial_model(domain, seed=seed, copy_weights=chosen.trains_copy)
-    context = AttachContext(
-        domain.head.peft_task_type, base.location, domain.labels, base.template(domain).modules_to_save
-    )
+    quantization = chosen.quantization(hyperparameters)
+    model = base.trial_model(domain, seed=seed, copy_weights=chosen.trains_copy, quantization=quantization)
+    fresh = base.template(domain, quantization).modules_to_save
+    context = AttachContext(domain.head.peft_task_type, base.location, domain.labels, fresh)
     attached = chosen.attach(model, hyperparameters, context)
     if count_trainable(attached) == 0:
         raise ValueError(f"{method} found nothing to train in {type(model).__name__}")
@@ -355,11 +355,9 @@ class _Best:
 def _loss_options(domain: PreparedDomain, training: TrainingSpec, device: torch.device) -> LossOptions:
     weights = None
     if training.class_weights == "balanced":
-        counts = domain.task.class_counts(domain.split("train")[:], domain.labels)
-        if counts is not None:
-            # scikit-learn's "balanced": n / (classes * count); classes that are absent have no row to weigh.
-            share = [sum(counts) / (len(counts) * count) if count else 0.0 for count in counts]
-            weights = torch.tensor(share, dtype=torch.float32, device=device)
+        found = domain.task.balanced_weights(domain.split("train")[:], domain.labels)
+        if found is not None:
+            weights = torch.tensor(found, dtype=torch.float32, device=device)
     return LossOptions(training.label_smoothing, weights)
 
 
