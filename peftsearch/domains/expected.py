@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,10 +25,12 @@ class ExpectedDomain(PreparedDomain):
     """A domain without its rows: for plans, never for training.
 
     Attributes:
-        tokens: Tokens per text.
+        tokens: Tokens per text, or per window of it.
+        windows: Windows that a row makes.
     """
 
     tokens: int
+    windows: float
 
     def split(self, name: str) -> datasets.Dataset:
         """There are no rows.
@@ -41,7 +44,7 @@ class ExpectedDomain(PreparedDomain):
 
     def lengths(self, name: str) -> tuple[int, ...]:
         """Tokens of each row to be expected."""
-        return (self.tokens,) * self.rows[name]
+        return (self.tokens,) * round(self.windows * self.rows[name])
 
     def prepare(self, cache: Path) -> ExpectedDomain:
         """Nothing is to be tokenised: the domain itself."""
@@ -93,7 +96,8 @@ def expected_domain(
         warnings=raw.warnings if raw is not None else (),
         pad_token_id=0,
         folder=Path(),
-        tokens=min(longest, _tokens(data, longest)),
+        tokens=min(longest, round(_mean(data, lambda part: part.tokens or longest))),
+        windows=_mean(data, lambda part: part.windows),
     )
 
 
@@ -118,10 +122,10 @@ def _rows(data: DataSpec) -> dict[str, int]:
     return total
 
 
-def _tokens(data: DataSpec, otherwise: int) -> int:
-    """Tokens per text on average over the parts, by their rows."""
+def _mean(data: DataSpec, number: Callable[[ExpectedSpec], int]) -> float:
+    """What is expected of a row, on average over the parts' rows."""
     known = [part.expected or UNKNOWN for part in _parts(data)]
-    return round(sum(part.train * (part.tokens or otherwise) for part in known) / sum(part.train for part in known))
+    return sum(part.train * number(part) for part in known) / sum(part.train for part in known)
 
 
 def _labels(task: Task, data: DataSpec) -> tuple[str, ...]:

@@ -114,6 +114,11 @@ class ExpectedSpec(_Section):
     validation: int | None = Field(default=None, ge=1, description="Rows; cut from train where absent")
     test: int | None = Field(default=None, ge=1, description="Rows; cut from train where absent")
     tokens: int | None = Field(default=None, ge=1, description="Tokens per text on average; max_length where absent")
+    windows: int = Field(
+        default=1,
+        ge=1,
+        description="Windows of max_length tokens that a row makes on average, where the task cuts some",
+    )
     labels: Annotated[int, Field(ge=1)] | list[str] | None = Field(
         default=None, description="Names of the labels, or how many there are; 2 where absent"
     )
