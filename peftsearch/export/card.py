@@ -20,6 +20,9 @@ _PIPELINE_TAGS = {"classification": "text-classification"}
 _HUB_METRICS: dict[str, tuple[str, dict[str, str]]] = {"macro_f1": ("f1", {"average": "macro"})}
 """Where the Hub calls a metric otherwise: its name there, and its arguments."""
 
+OWN_METHODS = frozenset({"adapter", "hybrid", "prompt", "p_tuning", "prefix", "p_tuning_v2", "bitfit"})
+"""Methods that PEFT does not have by itself, or not for every task."""
+
 
 @dataclass(frozen=True)
 class CardFacts:
@@ -107,17 +110,17 @@ def model_card(card: CardFacts) -> str:
 
 
 def loading_code(card: CardFacts) -> str:
-    """Python that loads the model and classifies texts, with `transformers` and `peft` (and, for the bottleneck
-    adapter, ``import peftsearch``) alone.
+    """Python that loads the model and classifies texts, with `transformers` and `peft` (and, for methods that are not
+    PEFT's own, ``import peftsearch``) alone.
     """
-    adapter_class = card.record.method == "adapter"
+    own_method = card.record.method in OWN_METHODS
     package, _, inside = card.record.model.removeprefix(PACKAGE_PREFIX).partition("/")
     in_package = card.record.model.startswith(PACKAGE_PREFIX) and not card.complete
     pair = card.domain_spec.data.columns.text_pair is not None
 
     imports = ["import json", *(["from importlib.util import find_spec"] if in_package else [])]
     imports += ["from pathlib import Path", ""]
-    imports += ["import peftsearch  # makes its bottleneck adapter known to PEFT"] if adapter_class else []
+    imports += ["import peftsearch  # makes its methods known to PEFT"] if own_method else []
     imports += ["import torch", *(["from peft import PeftModel"] if not card.complete else [])]
     imports += [f"from transformers import {card.auto_model}, AutoTokenizer", ""]
 
