@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from peftsearch.domains.hub import hub_reachable, out_of_reach
 from peftsearch.domains.models import Architecture, architecture_of, model_config
 from peftsearch.domains.sources import RawSplit, describe_source, quiet_datasets, read_source
 from peftsearch.domains.splits import cut_by_stratum, limit, shared, take
 from peftsearch.domains.tasks import Head, Metric, Task, Tokenization, get_metric, get_task
 from peftsearch.domains.tasks.base import EXAMPLE, GROUP
-from peftsearch.spec import DataSpec, Direction, DomainFacts, StudyError, StudySpec, suggest
+from peftsearch.spec import DataSpec, Direction, DomainFacts, StudyError, StudySpec, UnreachableError, suggest
 from peftsearch.spec.yaml_file import Loc
 
 if TYPE_CHECKING:
@@ -207,7 +208,7 @@ def load_domain(name: str, spec: StudySpec, folder: Path) -> RawDomain:
 
 def _read_splits(task: Task, data: DataSpec, folder: Path, loc: Loc) -> tuple[dict[str, pa.Table], tuple[str, ...]]:
     """The splits of one data set in the task's form, missing ones cut from train; and which were cut."""
-    sources = read_source(data, folder, loc, task.columns(data))
+    sources = read_source(data, folder, loc, task.columns(data), task.formats)
     _check_group(data, sources["train"], (*loc, "split", "group"))
     splits = {}
     for split, raw in sources.items():
@@ -349,6 +350,7 @@ class CheckedDomain:
         model_location: Folder or Hub id of the tokenizer.
         max_length: Tokens per text at most.
         architecture: Kind of the model.
+        decoder_start_token_id: What an encoder-decoder's decoder begins with; None where its configuration names none.
     """
 
     name: str
@@ -358,6 +360,7 @@ class CheckedDomain:
     model_location: str
     max_length: int
     architecture: Architecture
+    decoder_start_token_id: int | None = None
 
     @property
     def task(self) -> Task:
@@ -404,7 +407,7 @@ class CheckedDomain:
             [
                 [
                     str(FORMAT_VERSION),
-                    json.dumps([facts, raw.warnings], sort_keys=True),
+                    json.dumps([facts, raw.warnings, self.decoder_start_token_id], sort_keys=True),
                     _tokenizer_content(self.tokenizer),
                 ]
             ]
@@ -417,7 +420,13 @@ class CheckedDomain:
         tokenised = {}
         warnings = list(raw.warnings)
         for split, table in raw.splits.items():
-            how = Tokenization(self.tokenizer, self.max_length, self.architecture, training=split == "train")
+            how = Tokenization(
+                self.tokenizer,
+                self.max_length,
+                self.architecture,
+                training=split == "train",
+                decoder_start_token_id=self.decoder_start_token_id,
+            )
             try:
                 tokenised[split] = _with_parts(raw.task.tokenize(table, raw.labels, how), table, raw.parts)
             except ValueError as error:
@@ -457,6 +466,7 @@ def check_domain(
     model_location: str,
     revision: str | None,
     architecture: Architecture | None = None,
+    config: Any = None,
 ) -> CheckedDomain:
     """Check all that can be wrong with a domain, and write nothing.
 
@@ -467,6 +477,7 @@ def check_domain(
         model_location: Folder or Hub id whose tokenizer is used.
         revision: Hub revision of the tokenizer.
         architecture: Kind of the model; read from its configuration where absent.
+        config: The model's configuration, where it does not stand beside the tokenizer.
 
     Raises:
         StudyError: Anything is wrong with the domain, the model has no usable tokenizer, or cannot do the task.
@@ -476,14 +487,27 @@ def check_domain(
     max_length = spec.domain_max_length(name)
     _check_length(max_length, tokenizer, spec, name)
     _pad_token_id(tokenizer, model_location)
-    kind = architecture or architecture_of(model_config(model_location, revision))
-    if kind not in raw.task.heads:
-        able = " and ".join(f"{known}s" for known in raw.task.heads)
+    if config is None and architecture in (None, "encoder-decoder"):
+        config = model_config(model_location, revision)
+    kind = architecture or architecture_of(config)
+    check_architecture(raw.task, kind, model_location, name)
+    start = getattr(config, "decoder_start_token_id", None) if kind == "encoder-decoder" else None
+    return CheckedDomain(name, raw, spec.domains[name].options, tokenizer, model_location, max_length, kind, start)
+
+
+def check_architecture(task: Task, architecture: Architecture, model: str, domain: str) -> None:
+    """Refuse models of a kind that cannot do a task.
+
+    Raises:
+        StudyError: Names the kinds that can.
+    """
+    if architecture not in task.heads:
+        able = " and ".join(f"{known}s" for known in task.heads)
+        article = "a" if architecture == "decoder" else "an"
         raise StudyError(
-            f"the model {model_location!r} is an {kind}, and {raw.task.name} is for {able}".replace("an dec", "a dec"),
-            ("domains", name, "task"),
+            f"the model {model!r} is {article} {architecture}, and {task.name} is for {able}",
+            ("domains", domain, "task"),
         )
-    return CheckedDomain(name, raw, spec.domains[name].options, tokenizer, model_location, max_length, kind)
 
 
 def prepare_domain(
@@ -495,13 +519,20 @@ def prepare_domain(
     revision: str | None,
     cache: Path,
     architecture: Architecture | None = None,
+    config: Any = None,
 ) -> PreparedDomain:
     """Check a domain's data, and tokenise it unless the same was tokenised before.
 
     As `check_domain` and `CheckedDomain.prepare`: everything is checked before anything is written.
     """
     checked = check_domain(
-        name, spec, folder=folder, model_location=model_location, revision=revision, architecture=architecture
+        name,
+        spec,
+        folder=folder,
+        model_location=model_location,
+        revision=revision,
+        architecture=architecture,
+        config=config,
     )
     return checked.prepare(cache)
 
@@ -509,14 +540,17 @@ def prepare_domain(
 def _load_tokenizer(location: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
+    on_hub = not Path(location).is_dir()
+    if on_hub:
+        hub_reachable()
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, revision=revision)
     except Exception as error:
         # Missing files, unknown ids and missing networks all raise differently, by version.
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise StudyError(
-            f"cannot load the tokenizer of {location!r}: {lines[0].rstrip(' .:')} (save it beside the model with "
-            "save_pretrained)",
+        why = out_of_reach(error) if on_hub else None
+        reason = why or (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
+        raise (UnreachableError if why else StudyError)(
+            f"cannot load the tokenizer of {location!r}: {reason} (save it beside the model with save_pretrained)",
             ("model",),
         ) from None
     # Where the files are missing, transformers makes an empty tokenizer, to which every word is unknown.
@@ -554,7 +588,13 @@ def _tokenizer_content(tokenizer: Any) -> str:
         del content["truncation"], content["padding"]
     else:
         content = {"vocabulary": tokenizer.get_vocab(), "special": tokenizer.special_tokens_map}
-    kind = [type(tokenizer).__name__, tokenizer.truncation_side, tokenizer.model_input_names]
+    kind = [
+        type(tokenizer).__name__,
+        tokenizer.truncation_side,
+        tokenizer.model_input_names,
+        tokenizer.eos_token_id,
+        getattr(tokenizer, "chat_template", None),
+    ]
     return json.dumps([kind, content], sort_keys=True, default=str)
 
 

@@ -46,6 +46,7 @@ def evaluate_adapter(
             revision=None,
             cache=cache or Path(temporary),
             architecture=architecture_of(config),
+            config=config,
         )
         if split not in prepared.rows:
             known = ", ".join(prepared.rows)

@@ -275,6 +275,7 @@ def _data(study: StudyToExport, domain: str, base: FrozenBase, tokenizer: Path) 
     from peftsearch.domains import prepare_domain
     from peftsearch.domains.models import architecture_of, model_config
 
+    config = model_config(base.location, base.revision)
     try:
         prepared = prepare_domain(
             domain,
@@ -283,7 +284,8 @@ def _data(study: StudyToExport, domain: str, base: FrozenBase, tokenizer: Path) 
             model_location=str(tokenizer),
             revision=None,
             cache=study.cache,
-            architecture=architecture_of(model_config(base.location, base.revision)),
+            architecture=architecture_of(config),
+            config=config,
         )
     except StudyError as error:
         raise StudyError(

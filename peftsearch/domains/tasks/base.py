@@ -73,6 +73,7 @@ class Tokenization:
         max_length: Tokens that the model sees at most.
         architecture: Of the model.
         training: Whether the split is trained on.
+        decoder_start_token_id: What an encoder-decoder's decoder begins with; None where its configuration names none.
         warnings: Sentences about what was lost; `Task.tokenize` adds to it.
     """
 
@@ -80,6 +81,7 @@ class Tokenization:
     max_length: int
     architecture: Architecture
     training: bool = False
+    decoder_start_token_id: int | None = None
     warnings: list[str] = field(default_factory=list)
 
 
@@ -150,8 +152,11 @@ class Task(ABC):
     """Entries of a batch that the model does not see."""
     decodes: ClassVar[bool] = False
     """Whether `predict` needs the tokenizer."""
-    probe: ClassVar[Literal["text", "token"] | None] = None
-    """Whether linear models on frozen features are a baseline: of whole texts, or of each token."""
+    probe: ClassVar[Literal["text", "token", "pair"] | None] = None
+    """Whether linear models on frozen features are a baseline: of whole texts, of each word, or of both texts of a
+    pair, each by itself."""
+    formats: ClassVar[Mapping[str, str]] = {}
+    """What files of some suffix are taken for where the study file names no format, for example ``.txt`` for iob."""
 
     def __init__(self, options: TaskOptions | None = None) -> None:
         self.options: Any = self.Options() if options is None else options
@@ -271,6 +276,21 @@ class Task(ABC):
         Raises:
             ValueError: No examples, or not as many predictions as references.
         """
+
+    def metric_labels(self, labels: Sequence[str]) -> Sequence[str]:
+        """What `label_metrics` may be about; the labels, unless a task says otherwise."""
+        return labels
+
+    def balanced_weights(self, rows: Mapping[str, Sequence[Any]], labels: Sequence[str]) -> list[float] | None:
+        """The weight of each class where the study file wants them balanced; None for tasks without classes.
+
+        scikit-learn's "balanced", n / (classes x count), unless a task says otherwise; classes that are absent have no
+        row to weigh.
+        """
+        counts = self.class_counts(rows, labels)
+        if counts is None:
+            return None
+        return [sum(counts) / (len(counts) * count) if count else 0.0 for count in counts]
 
     def class_counts(self, rows: Mapping[str, Sequence[Any]], labels: Sequence[str]) -> list[int] | None:
         """How often each class occurs, for balanced class weights; None for tasks without classes."""

@@ -9,10 +9,33 @@ from pydantic import ValidationError
 
 from peftsearch.domains.tasks.base import Metric, Task
 from peftsearch.domains.tasks.classification import Classification
+from peftsearch.domains.tasks.instruction import Instruction
+from peftsearch.domains.tasks.language_modeling import LanguageModeling
+from peftsearch.domains.tasks.multi_label import MultiLabel
+from peftsearch.domains.tasks.multiple_choice import MultipleChoice
+from peftsearch.domains.tasks.question_answering import QuestionAnswering
+from peftsearch.domains.tasks.relation import Relation
+from peftsearch.domains.tasks.similarity import Similarity
+from peftsearch.domains.tasks.summarization import Summarization
+from peftsearch.domains.tasks.token_classification import TokenClassification
 from peftsearch.spec import StudyError, suggest
 from peftsearch.spec.yaml_file import Loc
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification,)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task
+    for task in (
+        Classification,
+        Summarization,
+        Instruction,
+        QuestionAnswering,
+        MultipleChoice,
+        LanguageModeling,
+        TokenClassification,
+        MultiLabel,
+        Similarity,
+        Relation,
+    )
+}
 
 
 def get_task(name: str, loc: Loc = (), options: Mapping[str, Any] | None = None) -> Task:
@@ -60,9 +83,10 @@ def get_metric(task: Task, name: str | None, loc: Loc = (), labels: Sequence[str
         return task.metrics[name]
     kind, slash, label = name.partition("/")
     if slash and kind in task.label_metrics:
-        if labels is not None and label not in labels:
+        known_labels = None if labels is None else task.metric_labels(labels)
+        if known_labels is not None and label not in known_labels:
             raise StudyError(
-                f"metric {name!r} is about the label {label!r}, which the data lacks{suggest(label, labels)}", loc
+                f"metric {name!r} is about the label {label!r}, which the data lacks{suggest(label, known_labels)}", loc
             )
         metric = task.label_metrics[kind]
         return Metric(name, metric.direction, f"{metric.title} of {label}")

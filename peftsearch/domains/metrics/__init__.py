@@ -1,0 +1,1 @@
+"""Metrics that no library has as their field computes them, or has in many pieces."""
