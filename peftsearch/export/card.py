@@ -235,10 +235,13 @@ def _confirmation(card: CardFacts) -> list[str]:
     if found is None:
         return ["One training run; the test split has not been read for it."]
     metric = escape_markdown(card.domain.metric)
+    test = ""
+    if found.test_mean is not None:
+        test = f" and {found.test_mean:.4f} ± {found.test_std or 0.0:.4f} on the test split"
+    seeds = f"{found.seeds} further seed{'s' if found.seeds > 1 else ''}"
     return [
-        f"The configuration, trained with {found.seeds} seeds: {metric} {found.mean:.4f} ± {found.std:.4f} on the "
-        f"{SPLIT} split and {found.test_mean:.4f} ± {found.test_std:.4f} on the test split (mean and standard "
-        "deviation)."
+        f"The configuration, trained again with {seeds}: {metric} {found.mean:.4f} ± {found.std:.4f} on the "
+        f"{SPLIT} split{test} (mean and standard deviation)."
     ]
 
 
