@@ -21,7 +21,7 @@ from peftsearch.domains.models import Architecture, architecture_of, model_confi
 from peftsearch.domains.sources import RawSplit, describe_source, quiet_datasets, read_source
 from peftsearch.domains.splits import cut_by_stratum, limit, shared, take
 from peftsearch.domains.tasks import Head, Metric, Task, Tokenization, get_metric, get_task
-from peftsearch.domains.tasks.base import EXAMPLE, GROUP
+from peftsearch.domains.tasks.base import EXAMPLE, GROUP, PART
 from peftsearch.spec import DataSpec, Direction, DomainFacts, StudyError, StudySpec, UnreachableError, suggest
 from peftsearch.spec.yaml_file import Loc
 
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
-PART = "part"
-"""The column that says which data set of a joined domain a row comes from."""
 # The order in which splits are shown.
 SPLITS = ("train", "validation", "test")
 # A share of texts that reach max_length from which a reader should know.

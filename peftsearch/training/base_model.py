@@ -296,14 +296,14 @@ def _draw_anew(model: PreTrainedModel, names: frozenset[str]) -> None:
     kept = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in fresh]
     kept = [tensor for tensor in kept if not getattr(tensor, "_is_hf_initialized", False)]
     for tensor in kept:
-        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+        tensor._is_hf_initialized = True
     try:
         for module in _inside_first(model):
             if any(id(parameter) in fresh for parameter in module.parameters()):
                 model._init_weights(module)
     finally:
         for tensor in kept:
-            del tensor._is_hf_initialized  # type: ignore[attr-defined]
+            del tensor._is_hf_initialized
 
 
 def _inside_first(module: nn.Module) -> Iterator[nn.Module]:

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from peftsearch.domains import PreparedDomain
-from peftsearch.domains.prepare import PART
-from peftsearch.domains.tasks.base import EXAMPLE, Prediction
+from peftsearch.domains.tasks.base import EXAMPLE, PART, Prediction
 from peftsearch.training.distributed import WorkerGroup
 
 

@@ -28,6 +28,8 @@ GROUP = "group"
 """The column of `Task.read` that keeps rows together when splits are cut."""
 EXAMPLE = "example"
 """The column of a tokenised split that says which example a row belongs to, where an example makes several rows."""
+PART = "part"
+"""The column that says which data set of a joined domain a row comes from; blocks of text hold one data set's."""
 
 
 @dataclass(frozen=True)

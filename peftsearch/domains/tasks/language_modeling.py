@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,6 +17,7 @@ from pydantic import Field
 from peftsearch.domains.splits import normalise
 from peftsearch.domains.tasks.base import (
     EXAMPLE,
+    PART,
     Guess,
     Head,
     LossOptions,
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-# The column that `prepare` gives the parts of joined data; blocks must not hold texts of two.
-PART = "part"
 IGNORED = -100
 """The label of positions that are not predicted, as torch's cross-entropy has it."""
 # Rows that are handed to the tokenizer at once.
@@ -62,7 +61,7 @@ class LanguageModelingOptions(TaskOptions):
         default=0.15, gt=0, lt=1, description="Encoders: share of the tokens that are masked and predicted"
     )
     mask_copies: int = Field(
-        default=4, ge=1, le=64, description="Encoders: differently masked copies of each training block"
+        default=1, ge=1, le=64, description="Encoders: differently masked copies of each training block in an epoch"
     )
 
 
@@ -70,9 +69,9 @@ class LanguageModeling(Task):
     """How well a model predicts plain text.
 
     A decoder predicts every token from those before it. An encoder predicts tokens that are masked (Devlin et al. 2019,
-    arXiv:1810.04805): what is masked depends on the text alone, so that every model is asked the same; in training
-    several copies are masked differently, and of the chosen tokens 80 % are masked, 10 % replaced and 10 % kept; for
-    scoring all of them are masked. Texts longer than ``max_length`` are cut into blocks and lose nothing.
+    arXiv:1810.04805): what is masked depends on the text alone, so that every trial is asked the same. In training 80 %
+    of the chosen tokens are masked, 10 % replaced and 10 % kept; for scoring all of them are masked. Texts longer than
+    ``max_length`` are cut into blocks and lose nothing.
 
     The perplexity of an encoder is exp of the mean loss over masked tokens, and not comparable with a decoder's; nor
     are those of models with different tokenizers. Bits per byte are comparable between tokenizers, for decoders alone.
@@ -129,7 +128,7 @@ class LanguageModeling(Task):
             for row in _blocks([(number, *encoded[number]) for number in members], self.options.pack, marks, how)
         ]
         if how.architecture == "encoder":
-            rows = [masked for row in rows for masked in self._masked(row, marks, how)]
+            rows = list(self._masked(rows, marks, how))
         if not rows:
             raise ValueError("the texts are too short: a single token leaves nothing to predict")
         integers = pa.list_(pa.int32())
@@ -144,35 +143,34 @@ class LanguageModeling(Task):
             )
         )
 
-    def _masked(self, row: _Block, marks: _Marks, how: Tokenization) -> Iterator[_Block]:
-        """Copies of an encoder's block with some of its tokens masked."""
-        mask = how.tokenizer.mask_token_id
+    def _masked(self, rows: Iterable[_Block], marks: _Marks, how: Tokenization) -> Iterator[_Block]:
+        """Copies of an encoder's blocks with some of their tokens masked."""
+        mask, special = how.tokenizer.mask_token_id, np.array(how.tokenizer.all_special_ids)
         if mask is None:
             raise ValueError(
                 f"{type(how.tokenizer).__name__} has no mask token, which an encoder needs to model language"
             )
-        inside = np.arange(len(marks.prefix), len(row.ids) - len(marks.suffix))
-        ids = np.array(row.ids)
-        # Marks between packed texts are no text.
-        inside = inside[~np.isin(ids[inside], how.tokenizer.all_special_ids)]
-        if not len(inside):
-            return
-        ordinary = np.setdiff1d(np.arange(len(how.tokenizer)), how.tokenizer.all_special_ids)
-        for copy in range(self.options.mask_copies if how.training else 1):
-            digest = hashlib.sha256(f"mask:{copy}:{row.ids}".encode()).digest()
-            generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big")))
-            draw = generator.random(len(inside))
-            chosen = inside[draw < self.options.mask_probability]
-            if not len(chosen):
-                chosen = inside[[int(draw.argmin())]]
-            shown, wanted = ids.copy(), np.full(len(ids), IGNORED)
-            wanted[chosen] = ids[chosen]
-            fate = generator.random(len(chosen)) if how.training else np.zeros(len(chosen))
-            shown[chosen[fate < MASKED]] = mask
-            other = chosen[(fate >= MASKED) & (fate < MASKED + REPLACED)]
-            shown[other] = generator.choice(ordinary, len(other))
-            share = len(chosen) / len(inside)
-            yield _Block(row.example, shown.tolist(), wanted.tolist(), row.bytes * share)
+        ordinary = np.setdiff1d(np.arange(len(how.tokenizer)), special)
+        for row in rows:
+            ids = np.array(row.ids)
+            inside = np.arange(len(marks.prefix), len(ids) - len(marks.suffix))
+            # Marks between packed texts are no text.
+            inside = inside[~np.isin(ids[inside], special)]
+            for copy in range(self.options.mask_copies if how.training else 1) if len(inside) else ():
+                digest = hashlib.sha256(f"mask:{copy}:{row.ids}".encode()).digest()
+                generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big")))
+                draw = generator.random(len(inside))
+                chosen = inside[draw < self.options.mask_probability]
+                if not len(chosen):
+                    chosen = inside[[int(draw.argmin())]]
+                shown, wanted = ids.copy(), np.full(len(ids), IGNORED)
+                wanted[chosen] = ids[chosen]
+                fate = generator.random(len(chosen)) if how.training else np.zeros(len(chosen))
+                shown[chosen[fate < MASKED]] = mask
+                other = chosen[(fate >= MASKED) & (fate < MASKED + REPLACED)]
+                shown[other] = generator.choice(ordinary, len(other))
+                share = len(chosen) / len(inside)
+                yield _Block(row.example, shown.tolist(), wanted.tolist(), row.bytes * share)
 
     def collate(self, rows: Mapping[str, Sequence[Any]], pad_token_id: int, *, multiple_of: int = 8) -> dict[str, Any]:
         """As `Task.collate`; ``labels`` has the shape of ``input_ids``, and `IGNORED` where nothing is predicted."""

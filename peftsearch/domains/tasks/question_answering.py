@@ -12,7 +12,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from peftsearch.domains.metrics.squad import normalise_answer, squad_v2_scores
-from peftsearch.domains.splits import normalise
+from peftsearch.domains.splits import hash_order, normalise
 from peftsearch.domains.tasks.base import (
     EXAMPLE,
     Guess,
@@ -51,6 +51,13 @@ class QuestionAnsweringOptions(TaskOptions):
         default=None,
         ge=0,
         description="Tokens that neighbouring windows of a long context share; a quarter of max_length where absent",
+    )
+    empty_windows: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="Share of the training windows without an answer that is kept; the others teach to say 'no answer' "
+        "and outnumber those with one where contexts are long",
     )
     max_answer_length: int = Field(default=30, ge=1, description="Tokens that a predicted answer has at most")
     null_threshold: float = Field(
@@ -177,10 +184,11 @@ class QuestionAnswering(Task):
             )
         windows = list(_windows(pairs, how, stride))
         columns: dict[str, list[Any]] = {name: [] for name in ("start", "end", "null", "passage", "first", "last")}
+        shown: list[_Window] = []
         whole: set[tuple[int, int]] = set()
         longer = 0
         for window in windows:
-            target = None
+            target: tuple[int, int] | None = None
             for number, answer in enumerate(answers[window.example]):
                 span = window.span(answer["start"], answer["start"] + len(answer["text"]))
                 if span is None:
@@ -189,6 +197,9 @@ class QuestionAnswering(Task):
                     whole.add((window.example, number))
                     longer += span[1] - span[0] >= self.options.max_answer_length
                 target = span if target is None else target
+            if target is None and how.training and not self._keeps(window):
+                continue
+            shown.append(window)
             start, end = (window.null, window.null) if target is None else target
             passage, first, last = window.passage(pairs[window.example][1])
             for name, value in zip(columns, (start, end, window.null, passage, first, last), strict=True):
@@ -205,14 +216,17 @@ class QuestionAnswering(Task):
                 "be found"
             )
         if len(windows) > len(pairs):
-            how.warnings.append(f"{len(pairs)} questions make {len(windows)} windows of {how.max_length} tokens")
+            kept = f", of which {len(shown)} are kept" if len(shown) < len(windows) else ""
+            how.warnings.append(f"{len(pairs)} questions make {len(windows)} windows of {how.max_length} tokens{kept}")
+        if not shown:
+            raise ValueError("no window holds an answer as a whole: raise max_length, or empty_windows above 0")
         if shortened:
             how.warnings.append(f"{shortened} questions are cut off after {most} tokens, half of max_length")
         integers = pa.list_(pa.int32())
         made = {
-            "input_ids": pa.array([window.ids for window in windows], integers),
-            EXAMPLE: pa.array([window.example for window in windows], pa.int64()),
-            "question": pa.array([pairs[window.example][0] for window in windows], pa.large_string()),
+            "input_ids": pa.array([window.ids for window in shown], integers),
+            EXAMPLE: pa.array([window.example for window in shown], pa.int64()),
+            "question": pa.array([pairs[window.example][0] for window in shown], pa.large_string()),
             "passage": pa.array(columns["passage"], pa.large_string()),
             "first": pa.array(columns["first"], integers),
             "last": pa.array(columns["last"], integers),
@@ -220,13 +234,18 @@ class QuestionAnswering(Task):
             "end": pa.array(columns["end"], pa.int64()),
             "null": pa.array(columns["null"], pa.int64()),
             "answers": pa.array(
-                [[answer["text"] for answer in answers[window.example]] for window in windows],
+                [[answer["text"] for answer in answers[window.example]] for window in shown],
                 pa.list_(pa.large_string()),
             ),
         }
-        if any(any(window.types) for window in windows):
-            made["token_type_ids"] = pa.array([window.types for window in windows], integers)
+        if any(any(window.types) for window in shown):
+            made["token_type_ids"] = pa.array([window.types for window in shown], integers)
         return datasets.Dataset(pa.table(made))
+
+    def _keeps(self, window: _Window) -> bool:
+        """Whether a training window without an answer is kept: drawn by its content."""
+        draw = int.from_bytes(hash_order(str(window.ids), 0)[:8], "big") / 2**64
+        return draw < float(self.options.empty_windows)
 
     def config_kwargs(self, labels: Sequence[str]) -> dict[str, Any]:
         """Two outputs per token: start and end."""
