@@ -311,56 +311,97 @@ def test_shortcuts_give_what_scoring_every_resample_gives(metric: str, monkeypat
     )
 
 
-def _entity_f1(predictions: Sequence[Any], references: Sequence[Any]) -> float:
-    from seqeval.metrics import f1_score
-
-    return float(f1_score(list(references), list(predictions), zero_division=0))
-
-
-def _perplexity(predictions: Sequence[Any], references: Sequence[Any]) -> float:
-    return math.exp(fmean(predictions))
+ENTITY_TAGS = ("O", "B-x", "I-x", "B-y", "I-y")
 
 
 def _tags(draw: random.Random, noise: float) -> Predicted:
-    references = [[random.Random(i * 31 + j).choice(["O", "B-x", "I-x", "B-y"]) for j in range(8)] for i in range(40)]
-    predictions = [[draw.choice(["O", "B-x"]) if draw.random() < noise else tag for tag in r] for r in references]
+    fixed = random.Random(0)
+    references = [[fixed.choice([0, 0, 1, 2, 3, 4]) for _ in range(8)] for _ in range(30)]
+    predictions = [[draw.randrange(5) if draw.random() < noise else tag for tag in row] for row in references]
     return Predicted(predictions, references)
 
 
+def _classes(draw: random.Random, noise: float) -> Predicted:
+    references = [index % 3 for index in range(60)]
+    return Predicted([draw.randrange(3) if draw.random() < noise else label for label in references], references)
+
+
+def _sets(draw: random.Random, noise: float) -> Predicted:
+    fixed = random.Random(0)
+    references = [[fixed.randrange(2) for _ in range(3)] for _ in range(60)]
+    return Predicted([[1 - v if draw.random() < noise else v for v in row] for row in references], references)
+
+
+def _numbers(draw: random.Random, noise: float) -> Predicted:
+    fixed = random.Random(0)
+    references = [4 * fixed.random() for _ in range(60)]
+    return Predicted([value + noise * draw.gauss(0, 3) for value in references], references)
+
+
+def _texts(draw: random.Random, noise: float) -> Predicted:
+    words = ["the", "tenant", "pays", "rent", "when", "a", "month", "has", "come", "to", "its", "end"]
+    references = [" ".join(random.Random(index).sample(words, 7)) for index in range(30)]
+    return Predicted([" ".join(w for w in r.split() if draw.random() > noise) for r in references], references)
+
+
+def _answers(draw: random.Random, noise: float) -> Predicted:
+    texts = _texts(draw, noise)
+    return Predicted(texts.predictions, [[text] for text in texts.references])
+
+
+def _nats(draw: random.Random, noise: float) -> Predicted:
+    rows = [(10 + index % 5, 50 + index % 7) for index in range(40)]
+    return Predicted([[(2 + noise + draw.random()) * n, n, size] for n, size in rows], [""] * 40)
+
+
 @pytest.mark.parametrize(
-    ("score", "make"),
+    ("task", "metric", "labels", "make", "options"),
     [
-        (_entity_f1, _tags),
-        (_perplexity, lambda draw, noise: Predicted([2 + draw.random() + noise for _ in range(50)], [0] * 50)),
-        # A mean over examples that no formula knows, such as ROUGE.
-        (
-            lambda p, r: fmean(len(set(a) & set(b)) / len(set(b)) for a, b in zip(p, r, strict=True)),
-            lambda draw, noise: Predicted(
-                ["".join(draw.sample("abcdefgh", 5)) + "ab" * (noise < 0.2) for _ in range(50)], ["abc"] * 50
-            ),
+        *(
+            ("token_classification", metric, ENTITY_TAGS, _tags, {})
+            for metric in ("entity_f1", "precision", "entity_macro_f1", "strict_f1", "word_macro_f1", "token_accuracy")
         ),
+        *(
+            ("classification", metric, ("a", "b", "c"), _classes, {})
+            for metric in ("accuracy", "micro_f1", "weighted_f1", "balanced_accuracy", "mcc", "recall/b")
+        ),
+        ("relation", "micro_f1", ("a", "b", "none"), _classes, {"negative": "none"}),
+        *(
+            ("multi_label", metric, ("a", "b", "c"), _sets, {})
+            for metric in ("micro_f1", "macro_f1", "subset_accuracy")
+        ),
+        *(("similarity", metric, (), _numbers, {}) for metric in ("pearson", "mse", "rmse")),
+        *(("summarization", metric, (), _texts, {}) for metric in ("rouge1", "rougeL")),
+        *(("question_answering", metric, (), _answers, {}) for metric in ("f1", "exact_match")),
+        *(("language_modeling", metric, (), _nats, {}) for metric in ("perplexity", "bits_per_byte")),
     ],
-    ids=["entities", "perplexity", "mean"],
 )
-def test_slow_metrics_have_shortcuts_too(
-    score: Callable[[Sequence[Any], Sequence[Any]], float], make: Callable[[random.Random, float], Predicted]
+def test_no_metric_is_too_slow_for_a_thousand_resamples(
+    task: str,
+    metric: str,
+    labels: tuple[str, ...],
+    make: Callable[[random.Random, float], Predicted],
+    options: dict[str, Any],
 ) -> None:
-    draw = random.Random(5)
+    chosen, draw = get_task(task, options=options), random.Random(5)
     runs = {"one": [make(draw, 0.1)], "other": [make(draw, 0.4)]}
-    size, calls = len(runs["one"][0].references), []
+    calls = []
 
-    def counted(predictions: Sequence[Any], references: Sequence[Any]) -> float:
+    def score(predictions: Sequence[Any], references: Sequence[Any]) -> float:
         calls.append(len(predictions))
-        return score(predictions, references)
+        return float(chosen.score(list(predictions), list(references), labels)[metric])
 
-    found = compare("one", runs, counted)["other"]
+    found = compare("one", runs, score, labels=labels)["other"]
     assert found.resamples == 1000
-    # Far from two thousand readings of the whole split: only single examples, and the trying out.
-    assert sum(count for count in calls if count > 1) < 40 * size
+    whole = {name: chosen.score(own[0].predictions, own[0].references, labels)[metric] for name, own in runs.items()}
+    assert found.difference == pytest.approx(whole["one"] - whole["other"])
+    assert found.low <= found.difference <= found.high
+    # The whole split a few times, to try formulas out; never for a resample.
+    assert sum(count > 1 for count in calls) < 12
 
 
 def test_a_metric_without_a_formula_is_scored_on_every_resample() -> None:
-    import numpy as np
+    from scipy.stats import spearmanr
 
     draw = random.Random(1)
     truth = [draw.random() for _ in range(80)]
@@ -368,7 +409,7 @@ def test_a_metric_without_a_formula_is_scored_on_every_resample() -> None:
         "one": [Predicted([value + 0.1 * draw.random() for value in truth], truth)],
         "other": [Predicted([draw.random() for _ in truth], truth)],
     }
-    found = compare("one", runs, lambda p, r: float(np.corrcoef(p, r)[0, 1]), resamples=200)["other"]
+    found = compare("one", runs, lambda p, r: float(spearmanr(p, r)[0]), resamples=200)["other"]
     assert found.resamples == 200
     assert found.p == pytest.approx(2 / 201)
     assert 0.5 < found.difference < 1.3
@@ -402,9 +443,22 @@ def test_missing_broken_and_foreign_predictions_are_said(tmp_path: Path) -> None
     (tmp_path / "trials/00001-2/test.jsonl").unlink()
     (tmp_path / "trials/00002-1/test.jsonl").write_text("{broken")
     write_predictions(tmp_path / "trials/00003-3/test.jsonl", [0, 1, 2], [0, 1, 1])
+    last = records[3].confirmed
+    assert last is not None
+    records[3] = records[3].model_copy(
+        update={
+            "confirmed": Confirmed.of(
+                [*last.readings[:2], last.readings[2].model_copy(update={"test": 2 / 3})],
+            )
+        }
+    )
+    # One whose predictions are not those that were scored.
+    records.append(confirm(make_record(4, 0.8, 1004, model="other"), facts, tmp_path, 0.4))
+    write_predictions(tmp_path / "trials/00004-2/test.jsonl", [0, 1], [0, 1])
     found = results(records, facts, make_spec(facts))["clinical"]
     compared = compare_domain(found, facts.domains["clinical"], tmp_path)
-    why = {other.result.method: other.why_not or "" for other in compared.others}
+    why = {other.result.method: other.why_not or "" for other in compared.others if other.result.model != "other"}
+    assert "ledger holds" in next(o.why_not or "" for o in compared.others if o.result.model == "other")
     assert "gone" in why["adapter"]
     assert "cannot be read" in why["prompt"]
     assert "other test examples" in why["full"]

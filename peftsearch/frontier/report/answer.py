@@ -87,7 +87,7 @@ def _headline(study: Material, name: str) -> Iterator[str]:
             f"{words.number(value_of[0])} ± {words.number(value_of[1])}."
         )
     elif comparison.others or best.seeds < 2:
-        yield "What is within the noise cannot be said without confirmations with at least two seeds."
+        yield "What is within the noise cannot be said without confirmations of several methods with several seeds."
     yield verdict(study.fronts[name]).sentence
     if best.seeds > 1 and best.validation and facts.baselines.get(best.model):
         mean, deviation, _ = best.validation

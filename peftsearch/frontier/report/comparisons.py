@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from peftsearch.frontier.report.significance import (
 from peftsearch.spec import DomainFacts, StudyError, TrialRecord
 
 LEVEL = 0.05
+_PATIENCE = 15.0
+"""Seconds for trials that do not stand for their method."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,16 @@ class DomainComparison:
     cheapest: Cheapest | None
 
 
-def compare_domain(found: Sequence[Result], facts: DomainFacts, folder: Path) -> DomainComparison:
+def compare_domain(
+    found: Sequence[Result], facts: DomainFacts, folder: Path, options: Mapping[str, Any] | None = None
+) -> DomainComparison:
     """Compare the methods of one domain, by the predictions of their confirmations.
 
     Args:
         found: One result for each model and method.
         facts: The domain.
         folder: The study's folder.
+        options: Of the domain's task.
     """
     order = ranked(found)
     if not order:
@@ -79,26 +85,19 @@ def compare_domain(found: Sequence[Result], facts: DomainFacts, folder: Path) ->
     if not best.test or best.chosen is None:
         why = "not confirmed"
         return DomainComparison(best, tuple(Other(result, None, why, None) for result in rest), None)
-    runs: dict[str, list[Predicted]] = {}
-    missing: dict[str, str] = {}
-    for result in (best, *rest):
-        assert result.chosen is not None
-        try:
-            runs[_key(result.chosen)] = predictions_of(result.chosen, folder)
-        except ValueError as error:
-            missing[_key(result.chosen)] = str(error)
-    compared, why_not = _compare(best.chosen, runs, facts)
-    corrected = holm({key: comparison.p for key, comparison in compared.items()})
+    answers = _Answers(facts, folder, options)
+    compared, why_not = answers.compare(best.chosen, [result.chosen for result in rest if result.chosen])
+    corrected = holm({number: comparison.p for number, comparison in compared.items()})
     others = []
     for result in rest:
         assert result.chosen is not None
-        key = _key(result.chosen)
-        comparison = compared.get(key)
+        number = result.chosen.number
+        comparison = compared.get(number)
         if comparison is not None:
-            comparison = dataclasses.replace(comparison, adjusted=corrected[key])
-        reason = None if comparison else (missing.get(key) or missing.get(_key(best.chosen)) or why_not)
-        others.append(Other(result, comparison, reason, within_noise(best.chosen, result.chosen, facts, comparison)))
-    return DomainComparison(best, tuple(others), _cheapest(best.chosen, found, others, runs, facts, folder))
+            comparison = dataclasses.replace(comparison, adjusted=corrected[number])
+        noise = within_noise(best.chosen, result.chosen, facts, comparison)
+        others.append(Other(result, comparison, why_not.get(number), noise))
+    return DomainComparison(best, tuple(others), _cheapest(best.chosen, found, others, answers))
 
 
 def within_noise(
@@ -120,49 +119,87 @@ def within_noise(
     return False if several else None
 
 
-def predictions_of(record: TrialRecord, folder: Path) -> list[Predicted]:
-    """What a confirmed trial's models answered on the test split, one entry for each seed.
+class _Answers:
+    """What the confirmed trials of a domain answered on the test split, read and scored once."""
 
-    Raises:
-        ValueError: Says what is missing.
-    """
-    readings = record.confirmed.readings if record.confirmed else ()
-    if not any(reading.test is not None for reading in readings):
-        raise ValueError("not confirmed")
-    found = []
-    for reading in readings:
-        if reading.test is None:
-            continue
-        if reading.predictions is None:
-            raise ValueError(f"the predictions of trial {record.number} with seed {reading.seed} were not kept")
-        found.append(read_predictions(folder / reading.predictions))
-    return found
+    def __init__(self, facts: DomainFacts, folder: Path, options: Mapping[str, Any] | None) -> None:
+        self.facts = facts
+        self._folder = folder
+        self._options = options
+        self._score: Score | None = None
+        self._known: dict[int, tuple[list[Predicted], list[float]] | str] = {}
 
-
-def _compare(
-    best: TrialRecord, runs: dict[str, list[Predicted]], facts: DomainFacts
-) -> tuple[dict[str, Comparison], str | None]:
-    """Comparisons by trial; and, where there are none, why."""
-    if _key(best) not in runs or len(runs) < 2:
-        return {}, None
-    try:
-        score = scorer(facts)
+    def compare(self, best: TrialRecord, others: Sequence[TrialRecord]) -> tuple[dict[int, Comparison], dict[int, str]]:
+        """Comparisons of the best trial with others, by their numbers; and why there is none."""
+        why_not: dict[int, str] = {}
+        runs, whole = {}, {}
+        numbers = {_name(record): record.number for record in others}
+        for record in (best, *others):
+            try:
+                runs[_name(record)], whole[_name(record)] = self.of(record)
+            except ValueError as error:
+                why_not[record.number] = str(error)
+        if _name(best) not in runs:
+            return {}, {record.number: why_not.get(record.number, why_not[best.number]) for record in others}
         # One that was tested on other data must not take the comparison of the others away.
-        reference = runs[_key(best)][0].references
-        same = {key: own for key, own in runs.items() if all(run.references == reference for run in own)}
-        found = compare(_key(best), same, score, labels=facts.labels) if len(same) > 1 else {}
-    except (ValueError, StudyError) as error:
-        return {}, str(error)
-    return found, "its predictions are of other test examples than the best one's"
+        reference = runs[_name(best)][0].references
+        for record in others:
+            if any(run.references != reference for run in runs.get(_name(record), ())):
+                del runs[_name(record)]
+                why_not[record.number] = "its predictions are of other test examples than the best one's"
+        if len(runs) < 2:
+            return {}, why_not
+        try:
+            found = compare(_name(best), runs, self.score, labels=self.facts.labels, whole=whole)
+        except ValueError as error:
+            return {}, {numbers[name]: str(error) for name in runs if name in numbers} | why_not
+        return {numbers[name]: comparison for name, comparison in found.items()}, why_not
+
+    def score(self, predictions: Sequence[Any], references: Sequence[Any]) -> float:
+        """The domain's metric."""
+        if self._score is None:
+            self._score = scorer(self.facts, self._options)
+        return self._score(predictions, references)
+
+    def of(self, record: TrialRecord) -> tuple[list[Predicted], list[float]]:
+        """A confirmed trial's answers and their scores, one for each seed.
+
+        Raises:
+            ValueError: Says what is missing, or that the score is not what the ledger holds.
+        """
+        if record.number not in self._known:
+            try:
+                self._known[record.number] = self._load(record)
+            except (ValueError, StudyError) as error:
+                self._known[record.number] = str(error)
+        found = self._known[record.number]
+        if isinstance(found, str):
+            raise ValueError(found)
+        return found
+
+    def _load(self, record: TrialRecord) -> tuple[list[Predicted], list[float]]:
+        readings = [r for r in (record.confirmed.readings if record.confirmed else ()) if r.test is not None]
+        if not readings:
+            raise ValueError("not confirmed")
+        runs, scores = [], []
+        for reading in readings:
+            assert reading.test is not None
+            if reading.predictions is None:
+                raise ValueError(f"the predictions of trial {record.number} with seed {reading.seed} were not kept")
+            run = read_predictions(self._folder / reading.predictions)
+            value = self.score(run.predictions, run.references)
+            if not math.isclose(value, reading.test, rel_tol=1e-6, abs_tol=1e-6):
+                raise ValueError(
+                    f"the predictions of trial {record.number} with seed {reading.seed} score {value:.4g}, but the "
+                    f"ledger holds {reading.test:.4g}"
+                )
+            runs.append(run)
+            scores.append(value)
+        return runs, scores
 
 
 def _cheapest(
-    best: TrialRecord,
-    found: Sequence[Result],
-    others: Sequence[Other],
-    runs: dict[str, list[Predicted]],
-    facts: DomainFacts,
-    folder: Path,
+    best: TrialRecord, found: Sequence[Result], others: Sequence[Other], answers: _Answers
 ) -> Cheapest | None:
     """Methods first; then the further confirmed trials that are cheaper still, from the cheapest up."""
     near = [other.result.chosen for other in others if other.within_noise and other.result.chosen]
@@ -179,23 +216,17 @@ def _cheapest(
     began = time.monotonic()
     told = any(other.within_noise is not None for other in others)
     for record in sorted(further, key=lambda record: (record.trainable_parameters, record.number)):
-        if time.monotonic() - began > 15:
+        if time.monotonic() - began > _PATIENCE:
             break
-        comparison = None
-        if _key(best) in runs:
-            try:
-                own = {_key(best): runs[_key(best)], _key(record): predictions_of(record, folder)}
-                comparison = _compare(best, own, facts)[0].get(_key(record))
-            except ValueError:
-                comparison = None
-        near_it = within_noise(best, record, facts, comparison)
-        told = told or near_it is not None
-        if near_it:
+        comparison = answers.compare(best, [record])[0].get(record.number)
+        noise = within_noise(best, record, answers.facts, comparison)
+        told = told or noise is not None
+        if noise:
             return Cheapest(record)
     return Cheapest(cheapest) if told else None
 
 
-def scorer(facts: DomainFacts) -> Score:
+def scorer(facts: DomainFacts, options: Mapping[str, Any] | None = None) -> Score:
     """The domain's metric as a function of predictions and references.
 
     Raises:
@@ -203,7 +234,7 @@ def scorer(facts: DomainFacts) -> Score:
     """
     from peftsearch.domains import get_task
 
-    task = get_task(facts.task)
+    task = get_task(facts.task, options=options)
 
     def score(predictions: Sequence[Any], references: Sequence[Any]) -> float:
         return float(task.score(list(predictions), list(references), facts.labels)[facts.metric])
@@ -211,5 +242,5 @@ def scorer(facts: DomainFacts) -> Score:
     return score
 
 
-def _key(record: TrialRecord) -> str:
+def _name(record: TrialRecord) -> str:
     return f"trial {record.number}"

@@ -7,6 +7,8 @@ import html
 from peftsearch.frontier.report.document import Block, Document, Figure, Heading, Points, Table, Text
 from peftsearch.frontier.report.figures import page_svg
 
+_SHORT = 24
+"""Words of at most so many characters stay on one line."""
 _WIDE = 900
 """Pixels: pictures above it stand over their table and not beside it."""
 
@@ -74,6 +76,8 @@ def _cell(text: str, line: int, column: int, table: Table) -> str:
     content = " ".join(f"<span>{html.escape(w)}</span>" if "=" in w else html.escape(w) for w in text.split(" "))
     if (line, column) in table.best:
         content = f"<b>{content}</b>"
+    if column < table.words and len(text) <= _SHORT:
+        return f'<td class="l k">{content}</td>'
     return f"<td{_class(column, table)}>{content}</td>"
 
 
@@ -128,7 +132,8 @@ table { border-collapse: collapse; font-size: 0.84rem; font-variant-numeric: tab
 th, td { padding: 0.28rem 0.55rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top;
   overflow-wrap: normal; }
 th { font-weight: 600; position: sticky; top: 0; background: var(--paper); }
-td { white-space: nowrap; } td.l { white-space: normal; min-width: 4.5rem; } .l { text-align: left; }
+td { white-space: nowrap; } td.l { white-space: normal; min-width: 4.5rem; } td.k { white-space: nowrap; }
+.l { text-align: left; }
 .note { font-size: 0.84rem; color: var(--faint); } summary { cursor: pointer; }
 @media print { .scroll { max-height: none; overflow: visible; } nav { display: none; } }
 """

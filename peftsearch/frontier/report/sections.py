@@ -48,7 +48,12 @@ def build(
         found,
         domain_fronts(records, facts),
         cell_budgets(records, facts, spec),
-        {name: compare_domain(found[name], facts.domains[name], folder) for name in facts.domains},
+        {
+            name: compare_domain(
+                found[name], facts.domains[name], folder, spec.domains[name].options if name in spec.domains else None
+            )
+            for name in facts.domains
+        },
         list(dict.fromkeys([*facts.methods, *(record.method for record in records)])),
     )
     document = Document(f"{facts.study}: report")

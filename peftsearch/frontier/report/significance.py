@@ -9,11 +9,13 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from peftsearch.frontier.report.additive import Numbers, Score, additive, resampled
+
+Key = TypeVar("Key", int, str)
 
 RESAMPLES = 1000
 FEWEST = 50
@@ -71,6 +73,7 @@ def compare(
     score: Score,
     *,
     labels: Sequence[str] = (),
+    whole: Mapping[str, Sequence[float]] | None = None,
     resamples: int = RESAMPLES,
     budget: float = 10.0,
 ) -> dict[str, Comparison]:
@@ -86,6 +89,7 @@ def compare(
         runs: By configuration, one entry for each seed. All of them answered the same examples in the same order.
         score: The metric.
         labels: The domain's labels.
+        whole: The metric of each run on all examples, where that is known already.
         resamples: How many.
         budget: Seconds that this should take; slow metrics get fewer resamples, but as many as significance can
             need, up to three times the budget.
@@ -104,9 +108,17 @@ def compare(
     def safe(predictions: Sequence[Any], truth: Sequence[Any]) -> float:
         return _safe(score, predictions, truth)
 
-    full = {name: _mean([safe(seed.predictions, references) for seed in seeds]) for name, seeds in runs.items()}
+    if whole is None:
+        whole = {name: [safe(seed.predictions, references) for seed in seeds] for name, seeds in runs.items()}
+    full = {name: _mean(whole[name]) for name in runs}
     generator = np.random.default_rng(_SEED)
-    shortcut = additive([seed for seeds in runs.values() for seed in seeds], safe, labels, np.random.default_rng(0))
+    shortcut = additive(
+        [seed for seeds in runs.values() for seed in seeds],
+        [value for name in runs for value in whole[name]],
+        safe,
+        labels,
+        np.random.default_rng(0),
+    )
     if shortcut is not None:
         found_statistics, combine = shortcut
         of_runs = iter(found_statistics)
@@ -173,9 +185,9 @@ def _slow(
     return {name: np.array(values) for name, values in drawn.items()}
 
 
-def holm(p: Mapping[str, float]) -> dict[str, float]:
+def holm(p: Mapping[Key, float]) -> dict[Key, float]:
     """Holm's step-down correction (Holm 1979): the p values, so adjusted that each may be held against 0.05."""
-    adjusted: dict[str, float] = {}
+    adjusted: dict[Key, float] = {}
     highest = 0.0
     for rank, name in enumerate(sorted(p, key=lambda name: p[name])):
         highest = max(highest, min(1.0, p[name] * (len(p) - rank)))
