@@ -15,9 +15,11 @@ from peftsearch.search import estimate as module
 from peftsearch.search.estimate import (
     Estimate,
     ModelShape,
+    TrialCosts,
     activation_bytes,
     estimate,
     evaluation_operations,
+    frozen_bytes,
     measured_speed,
     training_operations,
     trial_bytes,
@@ -80,7 +82,7 @@ def test_validate_on_the_command_line(
     assert {name.split("/")[0] for name in tree(storage)} == {"note.txt", "cache"}
 
 
-def test_no_time_is_promised_for_a_gpu_that_is_not_there(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_on_a_gpu_that_is_not_there_is_assumed_and_said_so(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -88,8 +90,9 @@ def test_no_time_is_promised_for_a_gpu_that_is_not_there(study: Study, monkeypat
     resources = plan.spec.resources.model_copy(update={"gpus_per_worker": 1.0})
     plan.spec.__dict__["resources"] = resources
     found = estimate(plan)
-    assert found.seconds is None
-    assert any("no GPU on this machine" in line for line in totals(plan, found))
+    assert found.assumed
+    assert found.device.startswith("NVIDIA A100 (")
+    assert any("GPU hours" in line and "this machine has no GPU" in line for line in totals(plan, found))
     assert any("of GPU memory per worker" in line for line in totals(plan, found))
 
 
@@ -120,6 +123,64 @@ def test_memory() -> None:
     assert trial_bytes(SHAPE, trainable=1000, trains_copy=False, activations=7) == 16_000 + 7
     # Full fine-tuning: the same for every weight.
     assert trial_bytes(SHAPE, trainable=1_000_000, trains_copy=True, activations=0) == 16_000_000
+
+
+def test_quantised_bases() -> None:
+    # 600,000 weights that are multiplied with, and embeddings of 4 bytes each.
+    assert frozen_bytes(SHAPE, None) == 4_000_000
+    assert frozen_bytes(SHAPE, "int8") == 600_000 + 1_600_000
+    # 4 bits, and 0.127 bits of constants per weight (Dettmers et al. 2023).
+    assert frozen_bytes(SHAPE, "nf4") == round(600_000 * 4.127 / 8) + 1_600_000
+
+
+def test_costs_of_single_configurations(study: Study) -> None:
+    plan = study.validate()
+    lora = next(item for item in plan.cells if item.cell.method == "lora")
+    full = next(item for item in plan.cells if item.cell.method == "full" and item.cell.domain == lora.cell.domain)
+    assert TrialCosts(plan).seconds(lora.cell) is None
+    costs = TrialCosts(plan, {"fp32": 1e9, "bf16": 1e9})
+    small, large = costs(lora.cell, {}, lora.smallest), costs(lora.cell, {}, lora.largest)
+    # Weights, gradients and two moments of every further parameter.
+    assert large.memory_bytes - small.memory_bytes == 16 * (lora.largest.trainable - lora.smallest.trainable)
+    assert small.seconds == large.seconds
+    assert (costs.seconds(full.cell) or 0) > (small.seconds or 0)
+    twice = TrialCosts(plan, {"fp32": 2e9, "bf16": 2e9})
+    assert twice.seconds(full.cell) == pytest.approx((costs.seconds(full.cell) or 0) / 2)
+
+
+def test_a_methods_own_training_decides_its_budget_and_costs(base: Path, project: Path, storage: Path) -> None:
+    document = small_study(base)
+    document["methods"]["full"] = {"training": {"epochs": 3, "batch_size": 8}}
+    plan = Study.from_file(write_study(project, document), storage=storage).validate()
+    lora, full = plan.budgets["legal", "lora"], plan.budgets["legal", "full"]
+    assert lora.steps_per_epoch == -(-plan.domains["legal"].rows["train"] // 4)
+    assert full.steps_per_epoch == -(-plan.domains["legal"].rows["train"] // 8)
+    assert full.total_steps == 3 * full.steps_per_epoch
+    workers = plan.for_workers(storage, threads=1)
+    assert (workers.training["lora"].batch_size, workers.training["full"].batch_size) == (4, 8)
+    assert workers.budgets["legal", "full"] == full
+    # Twice the batch: twice the activations.
+    cell = next(item for item in plan.cells if item.cell.method == "full")
+    plain = Study.from_file(write_study(project, small_study(base)), storage=storage).validate()
+    assert TrialCosts(plan).memory(cell.cell, cell.largest) > TrialCosts(plain).memory(cell.cell, cell.largest)
+
+
+def test_the_plan_says_what_limits_grids_and_confirmations_do(base: Path, project: Path, storage: Path) -> None:
+    document = small_study(base)
+    document["methods"] = {
+        "lora": {"rank": [1, 2], "targets": "attention", "learning_rate": [1e-3, 1e-2]},
+        "full": {"learning_rate": [1e-4]},
+    }
+    document["search"] = {"trials": 3, "sampler": "grid", "max_parameters": 100_000, "max_memory": 4}
+    document["confirm"] = {"seeds": 3, "finalists": "methods"}
+    study = Study.from_file(write_study(project, document), storage=storage)
+    plan = study.validate()
+    lines = totals(plan, Estimate(3 * 2**30, "full", 4000.0, "2 CPU cores"))
+    assert lines[0].startswith("8 trials in 4 cells, ")
+    assert any(line.startswith("The grid of full has fewer combinations than search.trials (3)") for line in lines)
+    assert "Configurations with more than 100,000 parameters are not run." in lines
+    assert "Configurations with more than 4.0 GiB of memory per worker are not run." in lines
+    assert any("each method's best trials are trained again with 3 further seeds" in line for line in lines)
 
 
 def test_operations() -> None:

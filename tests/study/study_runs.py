@@ -13,7 +13,7 @@ from peftsearch.study import Study
 _CLOCKS = {"train_seconds", "evaluation_seconds", "peak_memory_bytes"}
 
 
-def command(*arguments: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def command(*arguments: object, timeout: float = 480) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "peftsearch", *map(str, arguments)], capture_output=True, text=True, timeout=timeout
     )
