@@ -120,12 +120,14 @@ class BottleneckModel(BaseTuner):  # type: ignore[misc]
     def unload(self) -> nn.Module:
         """Take all adapters out again, and give back the base model exactly as it came.
 
-        That includes the base's own task head: PEFT would leave the trained copies of `modules_to_save` in its place.
+        That includes the base's own task head: PEFT would leave the trained copies of `modules_to_save` in its place
+        (and fails where such a module, a pooler for example, has no weight of its own).
         """
-        for module in self.model.modules():
+        for name, module in list(self.model.named_modules()):
             if isinstance(module, ModulesToSaveWrapper):
-                module.set_adapter([])
-            if isinstance(module, BottleneckLayer):
+                parent, _, child = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, module.original_module)
+            elif isinstance(module, BottleneckLayer):
                 module.stop_listening()
         base: nn.Module = super().unload()
         return base
