@@ -193,12 +193,40 @@ def _x_range(front: DomainFront) -> tuple[float, float]:
     return 10 ** (low - margin), 10 ** (high + margin)
 
 
+def _is_log(front: DomainFront) -> bool:
+    """Perplexities of failed configurations would press all others together."""
+    return front.facts.direction == "minimize" and far_apart(
+        [record.value for record in [*complete(front.records), *_pruned(front)] if record.value is not None]
+        + [value for _, value in _baselines(front)]
+    )
+
+
+def far_apart(values: Sequence[float]) -> bool:
+    """Whether values need a logarithmic axis."""
+    return bool(values) and min(values) > 0 and max(values) / min(values) > 20
+
+
+def log_y(axis: Axes) -> None:
+    """Make matplotlib's vertical axis logarithmic, with plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=12))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
 def _y_range(front: DomainFront) -> tuple[float, float]:
     values = [record.value for record in [*complete(front.records), *_pruned(front)] if record.value is not None]
     values += [value for _, value in _baselines(front)]
     for item in _confirmed(front):
         values += [item.mean - item.std, item.mean + item.std]
+    if _is_log(front):
+        values = [value for value in values if value > 0]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    if _is_log(front):
+        room = (high / low) ** 0.06
+        return low / room, high * room
     margin = max(0.08 * (high - low), 0.005)
     return low - margin, high + margin
 
@@ -229,8 +257,11 @@ def _baselines(front: DomainFront) -> list[tuple[str, float]]:
     return list(found.items())
 
 
-def _label_sides(values: Sequence[float], low: float, high: float) -> list[bool]:
+def _label_sides(front: DomainFront, low: float, high: float) -> list[bool]:
     """For each baseline whether its label stands above its line; of two close lines the lower one's stands below."""
+    values = [value for _, value in _baselines(front)]
+    if _is_log(front):
+        values, low, high = [math.log(value) for value in values], math.log(low), math.log(high)
     above = [True] * len(values)
     order = sorted(range(len(values)), key=lambda index: values[index])
     for lower, upper in pairwise(order):
@@ -327,8 +358,8 @@ def _figure(front: DomainFront, facts: StudyFacts) -> go.Figure:
                 hoverinfo="skip",
             )
         )
-    baselines = _baselines(front)
-    sides = _label_sides([value for _, value in baselines], bottom, top)
+    baselines, log = _baselines(front), _is_log(front)
+    sides = _label_sides(front, bottom, top)
     for (title, value), above in zip(baselines, sides, strict=True):
         figure.add_hline(
             y=value,
@@ -341,6 +372,9 @@ def _figure(front: DomainFront, facts: StudyFacts) -> go.Figure:
                 "yanchor": "bottom" if above else "top",
             },
         )
+        if log:
+            # Of all that stands on a logarithmic axis, plotly wants the logarithm of annotations only.
+            figure.layout.annotations[-1].y = math.log10(value)
     if not front.front and not pruned:
         figure.add_annotation(
             text="no finished trial yet", x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False, font={"size": 16}
@@ -358,7 +392,11 @@ def _figure(front: DomainFront, facts: StudyFacts) -> go.Figure:
             "dtick": 1,
             "exponentformat": "SI",
         },
-        yaxis={"title": {"text": html.escape(_metric(front))}, "range": [bottom, top]},
+        yaxis={
+            "title": {"text": html.escape(_metric(front))},
+            "type": "log" if log else "linear",
+            "range": [math.log10(bottom), math.log10(top)] if log else [bottom, top],
+        },
     )
     return figure
 
@@ -504,6 +542,8 @@ def draw_front(axis: Axes, front: DomainFront, facts: StudyFacts) -> None:
     bottom, top = _y_range(front)
     axis.set_xscale("log")
     axis.set_xlim(low, high)
+    if _is_log(front):
+        log_y(axis)
     axis.set_ylim(bottom, top)
     axis.xaxis.set_major_locator(LogLocator(base=10, numticks=12))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _si(value)))
@@ -520,7 +560,7 @@ def draw_front(axis: Axes, front: DomainFront, facts: StudyFacts) -> None:
     axis.set_ylabel(_metric(front))
 
     baselines = _baselines(front)
-    sides = _label_sides([value for _, value in baselines], bottom, top)
+    sides = _label_sides(front, bottom, top)
     for (title, value), above in zip(baselines, sides, strict=True):
         axis.axhline(value, color=_BASELINE_COLOUR, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
         axis.annotate(

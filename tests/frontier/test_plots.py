@@ -166,3 +166,24 @@ def test_large_studies_are_drawn_in_seconds() -> None:
     front_html(records, facts)
     front_png(records, facts)
     assert time.process_time() - start < 10
+
+
+def test_perplexities_far_apart_are_drawn_on_a_logarithmic_axis(facts: StudyFacts) -> None:
+    clinical = facts.domains["clinical"].model_copy(
+        update={
+            "metric": "perplexity",
+            "direction": "minimize",
+            "baselines": {"package:tiny/model": {"unigram": Baseline(title="unigram", value=900.0)}},
+        }
+    )
+    facts = facts.model_copy(update={"domains": {"clinical": clinical}})
+    records = [make_record(0, 12.5, 1000), make_record(1, 40_000.0, 2000)]
+    figure = front_figure(records, "clinical", facts)
+    assert figure.layout.yaxis.type == "log"
+    low, high = figure.layout.yaxis.range
+    assert 10**low < 12.5 < 40_000 < 10**high
+    (label,) = (note for note in figure.layout.annotations if "unigram" in note.text)
+    assert 10**label.y == pytest.approx(900)
+    assert front_png(records, facts).startswith(b"\x89PNG")
+    near = front_figure([make_record(0, 12.5, 1000)], "clinical", make_facts())
+    assert near.layout.yaxis.type == "linear"

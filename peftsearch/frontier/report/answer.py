@@ -72,9 +72,10 @@ def _headline(study: Material, name: str) -> Iterator[str]:
         yield "It is not confirmed on the test split."
     ties = [study.called(o.result.model, o.result.method) for o in comparison.others if o.within_noise]
     if ties:
-        yield f"The difference to {', '.join(ties)} is within the noise."
+        differences = "The difference to" if len(ties) == 1 else "The differences to"
+        yield f"{differences} {', '.join(ties)} {'is' if len(ties) == 1 else 'are'} within the noise."
     cheap = comparison.cheapest
-    if cheap is not None and cheap.record.number == best.chosen.number:
+    if cheap is not None and cheap.record.trainable_parameters >= best.chosen.trainable_parameters:
         yield "Nothing cheaper is within the noise of it."
     elif cheap is not None:
         value_of = tested(cheap.record) or validated(cheap.record)

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from peftsearch.frontier.front import DomainFront, complete
-from peftsearch.frontier.plots import draw_front, front_legend, method_colour, method_marker
+from peftsearch.frontier.plots import draw_front, far_apart, front_legend, log_y, method_colour, method_marker
 from peftsearch.frontier.report.results import tested
 from peftsearch.frontier.report.sensitivity import Sensitivity
 from peftsearch.spec import Direction, StudyFacts, TrialRecord, TrialState
@@ -116,7 +116,11 @@ def sensitivity_picture(found: Sequence[Sensitivity], metric: str, direction: Di
             )
             axis.set_xlabel(_words(item.name))
         axes[0].set_ylabel(_words(metric))
-        _scale_y(axes[0], [score for item in found for _, score in item.points], direction)
+        if direction == "minimize" and far_apart(
+            [score for item in found for _, score in [*item.points, *item.pruned]]
+        ):
+            for axis in axes[: len(found)]:
+                log_y(axis)
 
     return _render(draw, 3.9 * columns + 0.4, 3.1 * lines + 0.2)
 
@@ -151,7 +155,11 @@ def importance_picture(
 
 
 def curves_picture(
-    records: Sequence[TrialRecord], chosen: Sequence[TrialRecord], metric: str, methods: Sequence[str]
+    records: Sequence[TrialRecord],
+    chosen: Sequence[TrialRecord],
+    metric: str,
+    direction: Direction,
+    methods: Sequence[str],
 ) -> Picture:
     """Validation metric against steps: every trial faint, the one that stands for its method bold."""
     bold = {record.number for record in chosen}
@@ -175,6 +183,8 @@ def curves_picture(
                 zorder=4 if strong else 2,
                 label=record.method if strong else None,
             )
+        if direction == "minimize" and far_apart([rung.value for record in records for rung in record.rungs]):
+            log_y(axis)
         axis.set_xlabel("optimiser steps")
         axis.set_ylabel(_words(metric))
         _legend(figure, *axis.get_legend_handles_labels())
@@ -312,12 +322,6 @@ def _log_x(axis: Axes, values: Sequence[float]) -> None:
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlim(low / 1.15, high * 1.15)
-
-
-def _scale_y(axis: Axes, scores: Sequence[float], direction: Direction) -> None:
-    """Perplexities of failed configurations would press all others together."""
-    if direction == "minimize" and min(scores) > 0 and max(scores) / min(scores) > 20:
-        axis.set_yscale("log")
 
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

@@ -206,7 +206,7 @@ def _curves(document: Document, study: Material, name: str) -> None:
         source="learning_curves.csv",
     )
     document.add(Heading(3, f"{name}: learning curves"))
-    png, svg = figures.curves_picture(records, chosen, metric, study.methods)
+    png, svg = figures.curves_picture(records, chosen, metric, front.facts.direction, study.methods)
     title = f"{name}: {metric} on the validation split while training; bold, the trial that stands for its method"
     document.add(Figure(study.file("curves", name), title, png, svg, table))
 
