@@ -38,6 +38,7 @@ class CardFacts:
         auto_model: The class of `transformers` that has the head.
         base_has_head: Whether the base brings a head of its own, which must be left behind.
         pad_token_id: What the base has to be told about padding, where its own configuration is silent.
+        quantization: Arguments of `transformers.BitsAndBytesConfig` for the base, or None.
     """
 
     spec: StudySpec
@@ -49,6 +50,7 @@ class CardFacts:
     auto_model: str
     base_has_head: bool
     pad_token_id: int | None
+    quantization: Mapping[str, Any] | None = None
 
     @property
     def domain(self) -> DomainFacts:

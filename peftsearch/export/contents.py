@@ -168,7 +168,12 @@ def _provenance(folder: Path, card: CardFacts, ledger: str) -> dict[str, Any]:
         "score": {"metric": card.domain.metric, "value": record.value, "split": SPLIT},
         "exported": datetime.now(UTC).isoformat(timespec="seconds"),
         "ledger": ledger,
-        "model": {"path": record.model, **card.model.model_dump(mode="json"), "pad_token_id": card.pad_token_id},
+        "model": {
+            "path": record.model,
+            **card.model.model_dump(mode="json"),
+            "pad_token_id": card.pad_token_id,
+            "quantization": card.quantization,
+        },
         "domain": {"name": record.domain, **card.domain.model_dump(mode="json", exclude={"baselines"})},
         "weights": {"file": weights.name, "sha256": digest},
         "trained_with": card.facts.provenance,

@@ -36,6 +36,8 @@ class ExportedFolder:
         base: Folder or Hub id of the base model; None where the folder holds a complete model.
         revision: Hub revision of the base.
         pad_token_id: What the base has to be told about padding, where its own configuration is silent.
+        quantization: Arguments of `transformers.BitsAndBytesConfig`, where the adapter was trained over a quantised
+            base and belongs to it; None for the base as it is.
     """
 
     folder: Path
@@ -43,6 +45,7 @@ class ExportedFolder:
     base: str | None
     revision: str | None
     pad_token_id: int | None
+    quantization: Mapping[str, Any] | None = None
 
     @classmethod
     def read(cls, folder: Path) -> ExportedFolder:
@@ -80,7 +83,9 @@ class ExportedFolder:
                 f"the base model {base!r} of the adapter {str(folder)!r} is not there: put it back, or write its new "
                 f"place as base_model_name_or_path into {ADAPTER_CONFIG}"
             )
-        return cls(folder, tuple(labels), base, config.get("revision"), model.get("pad_token_id"))
+        return cls(
+            folder, tuple(labels), base, config.get("revision"), model.get("pad_token_id"), model.get("quantization")
+        )
 
     def load(self, domain: PreparedDomain, device: torch.device) -> nn.Module:
         """The model in evaluation mode, by `transformers` and `peft` alone: nothing of the study is used.
@@ -96,6 +101,7 @@ class ExportedFolder:
         from peft import PeftModel
 
         from peftsearch.training.base_model import quiet_loading
+        from peftsearch.training.quantised import settle
 
         auto = getattr(transformers, domain.head.auto_model)
         outputs = domain.task.config_kwargs(self.labels).get("num_labels")
@@ -111,15 +117,26 @@ class ExportedFolder:
                         ignore_mismatched_sizes=True,
                         use_safetensors=True if Path(self.base).is_dir() else None,
                         **({"num_labels": outputs} if outputs else {}),
+                        **self._quantised(device),
                     )
+                    if self.quantization is not None:
+                        settle(base)
                     if self.pad_token_id is not None:
                         base.config.pad_token_id = self.pad_token_id
                     model = PeftModel.from_pretrained(base, str(self.folder))
         except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, ... by what is broken
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise StudyError(f"cannot load the model in {str(self.folder)!r}: {lines[0]}") from None
-        loaded: nn.Module = model.to(device).eval()
+        # What bitsandbytes holds was loaded to where it computes.
+        loaded: nn.Module = (model if self.quantization is not None else model.to(device)).eval()
         return loaded
+
+    def _quantised(self, device: torch.device) -> dict[str, Any]:
+        if self.quantization is None:
+            return {}
+        from transformers import BitsAndBytesConfig
+
+        return {"quantization_config": BitsAndBytesConfig(**self.quantization), "device_map": {"": device}}
 
 
 def scoring_device(gpus_per_worker: float) -> torch.device:

@@ -325,7 +325,16 @@ def _card(
         auto_model=prepared.head.auto_model,
         base_has_head=any(head in name for name in config.architectures or ()),
         pad_token_id=getattr(core.config, "pad_token_id", None) if silent else None,
+        quantization=_quantization(core.config),
     )
+
+
+def _quantization(config: Any) -> dict[str, Any] | None:
+    """How the base of a model was quantised while loading it, in words that JSON and a reader of the card know."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    return {name: value for name, value in found.to_diff_dict().items() if not name.startswith(("_", "quant_method"))}
 
 
 def _account(record: TrialRecord, study: StudyToExport, score: Score) -> str:
