@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import random
 import re
@@ -22,7 +23,7 @@ from peftsearch.frontier.report import write_report
 from peftsearch.frontier.report.comparisons import compare_domain
 from peftsearch.frontier.report.results import macro_average, results, score_by_task
 from peftsearch.frontier.report.sensitivity import bins, importance, sensitivities
-from peftsearch.frontier.report.significance import Predicted, compare, holm
+from peftsearch.frontier.report.significance import Predicted, compare, holm, read_predictions
 from peftsearch.spec import Baseline, Confirmed, Reading, StudyError, StudyFacts, StudySpec, TrialRecord, TrialState
 
 NASTY = "</script><script>alert('x')</script> \"quoted\" | & `code` _it_ 🩺"
@@ -464,6 +465,17 @@ def test_missing_broken_and_foreign_predictions_are_said(tmp_path: Path) -> None
     assert "other test examples" in why["full"]
     # The seeds still tell them apart.
     assert all(other.within_noise is False for other in compared.others)
+
+
+def test_predictions_come_back_as_they_were_written(tmp_path: Path) -> None:
+    texts = ["line\u2028separator", "next\x85line", "two\nlines", "", "naïve 🩺"]
+    path = tmp_path / "trials" / "00000" / "test.jsonl"
+    path.parent.mkdir(parents=True)
+    lines = (json.dumps({"prediction": text, "reference": [text]}, ensure_ascii=False) for text in texts)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    found = read_predictions(path)
+    assert found.predictions == texts
+    assert found.references == [[text] for text in texts]
 
 
 def test_the_cheapest_within_the_noise(tmp_path: Path) -> None:

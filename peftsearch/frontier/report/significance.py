@@ -59,7 +59,9 @@ def read_predictions(path: Path) -> Predicted:
         ValueError: There is no such file, or it is broken; one sentence.
     """
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8")
+        # Not splitlines: a generated text may hold other line separators of Unicode.
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         return Predicted([row["prediction"] for row in rows], [row["reference"] for row in rows])
     except FileNotFoundError:
         raise ValueError(f"the predictions {path.name} of {path.parent.name} are gone") from None
