@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from peftsearch.domains.models import model_config
+from peftsearch.domains.models import Architecture, model_config
+from peftsearch.domains.tasks import Head
 from peftsearch.spec import StudyError
 from peftsearch.training.quantised import (
     check_memory,
@@ -28,7 +29,7 @@ from peftsearch.training.quantised import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from peftsearch.domains import Head, PreparedDomain, Task
+    from peftsearch.domains import PreparedDomain, Task
     from peftsearch.methods import Quantization
 
 
@@ -107,6 +108,37 @@ class FrozenBase:
             self._templates[key] = Template(model, fresh, fresh_modules(model, fresh))
         return self._templates[key]
 
+    def tokenizer(self) -> Any:
+        """The base's tokenizer, loaded anew."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.location, revision=self.revision)
+
+    def language_model(self, architecture: Architecture) -> PreTrainedModel | None:
+        """The frozen base with the language-modelling head that it was pretrained with, for prompting; not kept.
+
+        It shares the tensors that are in memory already, whatever task's model brought them.
+
+        Args:
+            architecture: Encoder-decoder or decoder.
+
+        Returns:
+            The model in evaluation mode; None where the checkpoint holds no such head.
+        """
+        auto = "AutoModelForSeq2SeqLM" if architecture == "encoder-decoder" else "AutoModelForCausalLM"
+        model, fresh = load_model(self.location, self.revision, Head(auto, None), {})
+        if fresh:
+            return None
+        # A backbone has a name of its own in some classes (T5's in a classifier), and none in others.
+        prefix = f"{model.base_model_prefix}."
+        known = {name.removeprefix(prefix): parameter for name, parameter in self._tensors.items()}
+        aliases = _aliases(model)
+        for name, parameter in list(model.named_parameters()):
+            same = known.get(name.removeprefix(prefix))
+            if same is not None and same.shape == parameter.shape and same.dtype == parameter.dtype:
+                _replace(model, aliases[name], same)
+        return model.requires_grad_(False).to(self.device).eval()
+
     def _load_quantised(
         self, head: Head, config_kwargs: dict[str, Any], quantization: Quantization
     ) -> tuple[PreTrainedModel, frozenset[str]]:
@@ -126,7 +158,7 @@ class FrozenBase:
 
     def _share_known(self, model: PreTrainedModel, fresh: frozenset[str]) -> None:
         """Let a freshly loaded model use the tensors that are in memory already, and remember the others."""
-        layers = quantised_layers(model)
+        layers, aliases = quantised_layers(model), _aliases(model)
         for name, parameter in list(model.named_parameters()):
             if name in fresh:
                 continue
@@ -141,7 +173,7 @@ class FrozenBase:
             elif layer is not None:
                 share_layer(layer, self._quantised[key])
             else:
-                _replace(model, name, known)
+                _replace(model, aliases[name], known)
 
 
 @dataclass(frozen=True)
@@ -312,9 +344,18 @@ def _inside_first(module: nn.Module) -> Iterator[nn.Module]:
     yield module
 
 
-def _replace(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    path, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(path), attribute, parameter)
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    """All names of each parameter, by its first one: tied ones (embedding and head) have several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {several[0]: several for several in names.values()}
+
+
+def _replace(model: nn.Module, names: Sequence[str], parameter: nn.Parameter) -> None:
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(path), attribute, parameter)
 
 
 def _join(path: str, name: str) -> str:

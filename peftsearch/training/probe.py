@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from peftsearch.domains import PreparedDomain
+from peftsearch.domains.tasks.base import EXAMPLE, text_batch
+from peftsearch.domains.tasks.token_classification import LOST, OUTSIDE
 from peftsearch.training.base_model import FrozenBase
 from peftsearch.training.distributed import WorkerGroup
 from peftsearch.training.evaluate import to_device
+from peftsearch.training.prompting import add_prompting
 from peftsearch.training.segment import ProbeResult
+
+# Words that a probe of words is trained on at most: more do not help a linear model much, and cost memory.
+WORDS = 50_000
 
 
 def probe(base: FrozenBase, domain: PreparedDomain, batch_size: int, group: WorkerGroup) -> ProbeResult:
@@ -30,65 +38,202 @@ def probe(base: FrozenBase, domain: PreparedDomain, batch_size: int, group: Work
         return result
     train, validation = domain.split("train")[:], domain.split("validation")[:]
     references = task.references(validation)
+    if EXAMPLE in validation:
+        # One for each example, as guesses are, where an example makes several rows.
+        first = {example: row for row, example in reversed(list(enumerate(validation[EXAMPLE])))}
+        references = [references[first[example]] for example in dict.fromkeys(validation[EXAMPLE])]
     for name, guess in task.guesses(train, validation, labels).items():
         result.add(name, guess.title, guess.detail, task.score(guess.predictions, references, labels))
-    if task.probe == "text" and domain.architecture == "encoder":
-        _text_probe(result, base, domain, batch_size, group.device)
+    add_prompting(result, base, domain, batch_size, group.device)
+    if task.probe is None or domain.architecture != "encoder":
+        return result
+    encoder = _Encoder(base, domain, batch_size, group.device)
+    if task.probe == "token":
+        _word_probe(result, encoder, domain)
+    elif task.probe == "pair" and "first" in train:
+        _pair_probe(result, encoder, domain)
+    else:
+        _text_probe(result, encoder, domain)
     return result
 
 
-def _text_probe(
-    result: ProbeResult, base: FrozenBase, domain: PreparedDomain, batch_size: int, device: torch.device
-) -> None:
-    """A linear model on mean-pooled, L2-normalised hidden states of the last layer.
+class _Encoder:
+    """The frozen base as a source of features: float32 arrays on the CPU."""
 
-    Its regularisation is picked on the validation split, as the trials' hyperparameters are.
+    def __init__(self, base: FrozenBase, domain: PreparedDomain, batch_size: int, device: torch.device) -> None:
+        backbone: nn.Module = base.trial_model(domain, seed=0, copy_weights=False).base_model
+        self.backbone = backbone.eval()
+        self.pad_token_id = domain.pad_token_id
+        self.batch_size = batch_size
+        self.device = device
+
+    def texts(self, columns: Mapping[str, Sequence[Any]]) -> np.ndarray:
+        """Mean-pooled, L2-normalised hidden states of the last layer: one row for each text.
+
+        Args:
+            columns: ``input_ids`` and, where texts are told apart, ``token_type_ids``.
+        """
+
+        def pooled(hidden: torch.Tensor, mask: torch.Tensor, rows: list[int]) -> list[np.ndarray]:
+            weights = mask.unsqueeze(-1).float()
+            mean = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1.0)
+            return list(nn.functional.normalize(mean, dim=1).cpu().numpy())
+
+        return np.stack(self._each(columns, pooled))
+
+    def words(self, columns: Mapping[str, Sequence[Any]]) -> list[np.ndarray]:
+        """Hidden states of the last layer at the piece of each word that is not lost: an array for each sentence."""
+
+        def at_positions(hidden: torch.Tensor, mask: torch.Tensor, rows: list[int]) -> list[np.ndarray]:
+            states = hidden.cpu().numpy()
+            return [
+                states[number, [place for place in columns["positions"][row] if place != LOST]]
+                for number, row in enumerate(rows)
+            ]
+
+        return self._each(columns, at_positions)
+
+    @torch.no_grad()
+    def _each(
+        self,
+        columns: Mapping[str, Sequence[Any]],
+        take: Callable[[torch.Tensor, torch.Tensor, list[int]], list[np.ndarray]],
+    ) -> list[np.ndarray]:
+        inputs = {name: columns[name] for name in ("input_ids", "token_type_ids") if name in columns}
+        # By length, so that little is padded.
+        order = sorted(range(len(inputs["input_ids"])), key=lambda row: len(inputs["input_ids"][row]))
+        found: list[np.ndarray] = [np.empty(0)] * len(order)
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            chosen = {name: [values[row] for row in rows] for name, values in inputs.items()}
+            batch = to_device(text_batch(chosen, self.pad_token_id), self.device)
+            hidden = self.backbone(**batch).last_hidden_state.float()
+            for row, features in zip(rows, take(hidden, batch["attention_mask"], rows), strict=True):
+                found[row] = features
+        return found
+
+
+def _text_probe(result: ProbeResult, encoder: _Encoder, domain: PreparedDomain) -> None:
+    """A linear model on mean-pooled, L2-normalised hidden states of the last layer."""
+    train, validation = domain.split("train")[:], domain.split("validation")[:]
+    features, targets = encoder.texts(validation), np.asarray(domain.task.references(train))
+    shape = (len(features), *targets.shape[1:])
+    _add_best(
+        result,
+        domain,
+        encoder.texts(train),
+        targets,
+        # Of a single column scikit-learn makes none.
+        lambda model: model.predict(features).reshape(shape).tolist(),
+        "mean-pooled frozen features",
+    )
+
+
+def _pair_probe(result: ProbeResult, encoder: _Encoder, domain: PreparedDomain) -> None:
+    """Of pairs whose texts are embedded each by itself: their cosine, untrained; and a linear model.
+
+    The features u, v, |u - v| and u * v are those of Conneau et al. 2017 (InferSent, arXiv:1705.02364).
     """
     task, labels = domain.task, domain.labels
+    pairs, cosines = {}, {}
+    for split in ("train", "validation"):
+        rows = domain.split(split)[:]
+        u, v = (encoder.texts({"input_ids": rows[name]}) for name in ("first", "second"))
+        pairs[split] = np.concatenate([u, v, np.abs(u - v), u * v], axis=1)
+        cosines[split] = (u * v).sum(axis=1)
+    train, validation = domain.split("train")[:], domain.split("validation")[:]
+    low, high = task.options.range or (min(train["labels"]), max(train["labels"]))
+    result.add(
+        "cosine",
+        "cosine of frozen embeddings",
+        f"cosine of the two mean-pooled texts, 0 and 1 taken for {low:g} and {high:g}; nothing is trained",
+        task.score((low + cosines["validation"] * (high - low)).tolist(), task.references(validation), labels),
+    )
+    _add_best(
+        result,
+        domain,
+        pairs["train"],
+        np.asarray(task.references(train)),
+        lambda model: model.predict(pairs["validation"]).tolist(),
+        "the frozen embeddings u, v of the two texts, |u - v| and u * v",
+    )
+
+
+def _word_probe(result: ProbeResult, encoder: _Encoder, domain: PreparedDomain) -> None:
+    """A linear model on the hidden states of words, trained on at most about `WORDS` words of train."""
+    data, validation = domain.split("train"), domain.split("validation")[:]
+    order = np.random.default_rng(0).permutation(len(data)).tolist()
+    lengths = domain.lengths("train")
+    reached = int(np.searchsorted(np.cumsum([lengths[row] for row in order]), WORDS)) + 1
+    train = data[sorted(order[:reached])]
+
+    def seen(columns: Mapping[str, Sequence[Any]]) -> list[int]:
+        return [
+            int(tag)
+            for places, tags in zip(columns["positions"], columns["tags"], strict=True)
+            for place, tag in zip(places, tags, strict=True)
+            if place != LOST
+        ]
+
+    features = np.concatenate(encoder.words(validation))
+
+    def predict(model: Any) -> list[list[int]]:
+        tags = iter(model.predict(features).tolist())
+        return [[OUTSIDE if place == LOST else next(tags) for place in places] for places in validation["positions"]]
+
+    _add_best(
+        result,
+        domain,
+        np.concatenate(encoder.words(train)),
+        np.asarray(seen(train)),
+        predict,
+        f"frozen features of {len(seen(train))} words",
+    )
+
+
+def _add_best(
+    result: ProbeResult,
+    domain: PreparedDomain,
+    features: np.ndarray,
+    targets: np.ndarray,
+    predict: Callable[[Any], list[Any]],
+    what: str,
+) -> None:
+    """Fit the task's linear models and add the best of them on the validation split, where the trials' are picked too.
+
+    Args:
+        result: Gets the baseline ``linear_probe``.
+        domain: Its objective decides.
+        features: Of the training examples, shape (examples, features).
+        targets: What they should give.
+        predict: Predictions of a fitted model for the validation split.
+        what: The features, in words.
+    """
+    task = domain.task
     sign = 1.0 if domain.direction == "maximize" else -1.0
-    features = {split: _features(base, domain, split, batch_size, device) for split in ("train", "validation")}
-    targets = np.asarray(task.references(domain.split("train")[:]))
     references = task.references(domain.split("validation")[:])
     best: tuple[float, str, dict[str, float], Any] | None = None
     for setting, model in task.probes():
         with warnings.catch_warnings():
-            # A probe that has not quite converged is a probe with a little more regularisation.
+            # A probe that has not quite converged is a probe with a little more regularisation; and a label that few
+            # examples left out of train has nothing to learn.
             warnings.simplefilter("ignore")
-            model.fit(features["train"], targets)
-        scores = task.score(model.predict(features["validation"]).tolist(), references, labels)
+            try:
+                model.fit(features, targets)
+            except ValueError:
+                # A limit on the examples may leave a single class.
+                continue
+        scores = task.score(predict(model), references, domain.labels)
         if best is None or sign * scores[domain.metric] > sign * best[0]:
             best = (scores[domain.metric], setting, scores, model)
     if best is not None:
         _, setting, scores, model = best
-        outputs = targets.shape[1] if targets.ndim > 1 else max(len(labels), 1)
+        kind = type(model[-1] if hasattr(model, "steps") else model).__name__
+        outputs = targets.shape[1] if targets.ndim > 1 else max(len(domain.labels), 1)
         result.add(
             "linear_probe",
             "linear model on frozen features",
-            f"{type(model).__name__} on mean-pooled frozen features, {setting} picked on validation",
+            f"{kind} on {what}, {setting} picked on validation",
             scores,
-            (features["train"].shape[1] + 1) * outputs,
+            (features.shape[1] + 1) * outputs,
         )
-
-
-@torch.no_grad()
-def _features(
-    base: FrozenBase, domain: PreparedDomain, split: str, batch_size: int, device: torch.device
-) -> np.ndarray:
-    model = base.trial_model(domain, seed=0, copy_weights=False)
-    backbone = model.base_model
-    backbone.eval()
-    data, task = domain.split(split), domain.task
-    order = np.argsort(domain.lengths(split), kind="stable")
-    chunks: list[np.ndarray] = []
-    for start in range(0, len(order), batch_size):
-        rows = data[order[start : start + batch_size].tolist()]
-        batch = to_device(task.collate(rows, domain.pad_token_id), device)
-        inputs = {name: value for name, value in batch.items() if name not in task.hidden}
-        hidden = backbone(**inputs).last_hidden_state.float()
-        mask = inputs["attention_mask"].unsqueeze(-1).float()
-        pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1.0)
-        chunks.append(torch.nn.functional.normalize(pooled, dim=1).cpu().numpy())
-    features = np.concatenate(chunks)
-    back = np.empty_like(features)
-    back[order] = features
-    return back

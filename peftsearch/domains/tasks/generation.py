@@ -186,7 +186,7 @@ class Generating(Task):
         for row, target in enumerate(targets):
             prompt, ids = render.fit({name: column[row] for name, column in fields.items()}, how)
             prompts.append(ids)
-            answers.append(_target_ids(target, prompt, ids, self.options.chat, how))
+            answers.append(answer_tokens(target, prompt, ids, chat=self.options.chat, how=how))
         lengths = [len(answer) for answer in answers]
         too_long = sum(length > most for length in lengths)
         if too_long == len(lengths):
@@ -457,7 +457,7 @@ class _Renderer:
         return str(self.tokenizer.decode(pieces[:keep], skip_special_tokens=True))
 
 
-def _target_ids(target: str, prompt: str, prompt_ids: list[int], chat: bool, how: Tokenization) -> list[int]:
+def answer_tokens(target: str, prompt: str, prompt_ids: list[int], *, chat: bool, how: Tokenization) -> list[int]:
     """The target's tokens as the model meets them behind the prompt, the end token last."""
     tokenizer = how.tokenizer
     if how.architecture == "encoder-decoder":
