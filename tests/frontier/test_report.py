@@ -228,6 +228,28 @@ def test_averages_stand_in_the_table(study: Report) -> None:
     assert len(by_method["lora"]) == len(facts.domains)
 
 
+def test_joined_data_sets_are_scored_by_themselves(tmp_path: Path) -> None:
+    facts = make_facts()
+    spec = make_spec(
+        facts,
+        domains={
+            "clinical": {"data": {"join": {"notes": {"source": "a.csv"}, "letters": {"source": "b.csv"}}}},
+            "legal": {"data": {"source": "c.csv"}},
+        },
+    )
+    readings = [
+        Reading(seed=s, value=0.8, loss=1.0, test=0.8, test_scores={"notes/accuracy": 0.7 + s / 100, "accuracy": 0.8})
+        for s in (1, 2, 3)
+    ]
+    record = make_record(0, 0.8, 1000, confirmed=Confirmed.of(readings))
+    write_report(tmp_path / "report", [record], facts, spec, tmp_path)
+    table = {(row["part"], row["method"]): row for row in rows(tmp_path / "report" / "parts.csv")}
+    assert float(table["notes", "lora"]["mean"]) == pytest.approx(0.72)
+    assert float(table["notes", "lora"]["std"]) == pytest.approx(0.01)
+    assert table["letters", "lora"]["mean"] == table["notes", "full"]["mean"] == ""
+    assert "0.720 ± 0.010 (3)" in (tmp_path / "report" / "report.md").read_text()
+
+
 # --- budgets ---
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean, stdev
 
 from peftsearch.frontier.front import complete
 from peftsearch.frontier.report import figures, words
 from peftsearch.frontier.report.document import Document, Figure, Heading, Table, Text
 from peftsearch.frontier.report.hyperparameters import hyperparameters
-from peftsearch.frontier.report.material import LESS, Material, metric_words
+from peftsearch.frontier.report.material import LESS, VALIDATION, Material, metric_words
 from peftsearch.frontier.tables import front_columns, front_rows, key_hyperparameters
 from peftsearch.spec import TrialState
 from peftsearch.tracking.names import configuration_text
@@ -24,6 +25,7 @@ def domain(document: Document, study: Material, name: str) -> None:
     if not complete(study.fronts[name].records):
         document.add(Text("No trial has reached the full budget yet."))
     _costs(document, study, name)
+    _parts(document, study, name)
     _significance(document, study, name)
     _front(document, study, name)
     _curves(document, study, name)
@@ -72,6 +74,50 @@ def _costs(document: Document, study: Material, name: str) -> None:
     ]
     left = 3 if study.several_models else 2
     document.add(Table("What each method reaches and costs", head, rows, left, notes=notes, source="results.csv"))
+
+
+def _parts(document: Document, study: Material, name: str) -> None:
+    """A domain that joins data sets: one adapter for all, each data set scored by itself."""
+    parts = study.spec.domains[name].data.join if name in study.spec.domains else None
+    if not parts:
+        return
+    metric = study.facts.domains[name].metric
+    rows = []
+    for result in study.results[name]:
+        cells = []
+        for part in parts:
+            key = f"{part}/{metric}"
+            on_test = [reading.test_scores[key] for reading in result.readings if key in reading.test_scores]
+            last = result.chosen.scores.get(key) if result.chosen else None
+            values = on_test or ([last] if last is not None else [])
+            mean = fmean(values) if values else None
+            deviation = stdev(values) if len(values) > 1 else None
+            if on_test:
+                cells.append(words.spread(mean, deviation, len(values)))
+            else:
+                cells.append(words.number(mean) + (VALIDATION if values else ""))
+            document.record(
+                "parts.csv",
+                domain=name,
+                part=part,
+                model=result.model,
+                method=result.method,
+                metric=metric,
+                split="test" if on_test else "validation",
+                mean=mean,
+                std=deviation,
+                seeds=len(on_test),
+            )
+        rows.append([study.called(result.model, result.method), *cells])
+    document.add(
+        Table(
+            f"Each joined data set by itself, {metric_words(study.facts.domains[name])} on the test split",
+            ["method", *parts],
+            rows,
+            notes=[f"{VALIDATION} On the validation split."] if any(VALIDATION in c for r in rows for c in r) else [],
+            source="parts.csv",
+        )
+    )
 
 
 def _significance(document: Document, study: Material, name: str) -> None:
