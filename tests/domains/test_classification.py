@@ -269,9 +269,14 @@ def test_score_by_hand() -> None:
             "recall/c": 0.0,
             "f1/c": 0.0,
             "macro_f1": (4 / 7 + 1 / 2 + 0) / 3,
+            "micro_f1": 3 / 6,
+            "weighted_f1": (3 * 4 / 7 + 2 * 1 / 2 + 0) / 6,
+            "balanced_accuracy": (2 / 3 + 1 / 2 + 0) / 3,
+            # Of 6 examples 3 are right; there are 3, 2, 1 of the labels, and 4, 2, 0 are predicted.
+            "mcc": (3 * 6 - (3 * 4 + 2 * 2)) / ((36 - 20) * (36 - 14)) ** 0.5,
         }
     )
-    assert list(scores)[:2] == list(TASK.metrics)
+    assert list(scores)[: len(TASK.metrics)] == list(TASK.metrics)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30))
@@ -280,7 +285,8 @@ def test_scores_are_those_of_scikit_learn(pairs: list[tuple[int, int]]) -> None:
     scores = TASK.score(predictions, references, tuple("abcd"))
     assert scores["accuracy"] == accuracy_score(references, predictions)
     assert scores["macro_f1"] == pytest.approx(f1_score(references, predictions, average="macro", zero_division=0))
-    assert all(type(score) is float and 0 <= score <= 1 for score in scores.values())
+    # The correlation may be negative.
+    assert all(type(score) is float and -(name == "mcc") <= score <= 1 for name, score in scores.items())
 
 
 def test_score_refuses_nothing_and_unequal_lengths() -> None:
@@ -305,7 +311,7 @@ def test_metrics_of_a_domain() -> None:
     assert (metric.name, metric.direction, metric.title) == ("f1/yes", "maximize", "F1 of yes")
     for name, sentence in (
         ("acuracy", "classification has no metric 'acuracy'; did you mean 'accuracy'?"),
-        ("rouge", "classification has no metric 'rouge'; known: accuracy, f1/LABEL, macro_f1, precision/LABEL"),
+        ("rouge", "classification has no metric 'rouge'; known: accuracy, balanced_accuracy, f1/LABEL, macro_f1, mcc"),
         ("f1/yess", "metric 'f1/yess' is about the label 'yess', which the data lacks; did you mean 'yes'?"),
     ):
         with pytest.raises(StudyError) as caught:

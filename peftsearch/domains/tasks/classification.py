@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -181,39 +182,40 @@ class Classification(Task):
     def score(self, predictions: Sequence[Any], references: Sequence[Any], labels: Sequence[str]) -> dict[str, float]:
         """Accuracy, F1 averages, Matthews correlation; and precision, recall and F1 of each label.
 
-        All are scikit-learn's. Macro F1 is the mean over the labels that occur among references or predictions,
+        As scikit-learn defines them. Macro F1 is the mean over the labels that occur among references or predictions,
         weighted F1 weighs them by their examples, micro F1 equals accuracy where each text has one label, and balanced
         accuracy is the mean recall over the labels that occur among references. A ratio without a denominator counts
         as 0.
         """
-        from sklearn.metrics import (
-            accuracy_score,
-            f1_score,
-            matthews_corrcoef,
-            precision_recall_fscore_support,
-            recall_score,
-        )
+        from sklearn.metrics import confusion_matrix
 
         check_counts(predictions, references)
-        present = sorted(set(map(int, references)))
+        # Rows are what is, columns what is predicted. One matrix for all: scores are asked for thousands of times where
+        # differences are tested for significance.
+        matrix = confusion_matrix(references, predictions, labels=range(len(labels))).astype(np.float64)
+        right, wanted, guessed, total = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0), matrix.sum()
+        precision, recall = _ratios(right, guessed), _ratios(right, wanted)
+        f1 = _ratios(2 * right, wanted + guessed)
+        counted = [number for number, label in enumerate(labels) if self._counts(label)]
+        occurring = [number for number in counted if wanted[number] + guessed[number] > 0]
+        spread = math.sqrt((total**2 - (guessed**2).sum()) * (total**2 - (wanted**2).sum()))
         scores = {
-            "accuracy": float(accuracy_score(references, predictions)),
-            # balanced_accuracy_score, without its warning where predictions hold labels that references lack.
-            "balanced_accuracy": float(
-                recall_score(references, predictions, labels=present, average="macro", zero_division=0)
-            ),
-            "mcc": float(matthews_corrcoef(references, predictions)),
+            "accuracy": right.sum() / total,
+            "macro_f1": f1[occurring].mean() if occurring else 0.0,
+            "micro_f1": _ratios(2 * right[counted].sum(), (wanted + guessed)[counted].sum()),
+            "weighted_f1": _ratios((f1 * wanted)[counted].sum(), wanted[counted].sum()),
+            "balanced_accuracy": recall[wanted > 0].mean(),
+            "mcc": (right.sum() * total - (wanted * guessed).sum()) / spread if spread else 0.0,
         }
-        for average in ("macro", "micro", "weighted"):
-            scores[f"{average}_f1"] = float(f1_score(references, predictions, average=average, zero_division=0))
-        precision, recall, f1, _ = precision_recall_fscore_support(
-            references, predictions, labels=range(len(labels)), average=None, zero_division=0
-        )
         for number, label in enumerate(labels):
-            scores[f"f1/{label}"] = float(f1[number])
-            scores[f"precision/{label}"] = float(precision[number])
-            scores[f"recall/{label}"] = float(recall[number])
-        return scores
+            scores[f"f1/{label}"] = f1[number]
+            scores[f"precision/{label}"] = precision[number]
+            scores[f"recall/{label}"] = recall[number]
+        return {name: float(value) for name, value in scores.items()}
+
+    def _counts(self, label: str) -> bool:
+        """Whether averages of F1 count a label."""
+        return True
 
     def class_counts(self, rows: Mapping[str, Sequence[Any]], labels: Sequence[str]) -> list[int] | None:
         """Examples of each label."""
@@ -231,6 +233,11 @@ class Classification(Task):
         from sklearn.linear_model import LogisticRegression
 
         return [(f"C = {c:g}", LogisticRegression(C=c, max_iter=500, random_state=0)) for c in (1.0, 10.0, 100.0)]
+
+
+def _ratios(numerator: Any, denominator: Any) -> Any:
+    """Quotients, 0 where the denominator is."""
+    return np.divide(numerator, denominator, out=np.zeros(np.shape(numerator)), where=np.asarray(denominator) != 0)
 
 
 def read_texts(table: pa.Table, data: DataSpec, where: str, loc: Loc) -> dict[str, pa.ChunkedArray]:

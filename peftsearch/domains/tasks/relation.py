@@ -80,24 +80,15 @@ class Relation(Classification):
         return found
 
     def score(self, predictions: Sequence[Any], references: Sequence[Any], labels: Sequence[str]) -> dict[str, float]:
-        """As `Classification.score`; micro and macro F1 and ``weighted_f1`` do not count the negative class.
+        """As `Classification.score`, but the averages of F1 do not count the negative class.
 
         Micro F1 over the positive classes is the score of SemEval-2013 task 9.2 (DDI) and BioCreative VI (ChemProt),
         and BLURB's. Macro F1 is the mean over the positive classes that occur among references or predictions.
         """
-        from sklearn.metrics import f1_score
+        return super().score(predictions, references, labels)
 
-        scores = super().score(predictions, references, labels)
-        if self.options.negative is not None:
-            occurring = set(map(int, references)) | set(map(int, predictions))
-            positive = [n for n, label in enumerate(labels) if n in occurring and label != self.options.negative]
-            for average in ("micro", "macro", "weighted"):
-                scores[f"{average}_f1"] = (
-                    float(f1_score(references, predictions, labels=positive, average=average, zero_division=0))
-                    if positive
-                    else 0.0
-                )
-        return scores
+    def _counts(self, label: str) -> bool:
+        return bool(label != self.options.negative)
 
 
 def _without_markers(
