@@ -216,15 +216,19 @@ def test_a_study_starts_from_anothers_front(finished: Path, study_file: Path, tm
     assert study.facts().provenance["warm_start"] == f"confirmed: {numbers}"
 
 
-def test_a_grid_within_limits_is_tried_in_order_with_budgets_of_its_methods(
+def test_a_grid_within_limits_is_tried_in_order_with_its_methods_budgets_and_early_stopping(
     write_study: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = write_study(
         "grid",
         methods={
             "lora": {"rank": [4, 64, 2], "targets": "attention", "learning_rate": [1e-3], "training": {"epochs": 1}},
-            "prompt": {"tokens": [2], "init": "vocabulary", "learning_rate": [1e-2]},
+            # Such small steps change no answer: early stopping ends this one after its second evaluation.
+            "prompt": {"tokens": [2], "init": "vocabulary", "learning_rate": [1e-8]},
         },
+        training={"epochs": 2, "evaluations": 4, "batch_size": 16, "max_length": 16, "patience": 1},
+        confirm={"seeds": 1},
+        resources={"cpus_per_worker": 1, "slots": 2},
         search={"trials": 5, "sampler": "grid", "scheduler": "none", "max_parameters": 5000},
     )
     run(path, tmp_path)
@@ -240,3 +244,12 @@ def test_a_grid_within_limits_is_tried_in_order_with_budgets_of_its_methods(
     assert all((record.estimated_seconds or 0) > 0 for record in records)
     assert all((record.estimated_memory_bytes or 0) > 0 for record in records)
     assert study.status()["planned"] == 3
+    confirmed = [record for record in records if record.confirmed]
+    assert {record.method for record in confirmed} == {"lora", "prompt"}
+    assert study.status()["confirmations"] == {"done": len(confirmed), "failed": 0, "planned": len(confirmed)}
+    prompt = next(record for record in records if record.method == "prompt")
+    assert (prompt.stopped_early, len(prompt.rungs)) == (True, 2)
+    assert prompt.rungs[-1].step < prompt.total_steps
+    assert prompt.confirmed is not None
+    assert prompt.confirmed.readings[0].test is not None
+    assert prompt.confirmed.readings[0].steps < prompt.total_steps
