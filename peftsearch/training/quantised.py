@@ -86,10 +86,12 @@ def check_memory(
     Raises:
         ValueError: With one sentence that gives both numbers.
     """
+    from transformers.pytorch_utils import Conv1D
+
     needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     for name, module in model.named_modules():
         kept = any(name == path or name.startswith(f"{path}.") for path in unquantised)
-        if isinstance(module, nn.Linear) and not kept:
+        if isinstance(module, nn.Linear | Conv1D) and not kept:
             needed -= round(module.weight.numel() * (module.weight.element_size() - _BYTES_PER_WEIGHT[quantization]))
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > free:
@@ -107,7 +109,7 @@ def settle(model: nn.Module) -> None:
     for layer in quantised_layers(model).values():
         if isinstance(layer, bitsandbytes.nn.Linear4bit):
             # On CPUs with AVX512-bf16, bitsandbytes 0.50 repacks 4-bit weights at the first evaluation, in place, into
-            # a form that passes no gradients back from then on.
+            # a form that passes no gradients back from then on (for its fused kernel, its pull request 1804).
             layer.support_avx512bf16_for_cpu = False
         elif layer.weight.CB is not None:
             layer.init_8bit_state()
