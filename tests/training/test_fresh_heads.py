@@ -1,0 +1,39 @@
+"""Fresh heads are drawn as the architecture's own initialisation has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import HIDDEN, tiny_encoder_decoder
+from transformers import AutoModelForSequenceClassification, T5ForConditionalGeneration
+
+from peftsearch.training.base_model import _draw_anew
+
+
+def test_a_t5_head_is_scaled_to_its_width(tmp_path: Path) -> None:
+    """T5 draws its heads with factor / sqrt(width) in the module around them; by itself a linear layer gets the whole
+    factor, and the first losses are tens of nats."""
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_encoder_decoder(tmp_path), num_labels=3)
+    kept = {name: tensor.clone() for name, tensor in model.named_parameters() if "classification_head" not in name}
+    fresh = frozenset(name for name, _ in model.named_parameters() if name not in kept)
+    torch.manual_seed(0)
+    _draw_anew(model, fresh)
+    factor = model.config.initializer_factor
+    for layer in (model.classification_head.dense, model.classification_head.out_proj):
+        assert float(layer.weight.std()) == pytest.approx(factor / HIDDEN**0.5, rel=0.25)
+        assert not layer.bias.any()
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], tensor) for name, tensor in kept.items())
+    assert not any(getattr(parameter, "_is_hf_initialized", False) for parameter in after.values())
+
+
+def test_weights_beside_fresh_ones_stay(tmp_path: Path) -> None:
+    """A module with a pretrained and a fresh parameter keeps the pretrained one, which every trial shares."""
+    model = T5ForConditionalGeneration.from_pretrained(tiny_encoder_decoder(tmp_path))
+    model.lm_head.bias = torch.nn.Parameter(torch.ones(model.config.vocab_size))
+    before = model.lm_head.weight.clone()
+    _draw_anew(model, frozenset({"lm_head.bias"}))
+    assert torch.equal(model.lm_head.weight, before)
+    assert not model.lm_head.bias.any()
