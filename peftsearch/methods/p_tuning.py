@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from peftsearch.methods.base import AttachContext, Hyperparameter, Method, learning_rate
-from peftsearch.methods.prompt import check_positions, peft_serves
+from peftsearch.methods.prompt import attach_pefts, check_positions, peft_serves
 from peftsearch.spec import Range
 
 if TYPE_CHECKING:
@@ -40,19 +40,19 @@ class PTuning(Method):
         tokens, encoder, hidden = (hyperparameters[name] for name in ("tokens", "encoder", "hidden"))
         check_positions(model, tokens)
         if peft_serves(model, context):
-            config = PromptEncoderConfig(
+            described = PromptEncoderConfig(
                 task_type=context.peft_task_type,
                 num_virtual_tokens=tokens,
                 encoder_reparameterization_type=encoder.upper(),
                 encoder_hidden_size=hidden,
             )
-        else:
-            register()
-            config = SoftPromptConfig(
-                task_type=context.peft_task_type,
-                num_virtual_tokens=tokens,
-                encoder=encoder,
-                encoder_hidden_size=hidden,
-                modules_to_save=list(context.modules_to_save) or None,
-            )
+            return attach_pefts(model, described)
+        register()
+        config = SoftPromptConfig(
+            task_type=context.peft_task_type,
+            num_virtual_tokens=tokens,
+            encoder=encoder,
+            encoder_hidden_size=hidden,
+            modules_to_save=list(context.modules_to_save) or None,
+        )
         return get_peft_model(model, config)  # type: ignore[no-any-return]

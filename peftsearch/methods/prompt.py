@@ -42,7 +42,7 @@ class PromptTuning(Method):
 
     def attach(self, model: PreTrainedModel, hyperparameters: Mapping[str, Any], context: AttachContext) -> nn.Module:
         """See `Method.attach`; raises ValueError where the soft tokens leave no positions for text."""
-        from peft import PromptTuningConfig, get_peft_model
+        from peft import PromptTuningConfig
 
         tokens, init = hyperparameters["tokens"], hyperparameters["init"]
         text = hyperparameters["init_text"] or _default_text(context)
@@ -56,7 +56,7 @@ class PromptTuning(Method):
             prompt_tuning_init_text=text if init == "text" else None,
             tokenizer_name_or_path=context.model_location if init == "text" else None,
         )
-        return get_peft_model(model, config)  # type: ignore[no-any-return]
+        return attach_pefts(model, config)
 
 
 def check_positions(model: PreTrainedModel, tokens: int) -> None:
@@ -78,6 +78,24 @@ def peft_serves(model: PreTrainedModel, context: AttachContext) -> bool:
     head = hasattr(model, "classifier") and set(context.modules_to_save) <= {"classifier"}
     words: Any = model.get_input_embeddings().weight
     return head and bool(words.shape[1] == model.config.hidden_size)
+
+
+def attach_pefts(model: PreTrainedModel, config: Any) -> nn.Module:
+    """Attach PEFT's own soft tokens; a text that they leave no room for is then refused with a sentence."""
+    from peft import get_peft_model
+
+    from peftsearch.methods.soft_prompt.layer import check_length, positions_of
+
+    attached: nn.Module = get_peft_model(model, config)
+    positions = positions_of(model)
+
+    def check(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is not None:
+            check_length(config.num_virtual_tokens, ids.shape[1], positions)
+
+    attached.register_forward_pre_hook(check, with_kwargs=True)
+    return attached
 
 
 def _attach_own(model: PreTrainedModel, context: AttachContext, tokens: int, init: str, text: str) -> nn.Module:

@@ -310,6 +310,21 @@ def test_positions_that_do_not_suffice_are_said() -> None:
         scores(attached, batch("encoder"))
 
 
+@pytest.mark.parametrize("method", SHALLOW)
+def test_positions_that_do_not_suffice_are_said_of_pefts_own_soft_tokens(method: str) -> None:
+    # Of 40 rows of the table, RoBERTa's padding takes two.
+    config = RobertaConfig(
+        vocab_size=99, hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=4, intermediate_size=HIDDEN,
+        max_position_embeddings=40,
+    )  # fmt: skip
+    model = RobertaForSequenceClassification(config).requires_grad_(False).eval()
+    changes = {"init": "random"} if method == "prompt" else {}
+    attached = attach(method, model, AttachContext("SEQ_CLS", "", (), ("classifier",)), **changes)
+    assert scores(attached, {"input_ids": torch.full((1, 38 - TOKENS), 5)}).isfinite().all()
+    with pytest.raises(ValueError, match="3 soft tokens and a text of 36 tokens exceed the model's 38 positions"):
+        scores(attached, {"input_ids": torch.full((1, 39 - TOKENS), 5)})
+
+
 def test_attention_that_cannot_be_reached_is_said() -> None:
     config = MPNetConfig(hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=4, intermediate_size=HIDDEN)
     with torch.device("meta"):

@@ -41,7 +41,7 @@ class SoftPromptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         assert isinstance(weight, Tensor)
         self.width, self.device = weight.shape[1], weight.device
         self.keep = keep
-        self.positions = _positions(stack)
+        self.positions = positions_of(stack)
         self.soft_prompt_embedding = nn.ParameterDict()
         self.soft_prompt_encoder = nn.ModuleDict()
         self.merged_adapters: list[str] = []
@@ -110,7 +110,7 @@ class SoftPromptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             text = kwargs.get("inputs_embeds")
             if text is None:
                 text = stack.get_input_embeddings()(kwargs["input_ids"])
-            self._check_length(tokens, text.shape[1])
+            check_length(tokens, text.shape[1], self.positions)
             kwargs["input_ids"] = None
             kwargs["inputs_embeds"] = torch.cat([prompt.to(text.dtype).expand(len(text), -1, -1), text], dim=1)
             if kwargs.get("token_type_ids") is not None:
@@ -142,12 +142,27 @@ class SoftPromptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             output.pooler_output = pooled
         return output
 
-    def _check_length(self, tokens: int, text: int) -> None:
-        if self.positions is not None and tokens + text > self.positions:
-            raise ValueError(
-                f"{tokens} soft tokens and a text of {text} tokens exceed the model's {self.positions} positions: "
-                "lower max_length or the number of soft tokens"
-            )
+
+def check_length(tokens: int, text: int, positions: int | None) -> None:
+    """Refuse a text that soft tokens leave no room for: on a GPU, an index out of range would end the process.
+
+    Raises:
+        ValueError: There are too few positions.
+    """
+    if positions is not None and tokens + text > positions:
+        raise ValueError(
+            f"{tokens} soft tokens and a text of {text} tokens exceed the model's {positions} positions: "
+            "lower max_length or the number of soft tokens"
+        )
+
+
+def positions_of(model: PreTrainedModel) -> int | None:
+    """How many positions a model has embeddings for; None where positions are computed."""
+    tables = [m for path, m in model.named_modules() if isinstance(m, nn.Embedding) and "position" in path]
+    # RoBERTa's positions begin after that of the padding.
+    sizes = [table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1) for table in tables]
+    said = getattr(model.config, "max_position_embeddings", None)
+    return min(sizes if said is None else [*sizes, said]) if sizes else None
 
 
 def _pooled_again(stack: PreTrainedModel, hidden: Tensor, pooled: Any) -> Tensor | None:
@@ -161,12 +176,6 @@ def _pooled_again(stack: PreTrainedModel, hidden: Tensor, pooled: Any) -> Tensor
         return None
     again: Tensor = pooler(hidden)
     return again if again.shape == pooled.shape else None
-
-
-def _positions(stack: PreTrainedModel) -> int | None:
-    """How many positions the stack has embeddings for; None where positions are computed."""
-    table = any(isinstance(module, nn.Embedding) and "position" in path for path, module in stack.named_modules())
-    return getattr(stack.config, "max_position_embeddings", None) if table else None
 
 
 def _cached(cache: Any) -> int:
