@@ -33,10 +33,11 @@ def model_config(location: str, revision: str | None, **kwargs: Any) -> Any:
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, hub errors, JSON errors, ...
         why = out_of_reach(error) if on_hub else None
         reason = why or (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise (UnreachableError if why else StudyError)(
+        message = (
             f"cannot load the model {location!r}: {reason} (name a folder with config.json and model.safetensors, "
             "package:NAME/FOLDER, or a Hub id that this machine can reach)"
-        ) from None
+        )
+        raise (UnreachableError(message, (), why) if why else StudyError(message)) from None
 
 
 def architecture_of(config: Any) -> Architecture:

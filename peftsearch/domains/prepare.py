@@ -547,10 +547,9 @@ def _load_tokenizer(location: str, revision: str | None) -> Any:
         # Missing files, unknown ids and missing networks all raise differently, by version.
         why = out_of_reach(error) if on_hub else None
         reason = why or (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
-        raise (UnreachableError if why else StudyError)(
-            f"cannot load the tokenizer of {location!r}: {reason} (save it beside the model with save_pretrained)",
-            ("model",),
-        ) from None
+        message = f"cannot load the tokenizer of {location!r}: {reason} (save it beside the model with save_pretrained)"
+        place = ("model",)
+        raise (UnreachableError(message, place, why) if why else StudyError(message, place)) from None
     # Where the files are missing, transformers makes an empty tokenizer, to which every word is unknown.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise StudyError(

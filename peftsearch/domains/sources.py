@@ -123,7 +123,8 @@ def _locate(reference: str, data: DataSpec, folder: Path, loc: Loc) -> Path:
     if not path.exists():
         if data.expected is not None:
             # A study file that says what the data holds knows that not everybody has it.
-            raise UnreachableError(f"no file or folder {reference!r} (looked for {str(path)!r})", loc)
+            message = f"no file or folder {reference!r} (looked for {str(path)!r})"
+            raise UnreachableError(message, loc, f"{reference!r} is not here")
         raise StudyError(_missing_file(reference, path), loc)
     return path
 
@@ -412,11 +413,11 @@ def _read_hub(identifier: str, data: DataSpec, loc: Loc) -> dict[str, RawSplit]:
         # Wrong names, wrong configurations, missing networks and broken files all raise differently, by version.
         why = out_of_reach(error)
         reason = why or _first_line(error).rstrip(".")
-        raise (UnreachableError if why else StudyError)(
-            f"cannot load {identifier!r} from the Hub: {reason}. Check the id, 'config', "
-            "'revision' and the network, or use a local file",
-            loc,
-        ) from None
+        message = (
+            f"cannot load {identifier!r} from the Hub: {reason}. Check the id, 'config', 'revision' and the network, "
+            "or use a local file"
+        )
+        raise (UnreachableError(message, loc, why) if why else StudyError(message, loc)) from None
     return _from_datasets(loaded, f"{HUB_PREFIX}{identifier}", loc)
 
 

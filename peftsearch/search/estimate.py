@@ -177,7 +177,8 @@ class Estimate:
     Attributes:
         worker_bytes: Memory of one worker at its peak: of the GPU where it trains on one.
         largest: The method that decides `worker_bytes`.
-        seconds: Wall time of all trials if none is pruned.
+        seconds: Wall time of all trials if none is pruned, and of confirming each cell's best one (what else is on the
+            front is not known before).
         device: What was measured, for people.
         assumed: The time is a `REFERENCE_GPU`'s, because this machine has no GPU.
     """
@@ -206,9 +207,12 @@ def estimate(plan: StudyPlan) -> Estimate | None:
     costs = TrialCosts(plan, assumed if measured is None else measured)
     peaks = {item.cell.key: (costs.memory(item.cell, item.largest), item.cell.method) for item in plan.cells}
     worker_bytes, largest = max(peaks.values())
-    seconds = sum(plan.trials(item.cell) * (costs.seconds(item.cell) or 0.0) for item in plan.cells)
+    confirm = plan.spec.confirm
+    again = 0 if confirm.finalists == "front" else confirm.seeds
+    seconds = sum((plan.trials(item.cell) + again) * (costs.seconds(item.cell) or 0.0) for item in plan.cells)
     if measured is None:
-        reached = f"{assumed['bf16'] / 1e12:.0f} TFLOP/s in bf16, {EFFICIENCY['bf16']:.0%} of its peak, are assumed"
+        reached = f"{assumed['bf16'] / 1e12:.0f} TFLOP/s in bf16 are assumed, {EFFICIENCY['bf16']:.0%} of its peak"
+        reached += "; small models reach less"
         return Estimate(worker_bytes, largest, seconds, f"{REFERENCE_GPU} ({reached})", assumed=True)
     count = torch.cuda.device_count() if on_gpu else 1
     name = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} CPU cores"

@@ -25,6 +25,7 @@ from peftsearch.spec import (
     model_location,
 )
 from peftsearch.training.budget import Budget
+from peftsearch.training.forgetting import general_texts, measurable
 from peftsearch.training.segment import ModelPlace, WorkerPlan
 
 
@@ -58,6 +59,8 @@ class StudyPlan:
     models: Mapping[str, ModelPlace]
     model_facts: Mapping[str, ModelFacts]
     counter: ParameterCounter
+    general_texts: tuple[str, ...] = ()
+    """On which forgetting is measured."""
     unchecked: tuple[str, ...] = ()
     """What could not be checked here, one sentence each; empty for a plan that can be run."""
 
@@ -87,6 +90,7 @@ class StudyPlan:
             budgets=dict(self.budgets),
             training={method: self.spec.training_of(method) for method in self.spec.methods},
             threads=threads,
+            general_texts=self.general_texts,
         )
 
 
@@ -117,7 +121,7 @@ def plan_study(file: StudyFile, cache: Path, *, partial: bool = False) -> StudyP
             try:
                 counter.total(path, name)
             except StudyError as error:
-                raise type(error)(error.message, _model_loc(spec, path)) from None
+                raise error.at(_model_loc(spec, path)) from None
     cell_plans = tuple(_cell_plan(cell, counter) for cell in cells)
     first = next(iter(spec.domains))
     facts = {
@@ -132,6 +136,7 @@ def plan_study(file: StudyFile, cache: Path, *, partial: bool = False) -> StudyP
     }
     lengths = {name: checked[first_model, name].max_length for name in spec.domains}
     _check_limits(spec, cell_plans, MemoryCosts(spec, cells, model_shapes(models, facts), lengths))
+    general = _general_texts(spec, file.folder, checked.values(), unchecked)
     prepared = {key: domain.prepare(cache) for key, domain in checked.items()}
     domains = {name: prepared[first_model, name] for name in spec.domains}
     budgets = {
@@ -139,7 +144,30 @@ def plan_study(file: StudyFile, cache: Path, *, partial: bool = False) -> StudyP
         for name, domain in domains.items()
         for method in spec.methods
     }
-    return StudyPlan(spec, cell_plans, domains, prepared, budgets, models, facts, counter, unchecked.sentences)
+    return StudyPlan(spec, cell_plans, domains, prepared, budgets, models, facts, counter, general, unchecked.sentences)
+
+
+def _general_texts(
+    spec: StudySpec, folder: Path, domains: Iterable[CheckedDomain | ExpectedDomain], unchecked: Unchecked
+) -> tuple[str, ...]:
+    """The texts on which forgetting is measured.
+
+    Raises:
+        StudyError: They cannot be read, or no domain's model has the head that it takes.
+    """
+    if spec.forgetting is None:
+        return ()
+    if not any(measurable(domain.head) for domain in domains):
+        raise StudyError(
+            "forgetting is measured with the language-modelling head, which no domain's task uses (summarization, "
+            "instruction and language_modeling do): leave it out",
+            ("forgetting",),
+        )
+    try:
+        return general_texts(spec.forgetting, folder)
+    except UnreachableError as error:
+        unchecked.general_text(spec.forgetting.source, error)
+        return ()
 
 
 def _check_limits(spec: StudySpec, cells: Iterable[CellPlan], memory: MemoryCosts) -> None:
@@ -179,11 +207,11 @@ def _places(spec: StudySpec, folder: Path, cache: Path, unchecked: Unchecked) ->
         try:
             places[model.path] = _place(model, folder)
         except UnreachableError as error:
-            unchecked.model(model, UnreachableError(error.message, loc), len(spec.domains) * len(spec.methods))
+            unchecked.model(model, error.at(loc), len(spec.domains) * len(spec.methods))
             if model.config is not None:
                 places[model.path] = planned_place(model.config, cache, (*loc, "config"))
         except StudyError as error:
-            raise StudyError(error.message, loc) from None
+            raise error.at(loc) from None
     return places
 
 
@@ -194,7 +222,7 @@ def _place(model: ModelSpec, folder: Path) -> ModelPlace:
         location = model_location(model.path, folder)
     except StudyError as error:
         # A study file that brings the configuration knows that not everybody has the folder.
-        raise (StudyError if model.config is None else UnreachableError)(error.message) from None
+        raise error if model.config is None else UnreachableError(error.message) from None
     place = ModelPlace(location, model.revision)
     model_config(place.location, place.revision)
     _check_weights(place)
@@ -239,7 +267,7 @@ def _check_domains(
                 checked[path, name] = _check_domain(name, spec, folder, path, models.get(path), unchecked)
             except StudyError as error:
                 loc = _model_loc(spec, path) if error.loc == ("model",) else error.loc
-                raise type(error)(error.message, loc) from None
+                raise error.at(loc) from None
     return checked
 
 

@@ -62,11 +62,20 @@ class Unchecked:
         )
         self._add("data", domain, error, meaning)
 
+    def general_text(self, source: str, error: UnreachableError) -> None:
+        """The text on which forgetting is to be measured is not at hand."""
+        self._add("general text", source, error, "its column is unchecked")
+
     def _add(self, kind: str, name: str, error: UnreachableError, meaning: str) -> None:
         if not self._allowed:
             raise error
-        subject = {"model": f"Model {name}", "tokenizer": f"Tokenizer of {name}", "data": f"Data of {name}"}[kind]
-        self._sentences.setdefault((kind, name), f"{subject}: {error.message}; {meaning}.")
+        subject = {
+            "model": f"Model {name}",
+            "tokenizer": f"Tokenizer of {name}",
+            "data": f"Data of {name}",
+            "general text": f"General text {name}",
+        }[kind]
+        self._sentences.setdefault((kind, name), f"{subject}: {error.why}; {meaning}.")
 
 
 def planned_place(config: Mapping[str, Any], cache: Path, loc: tuple[str | int, ...]) -> ModelPlace:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Self
+
 
 class StudyError(ValueError):
     """A study file, option or data set is wrong: one sentence that says what, where, and what to do.
@@ -17,8 +19,12 @@ class StudyError(ValueError):
         self.message = message
         self.loc = loc
 
-    def __reduce__(self) -> tuple[type[StudyError], tuple[str, tuple[str | int, ...]]]:
+    def __reduce__(self) -> tuple[type[StudyError], tuple[Any, ...]]:
         return type(self), (self.message, self.loc)
+
+    def at(self, loc: tuple[str | int, ...]) -> Self:
+        """The same error, about another place in the study file."""
+        return type(self)(self.message, loc)
 
 
 class UnreachableError(StudyError):
@@ -26,4 +32,20 @@ class UnreachableError(StudyError):
     to a gated model, without one's own copy of data that cannot be shared.
 
     ``validate`` says what it could not check; a run stops.
+
+    Args:
+        message: As for every `StudyError`.
+        loc: As for every `StudyError`.
+        why: The reason alone, for lists that name the thing themselves.
     """
+
+    def __init__(self, message: str, loc: tuple[str | int, ...] = (), why: str | None = None) -> None:
+        super().__init__(message, loc)
+        self.why = why or message
+
+    def __reduce__(self) -> tuple[type[StudyError], tuple[Any, ...]]:
+        return type(self), (self.message, self.loc, self.why)
+
+    def at(self, loc: tuple[str | int, ...]) -> Self:
+        """The same error, about another place in the study file."""
+        return type(self)(self.message, loc, self.why)
