@@ -336,6 +336,15 @@ class TrackingSpec(_Section):
     )
 
 
+class ForgettingSpec(_Section):
+    """General text on which a model's loss is measured before and after it is adapted (the score ``forgetting``)."""
+
+    source: str = Field(min_length=1, description="As data.source: a file, a folder, hub:ID or package:NAME/FILE")
+    config: str | None = Field(default=None, description="Configuration (subset) of a Hub data set")
+    column: str = Field(default="text", description="The column of texts")
+    rows: int = Field(default=200, ge=1, le=100_000, description="Texts at most, evenly over the source")
+
+
 class StudySpec(_Section):
     """One study: base models, domains, methods and budget."""
 
@@ -349,6 +358,9 @@ class StudySpec(_Section):
     search: SearchSpec = SearchSpec()
     training: TrainingSpec = TrainingSpec()
     confirm: ConfirmSpec = ConfirmSpec()
+    forgetting: ForgettingSpec | None = Field(
+        default=None, description="Measure the rise of the loss on general text, where a task uses the base's own head"
+    )
     resources: ResourcesSpec = ResourcesSpec()
     tracking: TrackingSpec = TrackingSpec()
 

@@ -33,6 +33,8 @@ class WorkerPlan:
     """By method."""
     threads: int
     """CPU threads per worker."""
+    general_texts: tuple[str, ...] = ()
+    """On which forgetting is measured; () where it is not."""
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from peftsearch.training.checkpoint import (
 from peftsearch.training.data_order import DataOrder
 from peftsearch.training.distributed import WorkerGroup
 from peftsearch.training.evaluate import Evaluation, evaluate, to_device
+from peftsearch.training.forgetting import FORGETTING, GeneralText
 from peftsearch.training.optimizer import (
     learning_rate_factor,
     load_optimizer_tensors,
@@ -116,6 +117,7 @@ class TrialSession:
         budget: Its full budget.
         group: The workers that train it.
         study_folder: Where checkpoints go.
+        general_text: On which forgetting is measured once the trial is at its end; nothing is measured for None.
 
     Raises:
         ValueError: The configuration does not fit the model.
@@ -130,6 +132,7 @@ class TrialSession:
         budget: Budget,
         group: WorkerGroup,
         study_folder: Path,
+        general_text: GeneralText | None = None,
     ) -> None:
         self.plan = plan
         self.domain = domain
@@ -137,6 +140,7 @@ class TrialSession:
         self.budget = budget
         self.group = group
         self.study_folder = study_folder
+        self.general_text = general_text
         self.folder = trial_folder(study_folder, plan.key)
         self.step = 0
         self.last: SegmentResult | None = None
@@ -207,13 +211,16 @@ class TrialSession:
                 evaluation = self._evaluate(final=True)
             elif stopped:
                 evaluation = self._evaluate(final=True)
+        scores = evaluation.scores
+        if self.general_text is not None and (final or stopped):
+            scores = {**scores, FORGETTING: self.general_text.rise(self.model)}
         test = self._read_test() if read_test and (final or stopped) else None
         evaluated = time.perf_counter()
         self.last = SegmentResult(
             step=self.step,
             loss=evaluation.loss,
             train_loss=train_loss,
-            scores=evaluation.scores,
+            scores=scores,
             train_seconds=trained - began,
             evaluation_seconds=evaluated - trained,
             peak_memory_bytes=_peak_memory(self.group.device),

@@ -12,6 +12,7 @@ from peftsearch.domains import PreparedDomain
 from peftsearch.training.base_model import FrozenBase
 from peftsearch.training.checkpoint import CorruptCheckpointError
 from peftsearch.training.distributed import WorkerGroup
+from peftsearch.training.forgetting import GeneralText, measurable
 from peftsearch.training.probe import probe
 from peftsearch.training.segment import Failure, Outcome, Probe, Segment, Work, WorkerPlan
 from peftsearch.training.session import DivergedError, TrialSession, finished_result
@@ -37,6 +38,7 @@ class Worker:
         self._bases: dict[str, FrozenBase] = {}
         self._domains: dict[tuple[str, str], PreparedDomain] = {}
         self._sessions: OrderedDict[str, TrialSession] = OrderedDict()
+        self._general_texts: dict[tuple[str, str], GeneralText] = {}
 
     def warm_up(self) -> None:
         """Load what the first segment would wait for: the first model with each domain's head, and the data."""
@@ -147,4 +149,16 @@ class Worker:
             self.plan.budgets[trial.domain, trial.method],
             self.group,
             self.plan.study_folder,
+            self._general_text(trial.model, trial.domain),
         )
+
+    def _general_text(self, model: str, domain: str) -> GeneralText | None:
+        """What forgetting is measured on; None where it is not measured."""
+        prepared = self.domain(model, domain)
+        if not self.plan.general_texts or not measurable(prepared.head):
+            return None
+        key = (model, domain)
+        if key not in self._general_texts:
+            size = next(iter(self.plan.training.values())).evaluation_batch_size
+            self._general_texts[key] = GeneralText(self.plan.general_texts, self.base(model), prepared, size)
+        return self._general_texts[key]
