@@ -83,14 +83,17 @@ def totals(plan: StudyPlan, estimated: Estimate | None) -> list[str]:
         )
     if estimated is None:
         return lines
+    what = "without pruning"
+    if spec.confirm.seeds and spec.confirm.finalists != "front":
+        what += ", the confirmation of each method's best included,"
     if estimated.assumed:
         lines.append(
-            f"Rough estimate: about {_hours(estimated.seconds)} GPU hours without pruning, on an "
+            f"Rough estimate: about {_hours(estimated.seconds)} GPU hours {what} on an "
             f"{estimated.device}; this machine has no GPU to measure."
         )
     else:
         lines.append(
-            f"Rough estimate: about {duration(estimated.seconds, rough=True)} without pruning on this machine "
+            f"Rough estimate: about {duration(estimated.seconds, rough=True)} {what} on this machine "
             f"({estimated.device}), and the start of the workers."
         )
     return lines

@@ -106,6 +106,9 @@ def test_estimate_of_a_study(study: Study, monkeypatch: pytest.MonkeyPatch) -> N
     plan.spec.__dict__["search"] = twice
     assert estimate(plan).seconds == pytest.approx(2 * (found.seconds or 0))
     assert estimate(plan).worker_bytes == found.worker_bytes
+    # Four trials per cell, and each cell's best twice more.
+    plan.spec.__dict__["confirm"] = plan.spec.confirm.model_copy(update={"seeds": 2})
+    assert estimate(plan).seconds == pytest.approx(3 * (found.seconds or 0))
 
 
 def test_sentences_of_an_estimate(study: Study) -> None:
@@ -181,6 +184,7 @@ def test_the_plan_says_what_limits_grids_and_confirmations_do(base: Path, projec
     assert "Configurations with more than 100,000 parameters are not run." in lines
     assert "Configurations with more than 4.0 GiB of memory per worker are not run." in lines
     assert any("each method's best trials are trained again with 3 further seeds" in line for line in lines)
+    assert "without pruning, the confirmation of each method's best included, on this machine" in lines[-1]
 
 
 def test_operations() -> None:
