@@ -250,6 +250,19 @@ def test_joined_data_sets_are_scored_by_themselves(tmp_path: Path) -> None:
     assert "0.720 ± 0.010 (3)" in (tmp_path / "report" / "report.md").read_text()
 
 
+def test_forgetting_is_told_where_it_was_measured(tmp_path: Path) -> None:
+    facts = make_facts()
+    last = {"step": 90, "epoch": 3.0, "value": 0.8, "loss": 1.0, "train_loss": 1.0, "scores": {"forgetting": 0.125}}
+    records = [make_record(0, 0.8, 1000, rungs=[last]), make_record(1, 0.8, 1000, method="full", hyperparameters={})]
+    write_report(tmp_path, records, facts, make_spec(facts), tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "| +0.125 |" in text
+    # The domain that measured none has no such column.
+    assert text.count("| forgetting |") == 1
+    table = {(row["domain"], row["method"]): row["forgetting"] for row in rows(tmp_path / "results.csv")}
+    assert (table["clinical", "lora"], table["clinical", "full"], table["legal", "lora"]) == ("0.125", "", "")
+
+
 # --- budgets ---
 
 

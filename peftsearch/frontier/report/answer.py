@@ -245,6 +245,7 @@ def _result_row(study: Material, result: Result) -> dict[str, Any]:
         "peak_memory_bytes": result.peak_memory_bytes,
         "train_seconds": result.train_seconds,
         "examples_per_second": result.examples_per_second,
+        "forgetting": result.forgetting,
         "trials": len(result.records),
         "budget_differs": study.less(result.model, result.domain, result.method),
         "configuration": configuration_text(chosen.hyperparameters) if chosen else None,

@@ -34,6 +34,7 @@ def domain(document: Document, study: Material, name: str) -> None:
 
 def _costs(document: Document, study: Material, name: str) -> None:
     found = study.results[name]
+    forgetting = any(result.forgetting is not None for result in found)
     keys = key_hyperparameters(study.fronts[name].records)
     rows = []
     for result in found:
@@ -43,7 +44,7 @@ def _costs(document: Document, study: Material, name: str) -> None:
         trials = f"{state[TrialState.COMPLETE]}/{state[TrialState.PRUNED]}/{state[TrialState.FAILED]}"
         row = [*([result.model] if study.several_models else []), result.method + (LESS if less else "")]
         if chosen is None:
-            rows.append([*row, "", *[words.ABSENT] * 8, trials])
+            rows.append([*row, "", *[words.ABSENT] * (9 if forgetting else 8), trials])
             continue
         rows.append(
             [
@@ -59,19 +60,22 @@ def _costs(document: Document, study: Material, name: str) -> None:
                 words.memory(result.peak_memory_bytes),
                 words.seconds(result.train_seconds),
                 words.rate(result.examples_per_second),
+                *([words.signed(result.forgetting)] if forgetting else []),
                 trials,
             ]
         )
     head = [
         *(["model"] if study.several_models else []),
         *("method", "configuration", "test", "validation", "trainable", "of the model", "exported"),
-        *("peak memory", "training", "inference", "trials"),
+        *("peak memory", "training", "inference", *(["forgetting"] if forgetting else []), "trials"),
     ]
     notes = [
         "Peak memory is the worker's: of the GPU, or resident on a CPU. Training is the time of one training at the "
         "full budget, inference is examples per second on the test split; where confirmed, means over the seeds. "
         "Trials: complete/pruned/failed."
     ]
+    if forgetting:
+        notes.append("Forgetting: the rise of the loss on general text, of the configuration's trial.")
     left = 3 if study.several_models else 2
     document.add(Table("What each method reaches and costs", head, rows, left, notes=notes, source="results.csv"))
 

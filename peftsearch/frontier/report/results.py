@@ -69,6 +69,11 @@ class Result:
         return _mean(reading.examples_per_second for reading in self.readings)
 
     @property
+    def forgetting(self) -> float | None:
+        """Rise of the loss on general text, of the trial; None where the study does not measure it."""
+        return self.chosen.scores.get("forgetting") if self.chosen else None
+
+    @property
     def seeds(self) -> int:
         """How many seeds confirm it."""
         return self.chosen.confirmed.seeds if self.chosen and self.chosen.confirmed else 0
