@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -292,28 +292,31 @@ class TokenClassification(Task):
         ``word_macro_f1`` takes each word by its type, B and I alike, and is the mean of the F1 of the types that occur,
         O not among them (EBM PICO in BLURB). ``token_accuracy`` counts words, O among them.
         """
-        from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
-
         check_counts(predictions, references)
         predicted = [[labels[number] for number in row] for row in predictions]
         actual = [[labels[number] for number in row] for row in references]
         kinds = _types(labels)
-        # seqeval cannot score what holds no entity at all; the types in its order are those that occur.
-        occurring = sorted({tag[2:] for rows in (predicted, actual) for row in rows for tag in row if tag != "O"})
-        scores = dict.fromkeys(("entity_f1", "precision", "recall", "entity_macro_f1"), 0.0)
+        ours, theirs = _conlleval_entities(predicted), _conlleval_entities(actual)
+        counts = {
+            kind: (len(ours[kind] & theirs[kind]), len(ours[kind]), len(theirs[kind]))
+            for kind in kinds
+            if ours[kind] or theirs[kind]
+        }
+        right, guessed, wanted = (sum(count[place] for count in counts.values()) for place in range(3))
+        f1 = {kind: _ratio(2 * count[0], count[1] + count[2]) for kind, count in counts.items()}
+        scores = {
+            "entity_f1": _ratio(2 * right, guessed + wanted),
+            "precision": _ratio(right, guessed),
+            "recall": _ratio(right, wanted),
+            "entity_macro_f1": float(np.mean(list(f1.values()))) if f1 else 0.0,
+            "strict_f1": _strict_f1(predicted, actual),
+            **_word_scores(predictions, references, labels),
+        }
         for kind in kinds:
-            scores |= {f"{metric}/{kind}": 0.0 for metric in self.label_metrics}
-        if occurring:
-            micro = precision_recall_fscore_support(actual, predicted, average="micro", zero_division=0)
-            scores["precision"], scores["recall"], scores["entity_f1"] = map(float, micro[:3])
-            each = precision_recall_fscore_support(actual, predicted, average=None, zero_division=0)
-            scores["entity_macro_f1"] = float(np.mean(each[2]))
-            for kind, precision, recall, f1 in zip(occurring, *each[:3], strict=True):
-                scores[f"precision/{kind}"] = float(precision)
-                scores[f"recall/{kind}"] = float(recall)
-                scores[f"f1/{kind}"] = float(f1)
-        scores["strict_f1"] = _strict_f1(predicted, actual)
-        scores |= _word_scores(predictions, references, labels)
+            its_right, its_guessed, its_wanted = counts.get(kind, (0, 0, 0))
+            scores[f"f1/{kind}"] = f1.get(kind, 0.0)
+            scores[f"precision/{kind}"] = _ratio(its_right, its_guessed)
+            scores[f"recall/{kind}"] = _ratio(its_right, its_wanted)
         return scores
 
     def class_counts(self, rows: Mapping[str, Sequence[Any]], labels: Sequence[str]) -> list[int] | None:
@@ -463,6 +466,20 @@ def _warn_of_losses(tags: Sequence[Sequence[str]], positions: Sequence[Sequence[
         )
 
 
+def _conlleval_entities(sentences: list[list[str]]) -> dict[str, set[tuple[int, int]]]:
+    """First and last word of the entities of each type, by seqeval; words are counted through all sentences."""
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    found: dict[str, set[tuple[int, int]]] = defaultdict(set)
+    for kind, start, end in get_entities(sentences):
+        found[kind].add((start, end))
+    return found
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else 0.0
+
+
 def _strict_f1(predicted: Sequence[Sequence[str]], actual: Sequence[Sequence[str]]) -> float:
     correct = guessed = wanted = 0
     for ours, theirs in zip(predicted, actual, strict=True):
@@ -470,7 +487,7 @@ def _strict_f1(predicted: Sequence[Sequence[str]], actual: Sequence[Sequence[str
         correct += len(found & expected)
         guessed += len(found)
         wanted += len(expected)
-    return 2 * correct / (guessed + wanted) if correct else 0.0
+    return _ratio(2 * correct, guessed + wanted)
 
 
 def _word_scores(
