@@ -27,9 +27,7 @@ class ParameterCounter:
         domains: The domains, which decide the heads.
     """
 
-    def __init__(
-        self, models: Mapping[str, ModelPlace], domains: Mapping[str, CheckedDomain | PreparedDomain]
-    ) -> None:
+    def __init__(self, models: Mapping[str, ModelPlace], domains: Mapping[str, CheckedDomain | PreparedDomain]) -> None:
         self._models = models
         # Only what decides a head: a checked domain holds its whole text.
         self._heads = {name: (domain.task, domain.labels) for name, domain in domains.items()}
@@ -43,10 +41,14 @@ class ParameterCounter:
         Raises:
             ValueError: The configuration does not fit the model.
         """
-        key = (self._head_key(model, domain), space.method.name, space.structure(hyperparameters))
+        kind, fresh = self._head_key(model, domain)[:3], self._fresh(model, domain)
+        key = (kind, space.method.name, space.structure(hyperparameters))
         if key not in self._counts:
-            self._counts[key] = self._build(model, domain, space.method.name, hyperparameters)
-        return self._counts[key]
+            built = self._build(model, domain, space.method.name, hyperparameters)
+            self._counts[key] = ParameterCount(built.trainable - fresh, built.exported - fresh)
+        # Every method trains and exports a head whole: heads of one kind differ by their own parameters alone.
+        without = self._counts[key]
+        return ParameterCount(without.trainable + fresh, without.exported + fresh)
 
     def total(self, model: str, domain: str) -> int:
         """Parameters of the whole model with the domain's head."""
@@ -55,6 +57,11 @@ class ParameterCounter:
     def architecture(self, model: str, domain: str) -> str:
         """Class of the model."""
         return type(self._meta(model, domain)[0]).__name__
+
+    def _fresh(self, model: str, domain: str) -> int:
+        """Parameters that the checkpoint does not hold, of modules of which it holds none."""
+        bare, modules = self._meta(model, domain)
+        return sum(parameter.numel() for path in modules for parameter in bare.get_submodule(path).parameters())
 
     def _head(self, model: str, domain: str) -> Head:
         from peftsearch.domains.models import architecture_of, model_config
@@ -66,7 +73,10 @@ class ParameterCounter:
         return task.heads[architecture_of(self._configs[model])]
 
     def _head_key(self, model: str, domain: str) -> tuple[Any, ...]:
-        """What decides the model's parameters: domains that need the same head share one model."""
+        """What decides the model's parameters: domains that need the same head share one model.
+
+        Its kind (the first three) and its size.
+        """
         head, (task, labels) = self._head(model, domain), self._heads[domain]
         return (model, head.auto_model, head.peft_task_type, task.config_kwargs(labels).get("num_labels"))
 

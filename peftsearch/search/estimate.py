@@ -17,6 +17,7 @@ from peftsearch.search.run import TrialCost
 if TYPE_CHECKING:
     import torch
 
+    from peftsearch.domains import PreparedDomain
     from peftsearch.methods import Quantization
     from peftsearch.search.cells import Cell
     from peftsearch.search.counts import ParameterCount
@@ -35,6 +36,11 @@ and hardly any of the operations that are counted. Measured with MiniLM on AVX-5
 bf16 autocast); large models on accelerators do better (Chowdhery et al. 2022, "PaLM": 0.46), small ones worse.
 """
 
+
+GPU_LAYER_SECONDS = 1e-3
+"""What a GPU takes at least for a forward pass through one layer, however small the batch: the time to launch its
+kernels one after another. Backward takes twice as much. An assumption (12 layers then train at 28 steps per second),
+not a measurement."""
 
 REFERENCE_GPU = "NVIDIA A100"
 REFERENCE_SPEED: Mapping[Format, float] = {"fp32": 19.5e12, "bf16": 312e12}
@@ -316,10 +322,25 @@ class TrialCosts:
         budget, data = plan.budgets[domain, method], plan.prepared[model, domain]
         # Batches hold texts of similar length (training/data_order.py), so hardly anything is padded.
         tokens = budget.total_steps * plan.spec.training_of(method).batch_size * fmean(data.lengths("train"))
-        evaluation = evaluation_operations(shape, sum(data.lengths("validation")))
+        operations = evaluation_operations(shape, sum(data.lengths("validation")))
         training, full = self.speeds[self._format], self.speeds["fp32"]
-        seconds = training_operations(shape, tokens, trains_copy) / training
-        return seconds + (len(budget.evaluation_steps) - 1) * evaluation / training + evaluation / full
+        passes = budget.total_steps * plan.spec.training_of(method).gradient_accumulation
+        seconds = max(training_operations(shape, tokens, trains_copy) / training, self._launches(shape, 3 * passes))
+        writing = self._launches(shape, self._evaluation_passes(data))
+        on_the_way = max(operations / training, writing)
+        return seconds + (len(budget.evaluation_steps) - 1) * on_the_way + max(operations / full, writing)
+
+    def _launches(self, shape: ModelShape, passes: float) -> float:
+        """Seconds below which no GPU does so many forward passes."""
+        return GPU_LAYER_SECONDS * shape.layers * passes if self.plan.spec.resources.gpus_per_worker else 0.0
+
+    def _evaluation_passes(self, data: PreparedDomain) -> int:
+        """Forward passes of an evaluation; tasks that write texts take one for each token of an answer."""
+        batches = -(-len(data.lengths("validation")) // self.plan.spec.training.evaluation_batch_size)
+        if not data.task.decodes:
+            return batches
+        options = data.task.options
+        return batches * int(options.generation.max_tokens or options.target_length)
 
 
 def _bases(cells: Iterable[Cell]) -> set[tuple[str, Quantization | None]]:
