@@ -13,6 +13,8 @@ from writing_study import MODELS, plan_and_worker, prepare, study, topic_rows, t
 
 from peftsearch.domains import PreparedDomain
 from peftsearch.domains.tasks.base import LossOptions, Prediction
+from peftsearch.export.evaluate import evaluate_adapter
+from peftsearch.export.folder import LABELS
 from peftsearch.spec import StudyError
 from peftsearch.training.evaluate import evaluate
 
@@ -303,6 +305,12 @@ def test_an_adapter_scores_the_same_from_disk(kind: str, places: dict[str, Path]
     found = evaluate(reloaded, prepared, "validation", 64)
     assert found.scores == results[-1].scores
     assert found.loss == pytest.approx(results[-1].loss, rel=1e-5)
+    # As "peftsearch evaluate" does it: the data is tokenised by the tokenizer in the adapter's folder, which holds no
+    # configuration of the model.
+    prepared.tokenizer.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / LABELS).write_text("[]")
+    scored = evaluate_adapter(tmp_path / "adapter", file, "d", "validation", tmp_path / "other")
+    assert scored["scores"] == results[-1].scores
     untrained = evaluate(AUTO[kind].from_pretrained(places[kind]), prepared, "validation", 64)
     assert untrained.predictions != found.predictions
 
