@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftsearch.export.usage import Use, usage
 from peftsearch.frontier import escape_markdown
 from peftsearch.methods import METHODS
 from peftsearch.spec import DomainFacts, DomainSpec, ModelFacts, StudyFacts, StudySpec, TrialRecord
@@ -16,7 +17,18 @@ from peftsearch.spec.locations import PACKAGE_PREFIX
 SPLIT = "validation"
 """The split that trials are compared on, and exports are verified on."""
 
-_PIPELINE_TAGS = {"classification": "text-classification"}
+_PIPELINE_TAGS = {
+    "classification": "text-classification",
+    "relation": "text-classification",
+    "multi_label": "text-classification",
+    "similarity": "sentence-similarity",
+    "token_classification": "token-classification",
+    "question_answering": "question-answering",
+    "multiple_choice": "multiple-choice",
+    "language_modeling": "text-generation",
+    "summarization": "summarization",
+    "instruction": "text-generation",
+}
 _HUB_METRICS: dict[str, tuple[str, dict[str, str]]] = {"macro_f1": ("f1", {"average": "macro"})}
 """Where the Hub calls a metric otherwise: its name there, and its arguments."""
 
@@ -36,6 +48,7 @@ class CardFacts:
         location: Where the base model was loaded from: a folder or a Hub id.
         revision: Hub revision of the base.
         auto_model: The class of `transformers` that has the head.
+        use: What is done with it.
         base_has_head: Whether the base brings a head of its own, which must be left behind.
         pad_token_id: What the base has to be told about padding, where its own configuration is silent.
         quantization: Arguments of `transformers.BitsAndBytesConfig` for the base, or None.
@@ -48,6 +61,7 @@ class CardFacts:
     location: str
     revision: str | None
     auto_model: str
+    use: Use
     base_has_head: bool
     pad_token_id: int | None
     quantization: Mapping[str, Any] | None = None
@@ -112,19 +126,22 @@ def model_card(card: CardFacts) -> str:
 
 
 def loading_code(card: CardFacts) -> str:
-    """Python that loads the model and classifies texts, with `transformers` and `peft` (and, for methods that are not
+    """Python that loads the model and shows its use, with `transformers` and `peft` (and, for methods that are not
     PEFT's own, ``import peftsearch``) alone.
     """
     own_method = card.record.method in OWN_METHODS
     package, _, inside = card.record.model.removeprefix(PACKAGE_PREFIX).partition("/")
     in_package = card.record.model.startswith(PACKAGE_PREFIX) and not card.complete
-    pair = card.domain_spec.data.columns.text_pair is not None
+    labels, quantised = bool(card.domain.labels), card.quantization is not None
+    outputs = card.use.task.config_kwargs(card.domain.labels).get("num_labels")
 
-    imports = ["import json", *(["from importlib.util import find_spec"] if in_package else [])]
-    imports += ["from pathlib import Path", ""]
+    imports = ["import json"] if labels else []
+    imports += ["from importlib.util import find_spec"] if in_package else []
+    imports += ["from pathlib import Path", ""] if labels or in_package else []
     imports += ["import peftsearch  # makes its methods known to PEFT"] if own_method else []
     imports += ["import torch", *(["from peft import PeftModel"] if not card.complete else [])]
-    imports += [f"from transformers import {card.auto_model}, AutoTokenizer", ""]
+    names = [card.auto_model, "AutoTokenizer", *(["BitsAndBytesConfig"] if quantised else [])]
+    imports += [f"from transformers import {', '.join(names)}", ""]
 
     lines = [f"folder = {str(card.folder)!r}  # or huggingface_hub.snapshot_download(ID)"]
     if not card.complete:
@@ -133,34 +150,32 @@ def loading_code(card: CardFacts) -> str:
             lines.append(f"base = str(Path({place}, {inside!r}))")
         else:
             lines.append(f"base = {card.location!r}")
-    lines += ['labels = json.loads(Path(folder, "labels.json").read_text(encoding="utf-8"))', ""]
-    lines.append("tokenizer = AutoTokenizer.from_pretrained(folder)")
+    if labels:
+        lines.append('labels = json.loads(Path(folder, "labels.json").read_text(encoding="utf-8"))')
+    lines += ["", "tokenizer = AutoTokenizer.from_pretrained(folder)"]
     if card.complete:
         lines.append(f"model = {card.auto_model}.from_pretrained(folder).eval()")
     else:
-        arguments = ["base", "num_labels=len(labels)"]
+        arguments = ["base", *([f"num_labels={outputs}"] if outputs else [])]
         arguments += [f"revision={card.revision!r}"] if card.revision and card.base_on_hub else []
-        arguments += ["ignore_mismatched_sizes=True"] if card.base_has_head else []
+        arguments += ["ignore_mismatched_sizes=True"] if card.base_has_head and outputs else []
+        if card.quantization is not None:
+            settings = ", ".join(f"{name}={value!r}" for name, value in card.quantization.items())
+            lines.append(f"quantization = BitsAndBytesConfig({settings})")
+            arguments.append("quantization_config=quantization")
         lines.append(f"model = {card.auto_model}.from_pretrained({', '.join(arguments)})")
+        if card.quantization is not None and card.quantization.get("load_in_4bit"):
+            # See `settle` in training/quantised.py.
+            lines += [
+                "for layer in model.modules():  # bitsandbytes 0.50 repacks 4-bit weights on some CPUs, with other results",
+                '    if hasattr(layer, "support_avx512bf16_for_cpu"):',
+                "        layer.support_avx512bf16_for_cpu = False",
+            ]
         if card.pad_token_id is not None:
             lines.append(f"model.config.pad_token_id = {card.pad_token_id}")
         lines.append("model = PeftModel.from_pretrained(model, folder).eval()")
-    texts, length = "texts, other_texts" if pair else "texts", card.domain.max_length
-    lines += [
-        "",
-        "",
-        f"def classify({texts}):",
-        f"    inputs = tokenizer({texts}, truncation=True, max_length={length}, padding=True, return_tensors='pt')",
-        "    with torch.no_grad():",
-        "        logits = model(**inputs).logits",
-        "    return [labels[number] for number in logits.argmax(dim=-1).tolist()]",
-        "",
-        "",
-        'print(classify(["A first text."], ["What goes with it."]))'
-        if pair
-        else 'print(classify(["A first text.", "Another one."]))',
-    ]
-    return "\n".join([*imports, *lines]) + "\n"
+    shown = usage(card.use)
+    return "\n".join([*imports, *lines, *(["", "", *shown] if shown else [])]) + "\n"
 
 
 def _metadata(card: CardFacts) -> str:
@@ -201,7 +216,8 @@ def _metadata(card: CardFacts) -> str:
 
 def _loading_notes(card: CardFacts) -> list[str]:
     needs = ["transformers", *([] if card.complete else ["peft"])]
-    needs += ["peftsearch"] if card.record.method == "adapter" else []
+    needs += ["bitsandbytes"] if card.quantization is not None else []
+    needs += ["peftsearch"] if card.record.method in OWN_METHODS else []
     notes = [f"It needs torch, {', '.join(needs[:-1]) + ' and ' if needs[:-1] else ''}{needs[-1]}."]
     if not card.complete and card.record.model.startswith(PACKAGE_PREFIX):
         package = card.record.model.removeprefix(PACKAGE_PREFIX).partition("/")[0]

@@ -21,6 +21,7 @@ from peftsearch.export.contents import (
     write_folder,
 )
 from peftsearch.export.folder import scoring_device
+from peftsearch.export.usage import Use
 from peftsearch.export.verify import Job, Score, score_folders
 from peftsearch.frontier.front import Pick, domain_fronts, pick
 from peftsearch.spec import StudyError, StudyFacts, StudySpec, TrialRecord, model_location, suggest
@@ -323,6 +324,12 @@ def _card(
         location=base.location,
         revision=base.revision,
         auto_model=prepared.head.auto_model,
+        use=Use(
+            prepared.task,
+            study.facts.domains[record.domain],
+            prepared.architecture,
+            study.spec.domains[record.domain].data.columns.text_pair is not None,
+        ),
         base_has_head=any(head in name for name in config.architectures or ()),
         pad_token_id=getattr(core.config, "pad_token_id", None) if silent else None,
         quantization=_quantization(core.config),

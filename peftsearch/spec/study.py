@@ -423,6 +423,8 @@ def _few_shot_curves(domains: Mapping[Any, Any]) -> dict[Any, Any]:
         if not isinstance(sizes, list) or not sizes or not all(type(size) is int for size in sizes):
             found[name] = domain
             continue
+        assert isinstance(domain, Mapping)
+        assert isinstance(data, Mapping)
         others = limit if isinstance(limit, Mapping) else {}
         for size in sizes:
             found[f"{name}-{size}"] = {**domain, "data": {**data, "limit": {**others, "train": size}}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ class FrozenBase:
         self.location = location
         self.revision = revision
         self.device = device or torch.device("cpu")
-        self._templates: dict[tuple[str, tuple[str, ...], Quantization | None], Template] = {}
+        self._templates: dict[tuple[str, str, Quantization | None], Template] = {}
         self._tensors: dict[str, nn.Parameter] = {}
         self._quantised: dict[str, nn.Module] = {}
 
@@ -93,7 +94,7 @@ class FrozenBase:
             ValueError: The base cannot be stored in this quantization.
         """
         task, labels, head = domain.task, domain.labels, domain.head
-        key = (head.auto_model, labels, quantization)
+        key = (head.auto_model, json.dumps(task.config_kwargs(labels), sort_keys=True), quantization)
         if key not in self._templates:
             if quantization is None:
                 model, fresh = load_model(self.location, self.revision, head, task.config_kwargs(labels))

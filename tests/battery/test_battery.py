@@ -5,6 +5,9 @@ What cannot be is listed in `REFUSED` with the sentence that says why; nothing i
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +42,13 @@ REFUSED: dict[tuple[str, str, str], str] = {
     **{("bitfit", task, kind): NO_BIASES for task in TASKS for kind in ("encoder-decoder", "decoder")},
 }
 """(method, task, architecture) -> what the sentence of its refusal must say."""
+
+NOTHING_TO_SHOW = {
+    ("question_answering", "encoder-decoder"),
+    ("question_answering", "decoder"),
+    ("language_modeling", "encoder"),
+}
+"""Uses that take more than a card can show: its code loads the model, and no more."""
 
 COMBINATIONS = [
     (method, task, architecture)
@@ -76,6 +86,7 @@ class Battery:
     def __init__(self, architecture: str, folder: Path) -> None:
         self.outcomes: dict[tuple[str, str], Outcome] = {}
         self.changed: list[str] = []
+        self.folders: dict[tuple[str, str], Path] = {}
         self._jobs: dict[tuple[str, str], Job] = {}
         self.model = BUILDERS[architecture](folder / "model")
         for task, kind in TASKS.items():
@@ -133,6 +144,7 @@ class Battery:
         for record in records:
             target, staging = to / record.method, to / f"staging-{record.method}"
             staging.mkdir(parents=True)
+            self.folders[record.method, task] = target
             try:
                 (self._jobs[record.method, task],) = write_trials(known, to, staging, [target], [target], [record])
             except StudyError as error:
@@ -213,6 +225,22 @@ def test_method_and_task(method: str, task: str, battery: tuple[str, Battery]) -
     same = "what a fresh process reads from the folder scores the same"
     assert outcome.score.scores == pytest.approx(last.scores, rel=1e-5, abs=1e-6), same
     assert outcome.score.loss == pytest.approx(last.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "prompt", "full"])
+@pytest.mark.parametrize("task", list(TASKS))
+def test_the_code_of_a_card_runs_as_it_stands(task: str, method: str, battery: tuple[str, Battery]) -> None:
+    architecture, done = battery
+    if architecture not in TASKS[task].heads:
+        pytest.skip(f"{task} is not for this kind of model: {architecture}")
+    card = (done.folders[method, task] / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    written = str(done.folders[method, task].parent / method)
+    assert written in code
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code, "card", "exec"), {})
+    shown = (task, architecture) not in NOTHING_TO_SHOW
+    assert bool(printed.getvalue().strip()) == shown
 
 
 def test_the_base_is_bit_identical_after_everything(battery: tuple[str, Battery]) -> None:

@@ -130,9 +130,7 @@ class Similarity(Classification):
 
         inputs = text_columns(table)
         columns = tokenize_texts(inputs, how)
-        match = _SCALE.fullmatch(labels[0])
-        assert match is not None
-        mean, deviation = float(match[1]), float(match[2])
+        mean, deviation = scale_of(labels)
         rows = table.num_rows
         columns["labels"] = table.column("label").combine_chunks()
         columns["mean"] = pa.array([mean] * rows, pa.float64())
@@ -207,6 +205,13 @@ class Similarity(Classification):
         from sklearn.linear_model import Ridge
 
         return [(f"alpha = {alpha:g}", Ridge(alpha=alpha)) for alpha in (0.01, 0.1, 1.0, 10.0)]
+
+
+def scale_of(labels: Sequence[str]) -> tuple[float, float]:
+    """Mean and deviation by which a model's output becomes a score, from the one label of such a domain."""
+    match = _SCALE.fullmatch(labels[0])
+    assert match is not None
+    return float(match[1]), float(match[2])
 
 
 def _scores(column: pa.ChunkedArray, name: str, where: str, loc: Loc) -> list[float]:

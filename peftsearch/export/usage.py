@@ -1,0 +1,210 @@
+"""What a model card shows of using a model: for each task a function over `model` and `tokenizer`, and a call of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peftsearch.domains import Task
+from peftsearch.domains.models import Architecture
+from peftsearch.domains.tasks import Tokenization
+from peftsearch.spec import DomainFacts
+
+
+@dataclass(frozen=True)
+class Use:
+    """What the code of a card depends on besides loading.
+
+    Attributes:
+        task: The domain's task, with its options.
+        facts: The domain as it was prepared.
+        architecture: Kind of the base model.
+        pair: Whether the data has two texts for each example.
+    """
+
+    task: Task
+    facts: DomainFacts
+    architecture: Architecture
+    pair: bool
+
+
+def usage(use: Use) -> list[str]:
+    """Lines of Python that define and call a function for the task; [] for a task whose use takes more than a card
+    can show (``peftsearch evaluate`` scores it)."""
+    make = _USAGE.get(use.task.name)
+    return make(use) if make is not None else []
+
+
+def _logits(use: Use) -> list[str]:
+    texts = "texts, other_texts" if use.pair else "texts"
+    length = use.facts.max_length
+    return [
+        f"    inputs = tokenizer({texts}, truncation=True, max_length={length}, padding=True, return_tensors='pt')",
+        "    with torch.no_grad():",
+        "        logits = model(**inputs).logits",
+    ]
+
+
+def _about_texts(use: Use, name: str, result: str, before: Sequence[str] = ()) -> list[str]:
+    texts = "texts, other_texts" if use.pair else "texts"
+    example = '["A first text."], ["What goes with it."]' if use.pair else '["A first text.", "Another one."]'
+    return [
+        f"def {name}({texts}):",
+        *_logits(use),
+        *before,
+        f"    return {result}",
+        "",
+        "",
+        f"print({name}({example}))",
+    ]
+
+
+def _classification(use: Use) -> list[str]:
+    return _about_texts(use, "classify", "[labels[number] for number in logits.argmax(dim=-1).tolist()]")
+
+
+def _multi_label(use: Use) -> list[str]:
+    threshold = use.task.options.threshold
+    return _about_texts(
+        use,
+        "classify",
+        "[[label for label, there in zip(labels, row) if there] for row in chosen]",
+        [f"    chosen = (logits.sigmoid() >= {threshold:g}).tolist()"],
+    )
+
+
+def _similarity(use: Use) -> list[str]:
+    from peftsearch.domains.tasks.similarity import scale_of
+
+    mean, deviation = scale_of(use.facts.labels)
+    return _about_texts(use, "rate", f"[{mean!r} + {deviation!r} * value for value in logits[:, 0].tolist()]")
+
+
+def _token_classification(use: Use) -> list[str]:
+    return [
+        "def tag(words):",
+        "    inputs = tokenizer([words], is_split_into_words=True, truncation=True, "
+        f"max_length={use.facts.max_length}, return_tensors='pt')",
+        "    with torch.no_grad():",
+        '        logits = model(**inputs).logits[0, -inputs["input_ids"].shape[1]:]',
+        "    tags = {}",
+        "    for number, word in zip(logits.argmax(dim=-1).tolist(), inputs.word_ids()):",
+        "        if word is not None:",
+        "            tags.setdefault(word, labels[number])  # that of its first piece",
+        "    return [(word, tags.get(number, 'O')) for number, word in enumerate(words)]",
+        "",
+        "",
+        'print(tag(["A", "sentence", "in", "words", "."]))',
+    ]
+
+
+def _multiple_choice(use: Use) -> list[str]:
+    # As the data was made: few decoders' tokenizers put anything between the texts of a pair.
+    joint = r' + "\n"' if use.architecture == "decoder" else ""
+    return [
+        'def choose(question, choices, context=""):',
+        f"    first = (context or question){joint}",
+        '    pairs = [(first, f"{question} {choice}" if context else choice) for choice in choices]',
+        f"    inputs = tokenizer(*map(list, zip(*pairs)), truncation=True, max_length={use.facts.max_length}, "
+        "padding=True, return_tensors='pt')",
+        "    with torch.no_grad():",
+        "        scores = model(**inputs).logits[:, 0]",
+        "    return choices[int(scores.argmax())]",
+        "",
+        "",
+        'print(choose("What is it?", ["One thing.", "Another one."]))',
+    ]
+
+
+def _language_modeling(use: Use) -> list[str]:
+    if use.architecture != "decoder":
+        return []
+    return [
+        "def perplexity(text):",
+        f"    inputs = tokenizer([text], truncation=True, max_length={use.facts.max_length}, return_tensors='pt')",
+        '    ids = inputs["input_ids"]',
+        "    with torch.no_grad():",
+        "        logits = model(**inputs).logits[:, -ids.shape[1]:]",
+        "    return torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:]).exp().item()",
+        "",
+        "",
+        'print(perplexity("A text of the domain."))',
+    ]
+
+
+def _writing(use: Use) -> list[str]:
+    task: Any = use.task
+    options, settings = task.options, task.options.generation
+    template = task.template(Tokenization(None, use.facts.max_length, use.architecture), use.pair)
+    arguments = [f"max_new_tokens={settings.max_tokens or options.target_length}", f"num_beams={settings.beams}"]
+    arguments += [f"min_new_tokens={settings.min_tokens}"] if settings.min_tokens else []
+    arguments += [f"length_penalty={settings.length_penalty:g}"] if settings.beams > 1 else []
+    arguments += [f"no_repeat_ngram_size={settings.no_repeat_ngram}"] if settings.no_repeat_ngram else []
+    arguments.append(f"do_sample={settings.sample}")
+    arguments += [f"temperature={settings.temperature:g}"] if settings.sample else []
+    texts = "text, text_pair" if use.pair else "text"
+    fields = "text=text, text_pair=text_pair" if use.pair else "text=text"
+    decoder = use.architecture == "decoder"
+    lines = [f"TEMPLATE = {template!r}", "", "", f"def write({texts}):", f"    prompt = TEMPLATE.format({fields})"]
+    special = ""
+    if options.chat:
+        lines += [
+            '    message = [{"role": "user", "content": prompt}]',
+            "    prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)",
+        ]
+        special = ", add_special_tokens=False"
+    length = use.facts.max_length
+    lines.append(
+        f"    inputs = tokenizer([prompt], truncation=True, max_length={length}, return_tensors='pt'{special})"
+    )
+    lines += [
+        "    with torch.no_grad():",
+        '        ids = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], '
+        f"{', '.join(arguments)})",
+        "    return tokenizer.decode(ids[0"
+        + (', inputs["input_ids"].shape[1]:' if decoder else "")
+        + "], skip_special_tokens=True).strip()",
+        "",
+        "",
+        f'print(write("A text."{", " + repr("What goes with it.") if use.pair else ""}))',
+    ]
+    return lines
+
+
+def _question_answering(use: Use) -> list[str]:
+    if use.architecture != "encoder":
+        return []
+    return [
+        "def answer(question, context):  # of a context that fits into one window",
+        "    inputs = tokenizer([question], [context], truncation='only_second', "
+        f"max_length={use.facts.max_length}, return_offsets_mapping=True, return_tensors='pt')",
+        '    offsets = inputs.pop("offset_mapping")[0].tolist()',
+        "    with torch.no_grad():",
+        "        output = model(**inputs)",
+        "    first, last = (x[0, -len(offsets):] for x in (output.start_logits, output.end_logits))",
+        "    passage = [n for n, part in enumerate(inputs.sequence_ids()) if part == 1]",
+        f"    spans = [(first[i] + last[j], i, j) for i in passage for j in passage if i <= j < i + "
+        f"{use.task.options.max_answer_length}]",
+        "    score, i, j = max(spans)",
+        f"    if first[0] + last[0] > score + {use.task.options.null_threshold:g}:",
+        '        return ""  # no answer',
+        "    return context[offsets[i][0] : offsets[j][1]]",
+        "",
+        "",
+        'print(answer("What is it?", "It is a context that may hold the answer."))',
+    ]
+
+
+_USAGE: dict[str, Callable[[Use], list[str]]] = {
+    "classification": _classification,
+    "relation": _classification,
+    "multi_label": _multi_label,
+    "similarity": _similarity,
+    "token_classification": _token_classification,
+    "question_answering": _question_answering,
+    "multiple_choice": _multiple_choice,
+    "language_modeling": _language_modeling,
+    "summarization": _writing,
+    "instruction": _writing,
+}
