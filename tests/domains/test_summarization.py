@@ -397,3 +397,41 @@ def test_texts_in_other_scripts_are_said_to_score_nothing(make: Make) -> None:
     assert any(
         "1 of 2 targets of train have no letter a-z" in warning for warning in make("decoder", rows=rows).warnings
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_method_writes_what_its_forward_passes_say(kind: str, make: Make, places: dict[str, Path]) -> None:
+    """With cached keys and values, beside other rows, it is the text that one gets token by token without either."""
+    from tiny_models import SAMPLES
+
+    from peftsearch.training.base_model import FrozenBase, trainable
+    from peftsearch.training.session import build_model
+
+    domain, base = make(kind), FrozenBase(str(places[kind]))
+    ends = domain.tokenizer.eos_token_id
+    texts = set()
+    for method, hyperparameters in SAMPLES.items():
+        if method == "bitfit":
+            # Neither T5 nor Llama has biases.
+            continue
+        model = build_model(base, domain, method, hyperparameters, seed=0).eval()
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in trainable(model).values():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        found = domain.task.predict(model, None, batch_of(domain, [0, 1, 2]), Prediction(kind, True, domain.tokenizer))
+        for row, text in enumerate(found[:2]):
+            ids = domain.split("validation")[row]["input_ids"]
+            written: list[int] = []
+            while len(written) < 16 and ends not in written:
+                with torch.no_grad():
+                    if kind == "decoder":
+                        output = model(input_ids=torch.tensor([ids + written]))
+                    else:
+                        begun = torch.tensor([[0, *written]])
+                        mask = torch.ones(1, len(ids), dtype=torch.int64)
+                        output = model(input_ids=torch.tensor([ids]), attention_mask=mask, decoder_input_ids=begun)
+                written.append(int(output.logits[0, -1].argmax()))
+            assert text == domain.tokenizer.decode(written, skip_special_tokens=True).strip(), method
+        texts |= set(found)
+    assert len(texts) > 8
