@@ -86,6 +86,16 @@ def test_a_text_that_is_too_long_is_cut_and_the_template_is_not(make: Make) -> N
         )
 
 
+def test_a_book_is_cut_where_its_tokens_are_and_not_where_its_letters_are(make: Make) -> None:
+    """White space makes no token: of a text that begins with much of it, more is read."""
+    gaps = (" " * 300 + "dog") * 40
+    rows = {"train": [{"text": gaps, "target": "one"}], "validation": [{"text": "dog " * 9999, "target": "one"}]}
+    domain = make("decoder", rows=rows)
+    long, book = (domain.split(split)[0]["input_ids"] for split in ("train", "validation"))
+    assert long == book
+    assert len(book) == 32
+
+
 def test_of_a_pair_the_longer_text_is_cut_first(make: Make) -> None:
     row = {"text": "red dog", "context": " ".join(["cat"] * 60), "target": "one"}
     domain = make("decoder", {}, {"train": [row], "validation": [row]}, data={"columns": {"text_pair": "context"}})

@@ -425,6 +425,7 @@ class _Renderer:
         Raises:
             ValueError: The template alone leaves no room.
         """
+        fields = {name: self._beginning(text, how.max_length) for name, text in fields.items()}
         prompt = self.text(fields)
         ids = self.ids(prompt, how.architecture)
         while len(ids) > how.max_length:
@@ -443,6 +444,16 @@ class _Renderer:
             prompt = self.text(fields)
             ids = self.ids(prompt, how.architecture)
         return prompt, ids
+
+    def _beginning(self, text: str, tokens: int) -> str:
+        """No less of a text than its first tokens: of articles and books most would be tokenised for nothing."""
+        size = 8 * tokens
+        while size < len(text):
+            pieces = self._pieces(text[:size])
+            if len(pieces) > tokens:
+                return self._cut(text, tokens, pieces)
+            size *= 2
+        return text
 
     def _pieces(self, text: str) -> list[Any]:
         """The text's tokens: where each ends, or its number for tokenizers that do not know."""
