@@ -168,7 +168,7 @@ def test_stopped_and_continued_it_ends_with_the_same_ledger(finished: tuple[Path
     arguments = [sys.executable, "-m", "peftsearch", "run", str(path), "--storage", str(tmp_path)]
     arguments += ["--set", "tracking.mlflow=off"]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         time.sleep(0.2)
         try:
@@ -194,7 +194,7 @@ def test_a_driver_killed_outright_is_continued_too(finished: tuple[Path, Path], 
     arguments = [sys.executable, "-m", "peftsearch", "run", str(path), "--storage", str(tmp_path)]
     arguments += ["--set", "tracking.mlflow=off"]
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         time.sleep(0.1)
         try:
@@ -274,7 +274,7 @@ def test_a_killed_worker_costs_no_trial(finished: tuple[Path, Path], tmp_path: P
     arguments = [sys.executable, "-m", "peftsearch", "run", str(path), "--storage", str(tmp_path)]
     arguments += ["--set", "tracking.mlflow=off"]
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         time.sleep(0.1)
         try:
@@ -289,7 +289,7 @@ def test_a_killed_worker_costs_no_trial(finished: tuple[Path, Path], tmp_path: P
     ]
     assert workers
     workers[0].kill()
-    _, stderr = process.communicate(timeout=180)
+    _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr[-3000:]
     assert ledger("tiny", tmp_path) == ledger("tiny", storage)
 
