@@ -167,7 +167,7 @@ def loading_code(card: CardFacts) -> str:
         if card.quantization is not None and card.quantization.get("load_in_4bit"):
             # See `settle` in training/quantised.py.
             lines += [
-                "for layer in model.modules():  # bitsandbytes 0.50 repacks 4-bit weights on some CPUs, with other results",
+                "for layer in model.modules():  # bitsandbytes 0.50 repacks 4-bit weights on some CPUs",
                 '    if hasattr(layer, "support_avx512bf16_for_cpu"):',
                 "        layer.support_avx512bf16_for_cpu = False",
             ]

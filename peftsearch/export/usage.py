@@ -77,21 +77,39 @@ def _multi_label(use: Use) -> list[str]:
 def _similarity(use: Use) -> list[str]:
     from peftsearch.domains.tasks.similarity import scale_of
 
+    if use.task.options.encoding == "separate":
+        low, high = use.task.options.range
+        return [
+            "def rate(texts, other_texts):",
+            f"    inputs = tokenizer([*texts, *other_texts], truncation=True, max_length={use.facts.max_length}, "
+            "padding=True, return_tensors='pt')",
+            '    mask = inputs["attention_mask"].unsqueeze(-1)',
+            "    with torch.no_grad():",
+            "        hidden = model(**inputs).last_hidden_state[:, -mask.shape[1]:]",
+            "    first, second = ((hidden * mask).sum(1) / mask.sum(1)).chunk(2)",
+            "    cosines = torch.nn.functional.cosine_similarity(first, second).clamp(0.0, 1.0)",
+            f"    return [{low:g} + {high - low:g} * cosine for cosine in cosines.tolist()]",
+            "",
+            "",
+            'print(rate(["A first text."], ["What goes with it."]))',
+        ]
     mean, deviation = scale_of(use.facts.labels)
     return _about_texts(use, "rate", f"[{mean!r} + {deviation!r} * value for value in logits[:, 0].tolist()]")
 
 
 def _token_classification(use: Use) -> list[str]:
+    piece = use.task.options.piece or ("last" if use.architecture == "decoder" else "first")
+    last = piece == "last"
     return [
         "def tag(words):",
-        "    inputs = tokenizer([words], is_split_into_words=True, truncation=True, "
-        f"max_length={use.facts.max_length}, return_tensors='pt')",
+        f"    inputs = tokenizer([' '.join(words)], truncation=True, max_length={use.facts.max_length}, "
+        "return_offsets_mapping=True, return_tensors='pt')",
+        '    offsets = inputs.pop("offset_mapping")[0].tolist()',
         "    with torch.no_grad():",
-        '        logits = model(**inputs).logits[0, -inputs["input_ids"].shape[1]:]',
-        "    tags = {}",
-        "    for number, word in zip(logits.argmax(dim=-1).tolist(), inputs.word_ids()):",
-        "        if word is not None:",
-        "            tags.setdefault(word, labels[number])  # that of its first piece",
+        "        found = model(**inputs).logits[0, -len(offsets):].argmax(dim=-1).tolist()",
+        "    word_at = [number for number, word in enumerate(words) for _ in (*word, ' ')]",
+        "    pieces = [(word_at[end - 1], labels[tag]) for (start, end), tag in zip(offsets, found) if end > start]",
+        f"    tags = dict({'pieces' if last else 'reversed(pieces)'})  # a word's {'last' if last else 'first'} piece",
         "    return [(word, tags.get(number, 'O')) for number, word in enumerate(words)]",
         "",
         "",

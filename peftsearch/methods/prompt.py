@@ -72,6 +72,9 @@ def check_positions(model: PreTrainedModel, tokens: int) -> None:
 
 def peft_serves(model: PreTrainedModel, context: AttachContext) -> bool:
     """Whether PEFT's own soft prompts do this task right on this model (see `peftsearch.methods.soft_prompt`)."""
+    if context.peft_task_type == "FEATURE_EXTRACTION":
+        # A bare model: nothing reads a certain position.
+        return True
     if model.config.is_encoder_decoder or context.peft_task_type != "SEQ_CLS":
         return False
     # Decoders that classify call their head "score"; PEFT's prompt classes train a "classifier", and no other module.

@@ -195,3 +195,53 @@ def test_the_scale_is_that_of_train(tmp_path: Path) -> None:
     assert validation["mean"] == pytest.approx([20.0] * 10)
     assert validation["deviation"][0] == pytest.approx(np.std([0, 10, 20, 30, 40]), rel=1e-5)
     assert domain.task.references(validation) == [float(row["label"]) for row in splits["validation"]]
+
+
+SEPARATE = {
+    "task": "similarity",
+    "options": {"encoding": "separate", "range": [0, 4]},
+    "data": {"columns": {"text_pair": "other"}},
+}
+
+
+@pytest.mark.parametrize("builder", [tiny_encoder, tiny_decoder])
+def test_texts_embedded_each_by_itself_learn_to_be_as_near_as_they_are_alike(
+    tmp_path: Path, builder: Callable[[Path], Path]
+) -> None:
+    generator = random.Random(0)
+    topics = (["dog", "cat", "bird"], ["court", "law", "clause"], ["fever", "drug", "lesion"])
+    records = []
+    for number in range(120):
+        first, second = topics[number % 3], topics[(number // 3) % 3]
+        texts = [" ".join(generator.choice(words) for _ in range(4)) for words in (first, second)]
+        records.append({"text": f"{texts[0]} {number}", "other": texts[1], "label": 4.0 * (first is second)})
+    splits = {"train": records[:90], "validation": records[90:]}
+    training = {"epochs": 8, "evaluations": 2, "batch_size": 10}
+    file = written_study(tmp_path, builder(tmp_path / "model"), SEPARATE, splits, training=training)
+    results = train(*plan_and_worker(file, tmp_path), "lora", rank=8, learning_rate=1e-2)
+    assert results[-1].scores["pearson"] > 0.8
+    assert results[-1].loss < results[0].loss
+
+
+def test_a_pair_scores_the_same_beside_any_other(tmp_path: Path) -> None:
+    task = get_task("similarity", options={"encoding": "separate", "range": [0, 4]})
+    pairs = {"first": [[1, 2, 3], [4]], "second": [[5], [6, 7]]}
+    batch = task.collate({**pairs, "labels": [1.0, 4.0], "mean": [0, 0], "deviation": [1, 1]}, 0)
+    assert batch["input_ids"][:, :3].tolist() == [[1, 2, 3], [4, 0, 0], [5, 0, 0], [6, 7, 0]]
+    hidden = torch.randn(4, batch["input_ids"].shape[1], 5)
+    soft = torch.cat([torch.randn(4, 2, 5), hidden], dim=1)
+    found = [
+        task.predict(torch.nn.Identity(), SimpleNamespace(last_hidden_state=states), batch, Prediction("encoder"))
+        for states in (hidden, soft)
+    ]
+    u, v = hidden[0, :3].mean(0), hidden[2, :1].mean(0)
+    expected = 4.0 * max(0.0, float(torch.cosine_similarity(u, v, dim=0)))
+    assert found[0][0] == pytest.approx(expected, abs=1e-5)
+    assert found[0] == pytest.approx(found[1])
+
+
+def test_separate_embeddings_need_a_range(tmp_path: Path, study: Make) -> None:
+    write(tmp_path, rows())
+    file = study({"source": "a.jsonl", **PAIR}, domain={**DOMAIN, "options": {"encoding": "separate"}})
+    with pytest.raises(StudyError, match="encoding: separate needs range"):
+        load_domain("d", file.spec, file.folder)

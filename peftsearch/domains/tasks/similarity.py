@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from peftsearch.domains.tasks.base import (
     Guess,
+    Head,
     LossOptions,
     Metric,
     Prediction,
     TaskOptions,
     Tokenization,
     check_counts,
+    text_batch,
 )
 from peftsearch.domains.tasks.classification import Classification, read_texts, text_columns, tokenize_texts
 from peftsearch.domains.tasks.columns import find, is_text, kind_of, refuse
@@ -45,6 +47,12 @@ class SimilarityOptions(TaskOptions):
         "kept within; where absent scores are scaled by mean and deviation of train",
     )
 
+    encoding: Literal["joint", "separate"] = Field(
+        default="joint",
+        description="joint: one pass over both texts, and a new head; separate: the cosine of two mean-pooled "
+        "embeddings, which starts from what an embedding model knows (needs range)",
+    )
+
     @field_validator("range")
     @classmethod
     def _range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
@@ -52,12 +60,19 @@ class SimilarityOptions(TaskOptions):
             raise ValueError(f"range is [lowest, highest], and {value[0]:g} is not below {value[1]:g}")
         return value
 
+    @model_validator(mode="after")
+    def _scale(self) -> Self:
+        if self.encoding == "separate" and self.range is None:
+            raise ValueError("encoding: separate needs range: a cosine of 0 and 1 are its lowest and highest score")
+        return self
+
 
 class Similarity(Classification):
     """A number for a pair of texts (or for one text).
 
     The model learns standardised scores, (score - mean) / deviation, whatever their scale; references and predictions
-    are scores as the data has them.
+    are scores as the data has them. With ``encoding: separate`` it embeds each text by itself, and the cosine of the
+    embeddings is trained to be the score on a scale from 0 to 1 (Reimers and Gurevych 2019, arXiv:1908.10084).
     """
 
     name: ClassVar[str] = "similarity"
@@ -71,6 +86,13 @@ class Similarity(Classification):
     Options = SimilarityOptions
     hidden = frozenset({"labels", "mean", "deviation"})
     probe: ClassVar[Literal["text", "token", "pair"] | None] = "pair"
+
+    def __init__(self, options: TaskOptions | None = None) -> None:
+        super().__init__(options)
+        self.separate = self.options.encoding == "separate"
+        if self.separate:
+            # An encoder-decoder has no embedding of a text without a target.
+            self.heads = dict.fromkeys(("encoder", "decoder"), Head("AutoModel", "FEATURE_EXTRACTION"))  # type: ignore[misc]
 
     def read(self, table: pa.Table, data: DataSpec, where: str, loc: Loc) -> pa.Table:
         """As `Task.read`: ``label`` holds float64."""
@@ -135,32 +157,54 @@ class Similarity(Classification):
         columns["labels"] = table.column("label").combine_chunks()
         columns["mean"] = pa.array([mean] * rows, pa.float64())
         columns["deviation"] = pa.array([deviation] * rows, pa.float64())
-        if how.architecture == "encoder" and len(inputs) == 2:
+        if len(inputs) == 2 and (how.architecture == "encoder" or self.separate):
             for name, texts in zip(("first", "second"), inputs, strict=True):
                 columns[name] = tokenize_texts([texts], how)["input_ids"]
+        if self.separate:
+            if len(inputs) < 2:
+                raise ValueError("encoding: separate is for pairs: map columns.text_pair")
+            sizes = [[len(tokens) for tokens in columns[name].to_pylist()] for name in ("first", "second")]
+            columns["length"] = pa.array([max(pair) for pair in zip(*sizes, strict=True)], pa.int32())
         return datasets.Dataset(pa.table(columns))
 
     def config_kwargs(self, labels: Sequence[str]) -> dict[str, Any]:
-        """``num_labels`` 1, its name, and ``problem_type``."""
+        """``num_labels`` 1, its name, and ``problem_type``; nothing for embeddings."""
+        if self.separate:
+            return {}
         return {**super().config_kwargs(labels), "problem_type": "regression"}
 
     def collate(self, rows: Mapping[str, Sequence[Any]], pad_token_id: int, *, multiple_of: int = 8) -> dict[str, Any]:
-        """As `Task.collate`; ``labels`` (scores), ``mean`` and ``deviation`` have shape (rows,) and type float32."""
+        """As `Task.collate`; ``labels`` (scores), ``mean`` and ``deviation`` have shape (rows,) and type float32.
+
+        For ``encoding: separate`` the first texts of all pairs are followed by the second ones: twice as many rows.
+        """
         import torch
 
-        batch = super().collate({**rows, "labels": [0] * len(rows["labels"])}, pad_token_id, multiple_of=multiple_of)
+        if self.separate:
+            texts = [*rows["first"], *rows["second"]]
+            batch: dict[str, Any] = dict(text_batch({"input_ids": texts}, pad_token_id, multiple_of=multiple_of))
+        else:
+            unlabelled = {**rows, "labels": [0] * len(rows["labels"])}
+            batch = super().collate(unlabelled, pad_token_id, multiple_of=multiple_of)
         for name in ("labels", "mean", "deviation"):
             batch[name] = torch.tensor(rows[name], dtype=torch.float32)
         return batch
 
     def losses(self, output: Any, batch: Mapping[str, Any], options: LossOptions | None = None) -> torch.Tensor:
-        """Squared error of each standardised score."""
+        """Squared error of each standardised score; of the cosine, for ``encoding: separate``."""
+        if self.separate:
+            low, high = self.options.range
+            difference: torch.Tensor = _cosines(output, batch) - (batch["labels"] - low) / (high - low)
+            return difference**2
         targets = (batch["labels"] - batch["mean"]) / batch["deviation"]
         found: torch.Tensor = (output.logits.float().squeeze(-1) - targets) ** 2
         return found
 
     def predict(self, model: nn.Module, output: Any, batch: Mapping[str, Any], how: Prediction) -> list[Any]:
         """The score of each pair, within ``options.range``."""
+        if self.separate:
+            low, high = self.options.range
+            return list((low + (high - low) * _cosines(output, batch).detach().clamp(0.0, 1.0)).tolist())
         scores = output.logits.detach().float().squeeze(-1) * batch["deviation"] + batch["mean"]
         if self.options.range is not None:
             scores = scores.clamp(*self.options.range)
@@ -205,6 +249,18 @@ class Similarity(Classification):
         from sklearn.linear_model import Ridge
 
         return [(f"alpha = {alpha:g}", Ridge(alpha=alpha)) for alpha in (0.01, 0.1, 1.0, 10.0)]
+
+
+def _cosines(output: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+    """Cosine of the mean-pooled embeddings of each pair's texts, shape (pairs,)."""
+    from torch.nn import functional
+
+    mask = batch["attention_mask"].unsqueeze(-1).float()
+    # Soft tokens stand in front of the text.
+    hidden = output.last_hidden_state[:, -mask.shape[1] :].float()
+    pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1.0)
+    first, second = pooled.chunk(2)
+    return functional.cosine_similarity(first, second)
 
 
 def scale_of(labels: Sequence[str]) -> tuple[float, float]:
