@@ -154,17 +154,27 @@ def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [(("org/name", "en"), {"revision": "abc"})]
 
 
-def test_hub_out_of_reach_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("reachable", "reason"),
+    [(False, "the Hub cannot be reached from here"), (True, "Couldn't reach 'org/name' on the Hub")],
+)
+def test_hub_data_that_cannot_be_loaded_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reachable: bool, reason: str
+) -> None:
     def load(*args: Any, **kwargs: Any) -> Any:
         raise ConnectionError("Couldn't reach 'org/name' on the Hub\nand a long tail")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    for module in ("hub", "sources"):
+        monkeypatch.setattr(f"peftsearch.domains.{module}.hub_reachable", lambda: reachable)
     with pytest.raises(StudyError) as caught:
         read({"source": "hub:org/name"}, tmp_path)
     assert caught.value.message == (
-        "cannot load 'org/name' from the Hub: Couldn't reach 'org/name' on the Hub. Check the id, 'config', 'revision' "
-        "and the network, or use a local file"
+        f"cannot load 'org/name' from the Hub: {reason}. Check the id, 'config', 'revision' and the network, or use a "
+        "local file"
     )
+    # What cannot be reached may be there: a plan may do without it. What is wrong is wrong.
+    assert isinstance(caught.value, UnreachableError) is not reachable
 
 
 def test_no_progress_bar_and_the_setting_is_restored(
