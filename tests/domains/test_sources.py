@@ -14,7 +14,7 @@ import pytest
 
 from peftsearch.domains import load_raw
 from peftsearch.domains.sources import read_source
-from peftsearch.spec import DataSpec, StudyError, StudyFile
+from peftsearch.spec import DataSpec, StudyError, StudyFile, UnreachableError
 
 Make = Callable[..., StudyFile]
 ROWS = [
