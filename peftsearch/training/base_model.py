@@ -318,10 +318,11 @@ def count_exported(model: nn.Module) -> int:
 def _draw_anew(model: PreTrainedModel, names: frozenset[str]) -> None:
     """Give the trial its own, freshly initialised parameters for everything that the checkpoint does not hold."""
     fresh: set[int] = set()
-    for path, module in model.named_modules():
-        for name in [name for name, _ in module.named_parameters(recurse=False) if _join(path, name) in names]:
-            parameter = nn.Parameter(torch.zeros_like(getattr(module, name)), requires_grad=False)
-            setattr(module, name, parameter)
+    for aliases in _aliases(model).values():
+        # What is tied stays tied: BERT's language-modelling head has two names for one bias, and saves only one.
+        if names.issuperset(aliases):
+            parameter = nn.Parameter(torch.zeros_like(model.get_parameter(aliases[0])), requires_grad=False)
+            _replace(model, aliases, parameter)
             fresh.add(id(parameter))
     # transformers' own initialisation of the architecture, as from_pretrained applies it to missing weights: modules
     # inside first, then those around them, which may know better (T5 draws its heads there). What is marked like this

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import HIDDEN, tiny_encoder_decoder
-from transformers import AutoModelForSequenceClassification, T5ForConditionalGeneration
+from tiny_models import HIDDEN, tiny_encoder, tiny_encoder_decoder
+from transformers import AutoModel, AutoModelForSequenceClassification, T5ForConditionalGeneration
 
-from peftsearch.training.base_model import _draw_anew
+from peftsearch.domains.tasks import Head
+from peftsearch.training.base_model import _draw_anew, load_model, share_tensors
 
 
 def test_a_t5_head_is_scaled_to_its_width(tmp_path: Path) -> None:
@@ -38,3 +39,17 @@ def test_weights_beside_fresh_ones_stay(tmp_path: Path) -> None:
     _draw_anew(model, frozenset({"lm_head.bias"}))
     assert torch.equal(model.lm_head.weight, before)
     assert not model.lm_head.bias.any()
+
+
+def test_tied_parameters_of_a_fresh_head_stay_tied(tmp_path: Path) -> None:
+    """BERT saves one of the two names of its head's bias: a second parameter would be trained, counted, and lost."""
+    AutoModel.from_pretrained(tiny_encoder(tmp_path / "whole")).save_pretrained(tmp_path / "bare")
+    template, fresh = load_model(str(tmp_path / "bare"), None, Head("AutoModelForMaskedLM", None), {})
+    model = share_tensors(template)
+    _draw_anew(model, fresh)
+    head = model.cls.predictions
+    assert head.bias is head.decoder.bias
+    assert head.bias is not template.cls.predictions.bias
+    assert head.decoder.weight is template.get_input_embeddings().weight
+    # Embedding and head share a tensor of the checkpoint's: only the head's own parameters are drawn.
+    assert head.transform.dense.weight is not template.cls.predictions.transform.dense.weight
