@@ -96,6 +96,13 @@ class LimitSpec(_Section):
     validation: int | None = Field(default=None, ge=1)
     test: int | None = Field(default=None, ge=1)
 
+    @field_validator("train", mode="before")
+    @classmethod
+    def _whole(cls, value: Any) -> Any:
+        if isinstance(value, list) and not all(type(size) is int for size in value):
+            raise ValueError(f"the sizes of a few-shot curve are whole numbers, for example [16, 64, 256], not {value}")
+        return value
+
     @field_validator("train")
     @classmethod
     def _sizes(cls, value: int | tuple[int, ...] | None) -> int | tuple[int, ...] | None:
@@ -167,10 +174,12 @@ class DataSpec(_Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.join is not None:
-            if self.source is not None or self.train is not None:
-                raise ValueError("'join' names the data of each part: 'source' and 'train' stand there, not beside it")
+            if beside := self._beside_join():
+                raise ValueError(f"'join' names the data of each part: {beside!r} stands there, not beside it")
             if any(part.join is not None for part in self.join.values()):
                 raise ValueError("a part of 'join' cannot join others itself")
+            if any(isinstance(part.limit.train, tuple) for part in self.join.values()):
+                raise ValueError("a part of 'join' has one size: write the list of a few-shot curve's beside 'join'")
             if len(self.join) < 2:
                 raise ValueError("'join' needs at least two parts")
             return self
@@ -179,6 +188,13 @@ class DataSpec(_Section):
         if self.source is not None and (self.validation or self.test):
             raise ValueError("'validation' and 'test' go with 'train', not with 'source'")
         return self
+
+    def _beside_join(self) -> str | None:
+        """A key that nothing reads where data sets are joined; ``limit`` and its seed are about their union."""
+        given = {name: getattr(self, name) for name in type(self).model_fields if name not in ("join", "limit")}
+        given["split"] = self.split.model_copy(update={"seed": 0})
+        unset: dict[str, Any] = {"format": "auto", "columns": ColumnsSpec(), "split": SplitSpec()}
+        return next((name for name, value in given.items() if value != unset.get(name)), None)
 
 
 class DomainSpec(_Section):
@@ -420,12 +436,21 @@ def _few_shot_curves(domains: Mapping[Any, Any]) -> dict[Any, Any]:
         data = domain.get("data") if isinstance(domain, Mapping) else None
         limit = data.get("limit") if isinstance(data, Mapping) else None
         sizes = limit.get("train") if isinstance(limit, Mapping) else limit
-        if not isinstance(sizes, list) or not sizes or not all(type(size) is int for size in sizes):
+        if not isinstance(sizes, list) or not all(type(size) is int for size in sizes) or _repeats(sizes):
+            # What is no curve is as it is; what is a wrong one is refused where it stands.
             found[name] = domain
             continue
         assert isinstance(domain, Mapping)
         assert isinstance(data, Mapping)
         others = limit if isinstance(limit, Mapping) else {}
         for size in sizes:
+            if f"{name}-{size}" in domains:
+                raise ValueError(
+                    f"the few-shot curve of {name!r} makes a domain '{name}-{size}', and there is one: rename either"
+                )
             found[f"{name}-{size}"] = {**domain, "data": {**data, "limit": {**others, "train": size}}}
     return found
+
+
+def _repeats(sizes: list[int]) -> bool:
+    return not sizes or len(set(sizes)) < len(sizes)

@@ -64,6 +64,31 @@ WRONG: list[tuple[str, str, str]] = [
     ),
     (DATA, "{source: a, header: []}", "s.yaml, line 5: domains.clinical.data.header: must not be empty"),
     (DATA, "{source: a, limit: 0}", "data.limit.train: must be a whole number of at least 1"),
+    (DATA, "{source: a, limit: [4, 8, 4]}", "data.limit.train: list at least one size, and each only once"),
+    (DATA, "{source: a, limit: []}", "data.limit.train: list at least one size, and each only once"),
+    (
+        DATA,
+        "{source: a, limit: {train: ['4', 8]}}",
+        "data.limit.train: the sizes of a few-shot curve are whole numbers",
+    ),
+    (
+        DATA,
+        "{source: a, limit: [4, 8]}\n  clinical-8:\n    data: {source: b}",
+        "the few-shot curve of 'clinical' makes a domain 'clinical-8', and there is one: rename either",
+    ),
+    (
+        DATA,
+        "{join: {a: {source: a, limit: [4, 8]}, b: {source: b}}}",
+        "data: a part of 'join' has one size: write the list of a few-shot curve's beside 'join'",
+    ),
+    *(
+        (
+            DATA,
+            f"{{join: {{a: {{source: a}}, b: {{source: b}}}}, {key}}}",
+            f"data: 'join' names the data of each part: '{key.split(':')[0]}' stands there, not beside it",
+        )
+        for key in ("source: c", "validation: c", "columns: {text: c}", "split: {test: 0.2}", "format: csv")
+    ),
     (DATA, "{source: a, limit: some}", f"data.limit: {SECTION}, not 'some'"),
     (DATA, "{source: a, columns: {txt: b}}", "data.columns.txt: unknown key; did you mean 'text'?"),
     (
@@ -199,6 +224,15 @@ def test_a_list_of_limits_makes_a_domain_of_each_size() -> None:
         "clinical-16": (16, 9),
         "clinical-64": (64, 9),
     }
+
+
+def test_data_sets_that_are_joined_are_limited_and_drawn_together() -> None:
+    data = "{join: {a: {source: a}, b: {source: b}}, limit: [4, 8], split: {seed: 3}}"
+    spec = StudyFile.parse(STUDY.replace(DATA, data)).spec
+    found = {name: (domain.data.limit.train, domain.data.split.seed) for name, domain in spec.domains.items()}
+    assert found == {"clinical-4": (4, 3), "clinical-8": (8, 3)}
+    # What is kept of a study is read as it was written.
+    assert type(spec).model_validate(spec.model_dump(mode="json")) == spec
 
 
 def test_a_place_in_a_few_shot_domain_or_a_search_space_is_named_as_it_is_written() -> None:
