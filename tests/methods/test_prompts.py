@@ -29,10 +29,12 @@ from transformers import (
     MPNetForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
+    RobertaModel,
     T5Config,
 )
 
 from peftsearch.methods import METHODS, AttachContext
+from peftsearch.methods.soft_prompt.layer import SoftPromptLayer
 from peftsearch.training.base_model import count_exported, count_trainable, trainable
 
 SHALLOW = ("prompt", "p_tuning")
@@ -198,34 +200,56 @@ def test_a_classifier_with_soft_tokens_reads_what_it_was_trained_to_read() -> No
     torch.testing.assert_close(scores(attached, inputs)[1:], scores(attached, alone), rtol=1e-4, atol=1e-5)
 
 
-def test_encoders_classify_with_pefts_own_soft_tokens(tmp_path: Path) -> None:
+def test_a_head_on_the_first_token_reads_the_texts() -> None:
+    """PEFT's prompt tuning would hand RoBERTa's classifier the first soft token's output."""
+    config = RobertaConfig(
+        vocab_size=99, hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4, intermediate_size=HIDDEN,
+        max_position_embeddings=40,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = RobertaForSequenceClassification(config).requires_grad_(False).eval()
+    plain, ids = copy.deepcopy(model), torch.randint(5, 90, (2, 7))
+    for method in SHALLOW:
+        changes = {"init": "random"} if method == "prompt" else {}
+        attached: Any = attach(
+            method, copy.deepcopy(model), AttachContext("SEQ_CLS", "", (), ("classifier",)), **changes
+        )
+        prompt = next(m for m in attached.modules() if isinstance(m, SoftPromptLayer)).prompt("default")
+        words = plain.get_input_embeddings()(ids)
+        hidden = plain.roberta(inputs_embeds=torch.cat([prompt.expand(2, -1, -1), words], dim=1)).last_hidden_state
+        head = attached.base_model.classifier.modules_to_save["default"]
+        expected = head(hidden[:, TOKENS:])
+        torch.testing.assert_close(attached(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(expected, head(hidden), rtol=1e-3, atol=1e-4)
+
+
+def test_bare_models_have_pefts_own_soft_tokens(tmp_path: Path) -> None:
     """Such a folder loads where this package is not installed."""
     torch.manual_seed(0)
     config = RobertaConfig(
         vocab_size=99, hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=4, intermediate_size=HIDDEN,
         max_position_embeddings=40,
     )  # fmt: skip
-    RobertaForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    RobertaModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "base")
     inputs = {"input_ids": torch.randint(5, 90, (2, 7))}
     expected = []
     for method in SHALLOW:
-        model = RobertaForSequenceClassification.from_pretrained(tmp_path / "base").requires_grad_(False).eval()
+        model = RobertaModel.from_pretrained(tmp_path / "base", add_pooling_layer=False).requires_grad_(False).eval()
         changes = {"init": "vocabulary"} if method == "prompt" else {}
-        attached: Any = attach(method, model, AttachContext("SEQ_CLS", "", (), ("classifier",)), **changes)
-        train(attached, inputs)
+        attached: Any = attach(method, model, AttachContext("FEATURE_EXTRACTION", ""), **changes)
+        randomise(attached)
         attached.save_pretrained(str(tmp_path / method))
-        head = attached.base_model.classifier.modules_to_save["default"]
-        assert count_exported(attached) == TOKENS * HIDDEN + sum(p.numel() for p in head.parameters())
-        expected.append(scores(attached, inputs).tolist())
+        assert count_exported(attached) == TOKENS * HIDDEN
+        expected.append(attached(**inputs).last_hidden_state.tolist())
     program = """
 import json, sys, torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
+from transformers import RobertaModel
 base, ids, *adapters = sys.argv[1:]
 for adapter in adapters:
-    model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base), adapter).eval()
+    model = PeftModel.from_pretrained(RobertaModel.from_pretrained(base, add_pooling_layer=False), adapter).eval()
     assert "peftsearch" not in sys.modules
-    print(json.dumps(model(input_ids=torch.tensor(json.loads(ids))).logits.tolist()))
+    print(json.dumps(model(input_ids=torch.tensor(json.loads(ids))).last_hidden_state.tolist()))
 """
     paths = [str(tmp_path / "base"), json.dumps(inputs["input_ids"].tolist()), *(str(tmp_path / m) for m in SHALLOW)]
     answer = subprocess.run([sys.executable, "-c", program, *paths], capture_output=True, text=True, check=True)
@@ -317,12 +341,12 @@ def test_positions_that_do_not_suffice_are_said_of_pefts_own_soft_tokens(method:
         vocab_size=99, hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=4, intermediate_size=HIDDEN,
         max_position_embeddings=40,
     )  # fmt: skip
-    model = RobertaForSequenceClassification(config).requires_grad_(False).eval()
+    model = RobertaModel(config).requires_grad_(False).eval()
     changes = {"init": "random"} if method == "prompt" else {}
-    attached = attach(method, model, AttachContext("SEQ_CLS", "", (), ("classifier",)), **changes)
-    assert scores(attached, {"input_ids": torch.full((1, 38 - TOKENS), 5)}).isfinite().all()
+    attached = attach(method, model, AttachContext("FEATURE_EXTRACTION", ""), **changes)
+    assert attached(input_ids=torch.full((1, 38 - TOKENS), 5)).last_hidden_state.isfinite().all()
     with pytest.raises(ValueError, match="3 soft tokens and a text of 36 tokens exceed the model's 38 positions"):
-        scores(attached, {"input_ids": torch.full((1, 39 - TOKENS), 5)})
+        attached(input_ids=torch.full((1, 39 - TOKENS), 5))
 
 
 def test_attention_that_cannot_be_reached_is_said() -> None:

@@ -1,7 +1,9 @@
 """Soft tokens in front of the text (prompt tuning, P-tuning) for every model and task, as a PEFT method of our own.
 
-PEFT's own prompt tuning serves classification by encoders, and is used there. Elsewhere it goes wrong (0.21.2, tried):
+PEFT's own prompt tuning serves bare models, and is used there. Elsewhere it goes wrong (0.21.2, tried):
 
+- heads of encoders that read the first position (BERT's pooler, RoBERTa's classifier): they read the first soft token
+  there, not the text's ``[CLS]`` that they, or the pooler, were pretrained on;
 - heads that refuse ``inputs_embeds`` (T5 that classifies);
 - heads that look for the last token in ``input_ids``, which PEFT does not pass: a decoder that classifies reads the
   padding's output;
