@@ -116,10 +116,13 @@ def activation_bytes(shape: ModelShape, batch: int, length: int, compute_bytes: 
 def trial_bytes(shape: ModelShape, trainable: int, trains_copy: bool, activations: int) -> int:
     """What a trial adds to the frozen weights.
 
-    Adapter weights (4 bytes each), or a second copy of the model for methods that train it; 4 bytes of gradient and
-    8 bytes of AdamW's two moments per trainable parameter; and the activations.
+    Adapter weights (4 bytes each), or a second copy of the model for methods that train it, and what the optimiser
+    steps on where that is in half precision (4 bytes each); 4 bytes of gradient and 8 bytes of AdamW's two moments per
+    trainable parameter; and the activations.
     """
     weights = shape.parameters * shape.weight_bytes if trains_copy else 4 * trainable
+    if trains_copy and shape.weight_bytes < 4:
+        weights += 4 * trainable
     return weights + (4 + 8) * trainable + activations
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,8 +28,27 @@ def learning_rate_factor(step: int, total_steps: int, training: TrainingSpec) ->
     return 1.0 - progress
 
 
+def master_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A float32 copy of each trainable parameter that is stored in half precision, by name (Micikevicius et al. 2018,
+    arXiv:1710.03740, section 3.1).
+
+    These are what the optimiser steps on: bf16 has eight bits of precision, so that a step of less than 1/512 of a
+    weight, as most of fine-tuning's are, would leave the weight as it was.
+    """
+    return {
+        name: nn.Parameter(parameter.detach().float())
+        for name, parameter in trainable(model).items()
+        if parameter.dtype in (torch.bfloat16, torch.float16)
+    }
+
+
 def make_optimizer(
-    model: nn.Module, head: frozenset[int], learning_rate: float, training: TrainingSpec, device: torch.device
+    model: nn.Module,
+    head: frozenset[int],
+    learning_rate: float,
+    training: TrainingSpec,
+    device: torch.device,
+    masters: Mapping[str, nn.Parameter] | None = None,
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) over the trainable parameters; with 8-bit moments where the study says so
     (Dettmers et al. 2022, arXiv:2110.02861).
@@ -42,13 +62,16 @@ def make_optimizer(
         learning_rate: Peak rate of the method's parameters.
         training: Weight decay and the head's rate.
         device: Decides whether the fused kernel is used.
+        masters: What is optimised in place of parameters, see `master_weights`.
     """
+    masters = masters or {}
     head_rate = training.head_learning_rate or learning_rate
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for parameter in trainable(model).values():
+    for name, parameter in trainable(model).items():
         rate = head_rate if id(parameter) in head else learning_rate
-        decay = training.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((rate, decay), []).append(parameter)
+        # IA3's factors are vectors with a second dimension; decay would draw them to 0, and with them what they scale.
+        decay = training.weight_decay if parameter.ndim > 1 and ".ia3_l." not in name else 0.0
+        groups.setdefault((rate, decay), []).append(masters.get(name, parameter))
     options: list[dict[str, Any]] = [
         {"params": parameters, "lr": rate, "weight_decay": decay, "peak": rate}
         for (rate, decay), parameters in groups.items()
@@ -64,6 +87,20 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Scale every group's peak rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
+
+
+def step_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], masters: Mapping[str, nn.Parameter]
+) -> None:
+    """One step, by way of the `master_weights`; the gradients are gone afterwards."""
+    for name, master in masters.items():
+        gradient, parameters[name].grad = parameters[name].grad, None
+        master.grad = None if gradient is None else gradient.float()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for name, master in masters.items():
+            parameters[name].copy_(master)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, torch.Tensor]:

@@ -39,8 +39,10 @@ from peftsearch.training.optimizer import (
     learning_rate_factor,
     load_optimizer_tensors,
     make_optimizer,
+    master_weights,
     optimizer_tensors,
     set_learning_rate,
+    step_optimizer,
 )
 from peftsearch.training.precision import training_autocast
 from peftsearch.training.segment import SegmentResult, TestReading, TrialPlan
@@ -149,14 +151,16 @@ class TrialSession:
             torch.cuda.reset_peak_memory_stats(group.device)
         self.model = build_model(base, domain, plan.method, plan.hyperparameters, plan.seed)
         self.parameters = trainable(self.model)
+        self.wrapped = group.wrap(self.model)
+        self.masters = master_weights(self.model)
         self.optimizer = make_optimizer(
             self.model,
             _head_parameters(self.model),
             float(plan.hyperparameters["learning_rate"]),
             training,
             group.device,
+            self.masters,
         )
-        self.wrapped = group.wrap(self.model)
         self.loss_options = _loss_options(domain, training, group.device)
         self.best = _Best()
         self.order = DataOrder(domain.lengths("train"), training.batch_size, plan.seed)
@@ -176,7 +180,8 @@ class TrialSession:
             return
         _load_parameters(self.parameters, _strip(tensors, "model/"))
         self.best = _Best(_strip(tensors, "best/"), meta["best_value"], meta["best_step"], meta["waited"])
-        load_optimizer_tensors(self.optimizer, self.parameters, _strip(tensors, "optimizer/"))
+        _load_parameters(self.masters, _strip(tensors, "master/"))
+        load_optimizer_tensors(self.optimizer, {**self.parameters, **self.masters}, _strip(tensors, "optimizer/"))
         self._random_state = _strip(tensors, f"random/{self.group.rank}/")
         self.step = int(meta["step"])
         self.last = _result(meta["result"])
@@ -200,16 +205,18 @@ class TrialSession:
         train_loss = self._train(to_step)
         self._random_state = _random_state(self.group.device)
         trained = time.perf_counter()
-        evaluation = self._evaluate(final)
         stopped = False
-        if self.training.patience is not None:
+        if self.training.patience is None:
+            evaluation = self._evaluate(final)
+        else:
+            # Evaluations are compared on equal terms, the last one too: under autocast, and greedy where a task writes.
+            evaluation = self._evaluate(final=False)
             exhausted = self._note_improvement(evaluation)
             stopped = exhausted and not final
-            if (final or stopped) and self.best.step != self.step:
-                # The last weights are not the best ones: what is scored and kept are those.
-                _load_parameters(self.parameters, self.best.weights)
-                evaluation = self._evaluate(final=True)
-            elif stopped:
+            if final or stopped:
+                if self.best.step != self.step:
+                    # The last weights are not the best ones: what is scored and kept are those.
+                    _load_parameters(self.parameters, self.best.weights)
                 evaluation = self._evaluate(final=True)
         scores = evaluation.scores
         if self.general_text is not None and (final or stopped):
@@ -293,8 +300,7 @@ class TrialSession:
                 loss += part_loss.detach()
             nn.utils.clip_grad_norm_(parameters, self.training.max_grad_norm)
             set_learning_rate(self.optimizer, learning_rate_factor(step, self.budget.total_steps, self.training))
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            step_optimizer(self.optimizer, self.parameters, self.masters)
             # Summed on the device: reading it every step would make the host wait for the GPU.
             total += loss.double() * len(indices) / group.size
             examples += len(indices)
@@ -339,8 +345,9 @@ class TrialSession:
             write_checkpoint(self.folder / WEIGHTS, weights, meta)
             (self.folder / STATE).unlink(missing_ok=True)
             return
-        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        names = {id(parameter): name for name, parameter in (*self.parameters.items(), *self.masters.items())}
         tensors = {f"model/{name}": tensor for name, tensor in weights.items()}
+        tensors |= {f"master/{name}": master.data for name, master in self.masters.items()}
         tensors |= {f"best/{name}": tensor for name, tensor in self.best.weights.items()}
         tensors |= {f"optimizer/{k}": v for k, v in optimizer_tensors(self.optimizer, names).items()}
         for rank, state in enumerate(random_states):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -126,6 +127,9 @@ def test_memory() -> None:
     assert trial_bytes(SHAPE, trainable=1000, trains_copy=False, activations=7) == 16_000 + 7
     # Full fine-tuning: the same for every weight.
     assert trial_bytes(SHAPE, trainable=1_000_000, trains_copy=True, activations=0) == 16_000_000
+    # Half precision is trained by way of a copy in full precision.
+    half = dataclasses.replace(SHAPE, weight_bytes=2)
+    assert trial_bytes(half, trainable=1_000_000, trains_copy=True, activations=0) == 18_000_000
 
 
 def test_quantised_bases() -> None:

@@ -12,14 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from peftsearch.domains import get_task
 from peftsearch.domains.tasks import LossOptions
-from peftsearch.methods import METHODS
+from peftsearch.methods import METHODS, AttachContext
 from peftsearch.search.plan import StudyPlan, plan_study
-from peftsearch.spec import StudyFile
+from peftsearch.spec import StudyFile, TrainingSpec
 from peftsearch.training.checkpoint import WEIGHTS, read_checkpoint, trial_folder
 from peftsearch.training.distributed import WorkerGroup
+from peftsearch.training.optimizer import make_optimizer, master_weights, step_optimizer
 from peftsearch.training.segment import Segment, SegmentResult, TrialPlan
 from peftsearch.training.worker import Worker
 
@@ -66,6 +68,54 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(write_study: Make, t
     second = train(worker(parts, tmp_path / "b"), parts, trial(parts))
     assert [item.train_loss for item in second] == pytest.approx([item.train_loss for item in first], rel=1e-4)
     assert [item.loss for item in second] == pytest.approx([item.loss for item in first], rel=1e-3)
+
+
+def test_small_steps_add_up_in_half_precision() -> None:
+    """Each of them is less than bf16 tells apart; together they are not."""
+    layer = torch.nn.Linear(4, 4, bias=False).to(torch.bfloat16)
+    layer.weight.data.fill_(1.0)
+    training = TrainingSpec(schedule="constant", warmup=0.0, weight_decay=0.0)
+    parameters, masters = dict(layer.named_parameters()), master_weights(layer)
+    optimizer = make_optimizer(layer, frozenset(), 1e-4, training, torch.device("cpu"), masters)
+    for _ in range(500):
+        layer.weight.grad = torch.ones_like(layer.weight)
+        step_optimizer(optimizer, parameters, masters)
+    assert layer.weight.grad is None
+    assert layer.weight.float().mean().item() == pytest.approx(1.0 - 500 * 1e-4, abs=2**-8)
+    assert not master_weights(torch.nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_an_interrupted_trial_over_a_base_in_half_precision(
+    method: str, write_study: Make, tiny_base: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForMaskedLM.from_pretrained(tiny_base).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "half")
+    plan = planned(write_study, tmp_path, tmp_path / "half", evaluations=2, epochs=1)
+    defaults: dict[str, Any] = {name: item.space for name, item in METHODS[method].hyperparameters.items()}
+    rate = {"learning_rate": 1e-4}
+    chosen = defaults | (trial(plan).hyperparameters if method == "lora" else {}) | rate
+    what = replace(trial(plan), method=method, hyperparameters=chosen)
+    steps = plan.budgets["topics", method].evaluation_steps
+    segments = [Segment(what, step, final=step == steps[-1]) for step in steps]
+    whole = worker(plan, tmp_path / "whole")
+    expected = [whole.do(segment) for segment in segments]
+    found = [worker(plan, tmp_path / "parts").do(segment) for segment in segments]
+    for one, other in zip(expected, found, strict=True):
+        assert isinstance(one, SegmentResult), one
+        assert isinstance(other, SegmentResult), other
+        assert (one.loss, one.train_loss, one.scores) == (other.loss, other.train_loss, other.scores)
+
+
+def test_factors_are_not_drawn_to_zero() -> None:
+    """Weight decay leaves IA3's vectors alone, which multiply what the base computes."""
+    base = LlamaForCausalLM(
+        LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32, vocab_size=50)
+    ).requires_grad_(False)
+    model = METHODS["ia3"].attach(base, {"learning_rate": 1e-2}, AttachContext("CAUSAL_LM", ""))
+    optimizer = make_optimizer(model, frozenset(), 1e-2, TrainingSpec(weight_decay=0.1), torch.device("cpu"))
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0}
 
 
 def test_a_trial_that_stops_improving_ends_with_its_best_weights(write_study: Make, tmp_path: Path) -> None:
