@@ -22,7 +22,7 @@ from peftsearch.spec.study import (
     TrainingSpec,
     check_name,
 )
-from peftsearch.spec.study_file import StudyFile, suggest
+from peftsearch.spec.study_file import StudyFile, problem, suggest
 from peftsearch.spec.trial import Confirmed, Reading, Rung, TrialRecord, TrialState
 
 __all__ = [
@@ -60,5 +60,6 @@ __all__ = [
     "check_name",
     "model_location",
     "package_path",
+    "problem",
     "suggest",
 ]

@@ -102,19 +102,10 @@ class StudyFile:
             problems, key=lambda item: (item["type"] == "too_short", self.lines.get(self._visible(item["loc"]), 10**9))
         )
         loc = self._visible(first["loc"])
-        kind, value = first["type"], first.get("input")
-        if kind == "extra_forbidden":
+        if first["type"] == "extra_forbidden":
             message = f"unknown key{suggest(str(loc[-1]), _keys_at(loc[:-1]))}"
-        elif kind == "missing":
-            message = "is missing"
-        elif kind in ("value_error", "assertion_error"):
-            message = str(first.get("ctx", {}).get("error", first["msg"]))
-        elif kind in ("literal_error", "enum"):
-            message = f"{_brief(value)} is not one of {first['ctx']['expected']}"
-        elif kind in ("too_short", "string_too_short"):
-            message = "must not be empty"
         else:
-            message = f"must be {_expected(kind, first['msg'])}, not {_brief(value)}"
+            message = problem(first)
         return StudyError(f"{self._place(loc)}: {message}")
 
     def _visible(self, loc: tuple[int | str, ...]) -> Loc:
@@ -148,6 +139,27 @@ class StudyFile:
 
     def _is_section(self, loc: Loc) -> bool:
         return any(len(known) > len(loc) and known[: len(loc)] == loc for known in self.lines)
+
+
+def problem(details: Mapping[str, Any]) -> str:
+    """What pydantic found wrong with a value, in the words of a study file, to stand behind its place.
+
+    Args:
+        details: One of `pydantic.ValidationError.errors`.
+    """
+    kind, value = details["type"], details.get("input")
+    if kind == "missing":
+        return "is missing"
+    if kind in ("value_error", "assertion_error"):
+        return str(details.get("ctx", {}).get("error", details["msg"]))
+    if kind in ("literal_error", "enum"):
+        return f"{_brief(value)} is not one of {details['ctx']['expected']}"
+    if kind in ("too_short", "string_too_short"):
+        return "must not be empty"
+    if kind == "string_type" and isinstance(value, bool | int | float):
+        # YAML reads false, no and 3 as other things than words.
+        return f"must be a text, not {_brief(value)}: write it in quotes"
+    return f"must be {_expected(kind, details['msg'])}, not {_brief(value)}"
 
 
 def _expected(kind: str, message: str) -> str:

@@ -122,7 +122,12 @@ def test_a_tiny_model_learns_to_follow(kind: str, places: dict[str, Path], tmp_p
             {},
             "column 'target' of train holds a response that options.labels does not list",
         ),
-        ({}, {"metric": "label_accuracy"}, "instruction has no metric 'label_accuracy'"),
+        ({"labels": "yes"}, {}, "must be a list, not 'yes'"),
+        (
+            {},
+            {"metric": "label_accuracy"},
+            "no metric 'label_accuracy' without the option 'labels': set options.labels",
+        ),
         ({"template": "{text}"}, {}, "has no {text_pair}, which columns.text_pair maps"),
     ],
 )

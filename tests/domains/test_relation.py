@@ -42,6 +42,8 @@ def refused(study: Make, path: Path, **options: Any) -> str:
     [
         ({"negative": "False"}, "options.negative: the negative class 'False' is no label of the data; did you mean"),
         ({"markers": ["@A$", "@C$"]}, "options.markers: no text of train holds the marker '@C$': write it as the data"),
+        ({"negative": False}, "must be a text, not False: write it in quotes"),
+        ({"markers": "@A$"}, "must be a list, not '@A$'"),
         ({"negatives": "false"}, "relation has no such option; did you mean 'negative'"),
         ({"negative": 3}, "options.negative: "),
     ],

@@ -379,6 +379,10 @@ def test_targets_that_are_cut_are_counted_and_references_stay_whole(make: Make) 
         (ROWS, {"generation": {"length_penalty": 2.0}}, {}, "length_penalty compares beams"),
         (ROWS, {"generation": {"min_tokens": 30}}, {}, "min_tokens is more than the 16 tokens"),
         (ROWS, {"generation": {"beam": 2}}, {}, "no such option"),
+        (ROWS, {"generation": {"beams": 0}}, {}, "must be greater than or equal to 1, not 0"),
+        (ROWS, {"generation": {"beams": "four"}}, {}, "must be a whole number, not 'four'"),
+        (ROWS, {"generation": "beam"}, {}, "must be a section of keys and values, not 'beam'"),
+        (ROWS, {"chat": "perhaps"}, {}, "must be true or false, not 'perhaps'"),
         (ROWS, {}, {"data": {"columns": {"target": "text"}}}, "the column 'text' cannot be both text and target"),
     ],
 )

@@ -146,6 +146,8 @@ class Task(ABC):
     metrics: ClassVar[Mapping[str, Metric]]
     """What it can be scored by; the first is the default objective."""
     label_metrics: ClassVar[Mapping[str, Metric]] = {}
+    # Metrics that only an option brings, and that option, to name where it is missing.
+    optional_metrics: ClassVar[Mapping[str, str]] = {}
     """Scores of one label: the study file names them as ``f1/LABEL``."""
     Options: ClassVar[type[TaskOptions]] = TaskOptions
     heads: ClassVar[Mapping[Architecture, Head]]

@@ -45,6 +45,7 @@ class Instruction(Generating):
         "rouge2": Metric("rouge2", "maximize", "ROUGE-2"),
         "exact_match": Metric("exact_match", "maximize", "exact match"),
     }
+    optional_metrics: ClassVar[Mapping[str, str]] = {LABEL_ACCURACY.name: "labels"}
     Options = InstructionOptions
     options: InstructionOptions
 

@@ -18,7 +18,7 @@ from peftsearch.domains.tasks.relation import Relation
 from peftsearch.domains.tasks.similarity import Similarity
 from peftsearch.domains.tasks.summarization import Summarization
 from peftsearch.domains.tasks.token_classification import TokenClassification
-from peftsearch.spec import StudyError, suggest
+from peftsearch.spec import StudyError, problem, suggest
 from peftsearch.spec.yaml_file import Loc
 
 TASKS: dict[str, type[Task]] = {
@@ -61,7 +61,7 @@ def get_task(name: str, loc: Loc = (), options: Mapping[str, Any] | None = None)
             known = task.Options.model_fields
             message = f"{name} has no such option" + (suggest(str(first["loc"][-1]), known) if known else "")
         else:
-            message = str(first.get("ctx", {}).get("error", first["msg"]))
+            message = problem(first)
         raise StudyError(message, place) from None
 
 
@@ -90,5 +90,8 @@ def get_metric(task: Task, name: str | None, loc: Loc = (), labels: Sequence[str
             )
         metric = task.label_metrics[kind]
         return Metric(name, metric.direction, f"{metric.title} of {label}")
+    if name in task.optional_metrics:
+        needed = task.optional_metrics[name]
+        raise StudyError(f"{task.name} has no metric {name!r} without the option {needed!r}: set options.{needed}", loc)
     known = [*task.metrics, *(f"{kind}/LABEL" for kind in task.label_metrics)]
     raise StudyError(f"{task.name} has no metric {name!r}{suggest(name, known)}", loc)
