@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from peftsearch.methods.base import AttachContext, Hyperparameter, Method, dropout, learning_rate
-from peftsearch.spec import Range
+from peftsearch.spec import Range, suggest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -84,7 +84,9 @@ class Lora(Method):
         except ValueError as error:
             if targets in (ATTENTION, ALL_LINEAR):
                 raise
-            raise ValueError(f"{type(model).__name__} has no linear layer named {targets!r}: {error}") from None
+            # PEFT's advice is about its own options.
+            reason = (str(error).splitlines() or [""])[0].split(". ")[0].rstrip(".")
+            raise ValueError(f"targets {targets!r} do not fit {type(model).__name__}: {reason}") from None
 
 
 def target_modules(model: nn.Module, targets: str) -> str | list[str]:
@@ -94,7 +96,7 @@ def target_modules(model: nn.Module, targets: str) -> str | list[str]:
     value as the model itself shows them.
 
     Raises:
-        ValueError: The model shows no attention.
+        ValueError: The model shows no attention, or has no module of a given name.
     """
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
@@ -103,7 +105,19 @@ def target_modules(model: nn.Module, targets: str) -> str | list[str]:
     if targets == ALL_LINEAR:
         return targets
     if targets != ATTENTION:
-        return [name.strip() for name in targets.split(",") if name.strip()]
+        names = [name.strip() for name in targets.split(",") if name.strip()]
+        paths = [path for path, _ in model.named_modules()]
+        for name in names:
+            # PEFT takes what it finds, and says nothing of a name among others that it does not.
+            if not any(path == name or path.endswith(f".{name}") for path in paths):
+                linear = {
+                    path.rpartition(".")[2]
+                    for path, module in model.named_modules()
+                    if "Linear" in type(module).__name__ or type(module).__name__ == "Conv1D"
+                }
+                hint = suggest(name, {*linear, ATTENTION, ALL_LINEAR})
+                raise ValueError(f"{type(model).__name__} has no linear layer named {name!r}{hint}")
+        return names
     known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(getattr(model.config, "model_type", None))
     if known is not None:
         return known if isinstance(known, str) else list(known)

@@ -174,3 +174,8 @@ def test_says_so_where_there_is_no_attention_and_where_a_name_is_unknown() -> No
         model = BertModel(BertConfig(num_hidden_layers=1))
     with pytest.raises(ValueError, match="BertModel has no linear layer named 'no_such_layer'"):
         attach(model, AttachContext(None, "unused"), targets="no_such_layer")
+    # One of several: PEFT would adapt the others without a word.
+    with pytest.raises(ValueError, match="BertModel has no linear layer named 'quary'; did you mean 'query'"):
+        attach(model, AttachContext(None, "unused"), targets="quary, value")
+    with pytest.raises(ValueError, match=r"^targets 'LayerNorm' do not fit BertModel: Target module LayerNorm[^\n]*$"):
+        attach(model, AttachContext(None, "unused"), targets="LayerNorm")
