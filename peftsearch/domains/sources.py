@@ -156,6 +156,10 @@ def _read_file(path: Path, data: DataSpec, loc: Loc, needed: Collection[str], fo
             "parquet, iob) beside it",
             loc,
         )
+    if data.header is not None and kind not in ("csv", "tsv"):
+        raise StudyError(
+            f"{path.name} is {kind}: 'header' names the columns of CSV and TSV files", (*loc[:-1], "header")
+        )
     reader: Callable[[Path, DataSpec, Collection[str]], pa.Table] = {
         "csv": _read_csv,
         "tsv": _read_tsv,
@@ -291,6 +295,9 @@ def _records_to_table(records: Sequence[dict[str, Any]], needed: Collection[str 
 
 def _column(values: list[Any], name: str, needed: bool) -> pa.Array:
     try:
+        # Arrow takes true beside numbers for 1.
+        if needed and bool in (types := set(map(type, values))) and types & {int, float}:
+            raise TypeError
         return pa.array(values)
     except UnicodeEncodeError:
         if needed:
@@ -304,7 +311,9 @@ def _column(values: list[Any], name: str, needed: bool) -> pa.Array:
             found = ", ".join(f"{kind} in row {row}" for kind, row in kinds.items())
             if len(kinds) == 1:
                 raise StudyError(f": column {name!r} holds values that do not fit a table ({found})") from None
-            raise StudyError(f": column {name!r} mixes kinds of values ({found}): make them all text") from None
+            raise StudyError(
+                f": column {name!r} mixes kinds of values ({found}): write all of them as one kind"
+            ) from None
     # A column that nobody asked for only has to be listed when another is looked for.
     return pa.array([json.dumps(value) for value in values])
 

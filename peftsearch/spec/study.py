@@ -187,6 +187,9 @@ class DataSpec(_Section):
             raise ValueError("name the data: either 'source', or 'train' with optional 'validation' and 'test'")
         if self.source is not None and (self.validation or self.test):
             raise ValueError("'validation' and 'test' go with 'train', not with 'source'")
+        for key, value in (("config", self.config), ("revision", self.revision)):
+            if value is not None and not (self.source or "").startswith("hub:"):
+                raise ValueError(f"{key!r} is about data on the Hub (source: hub:ID): leave it out")
         return self
 
     def _beside_join(self) -> str | None:
@@ -357,6 +360,9 @@ class ForgettingSpec(_Section):
 
     source: str = Field(min_length=1, description="As data.source: a file, a folder, hub:ID or package:NAME/FILE")
     config: str | None = Field(default=None, description="Configuration (subset) of a Hub data set")
+    format: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet"] = Field(
+        default="auto", description="Format of a file; auto goes by the name"
+    )
     column: str = Field(default="text", description="The column of texts")
     rows: int = Field(default=200, ge=1, le=100_000, description="Texts at most, evenly over the source")
 

@@ -54,7 +54,7 @@ def general_texts(spec: ForgettingSpec, folder: Path) -> tuple[str, ...]:
         StudyError: The source or its column is missing, or it holds no texts.
     """
     loc = ("forgetting",)
-    data = DataSpec(source=spec.source, config=spec.config, columns=ColumnsSpec(text=spec.column))
+    data = DataSpec(source=spec.source, config=spec.config, format=spec.format, columns=ColumnsSpec(text=spec.column))
     raw = read_source(data, folder, loc, (spec.column,))["train"]
     column = find(raw.table, spec.column, raw.where, (*loc, "column"))
     if not is_text(column.type):

@@ -207,7 +207,12 @@ BAD_FILES: list[tuple[str, str | bytes, str]] = [
     (
         "a.jsonl",
         '{"text": "a", "label": "x"}\n{"text": "b", "label": 1}\n',
-        "a.jsonl: column 'label' mixes kinds of values (a text in row 1, a number in row 2): make them all text",
+        "a.jsonl: column 'label' mixes kinds of values (a text in row 1, a number in row 2): write all of them as one",
+    ),
+    (
+        "a.jsonl",
+        '{"text": "a", "label": 0.5}\n{"text": "b", "label": true}\n',
+        "a.jsonl: column 'label' mixes kinds of values (a number in row 1, true/false in row 2)",
     ),
     ("a.jsonl", '{"text": "\\ud800", "label": "x"}\n', "a.jsonl: column 'text' holds broken Unicode"),
     ("a.jsonl", f'{{"text": "a", "label": {2**70}}}\n', "a.jsonl: column 'label' holds values that do not fit a table"),
@@ -227,6 +232,14 @@ def test_unreadable_file(tmp_path: Path, study: Make, name: str, content: str | 
     assert explained.startswith("study.yaml, line ")
     assert "domains.d.data" in explained
     assert "\n" not in explained
+
+
+def test_a_header_is_for_files_that_may_lack_one(tmp_path: Path, study: Make) -> None:
+    write(tmp_path / "a.json", '[{"text": "a", "label": "x"}]')
+    file = study({"source": "a.json", "header": ["text", "label"]})
+    with pytest.raises(StudyError, match=r"a\.json is json: 'header' names the columns of CSV and TSV files") as caught:
+        load_raw("d", file.spec, file.folder)
+    assert caught.value.loc == ("domains", "d", "data", "header")
 
 
 def test_missing_file_names_a_similar_one(tmp_path: Path, study: Make) -> None:

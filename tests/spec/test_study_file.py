@@ -89,6 +89,8 @@ WRONG: list[tuple[str, str, str]] = [
         )
         for key in ("source: c", "validation: c", "columns: {text: c}", "split: {test: 0.2}", "format: csv")
     ),
+    (DATA, "{source: a, config: b}", "data: 'config' is about data on the Hub (source: hub:ID): leave it out"),
+    (DATA, "{train: a, revision: b}", "data: 'revision' is about data on the Hub (source: hub:ID): leave it out"),
     (DATA, "{source: a, limit: some}", f"data.limit: {SECTION}, not 'some'"),
     (DATA, "{source: a, columns: {txt: b}}", "data.columns.txt: unknown key; did you mean 'text'?"),
     (

@@ -155,3 +155,9 @@ def test_texts_are_taken_evenly_from_the_whole_source(places: dict[str, Path], t
     plan = plan_study(file, tmp_path / "cache")
     assert plan.general_texts == ("text 0", "text 49", "text 99")
     assert plan.for_workers(tmp_path, 1).general_texts == plan.general_texts
+    # A file may have any name, if its format is said.
+    Path(tmp_path / section["source"]).rename(tmp_path / "general")
+    file = study(
+        tmp_path, places["decoder"], DOMAIN, ROWS, forgetting={"source": "general", "format": "jsonl", "rows": 3}
+    )
+    assert plan_study(file, tmp_path / "cache").general_texts == plan.general_texts
