@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import HIDDEN, tiny_encoder, tiny_encoder_decoder
-from transformers import AutoModel, AutoModelForSequenceClassification, T5ForConditionalGeneration
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    T5ForConditionalGeneration,
+)
 
+from peftsearch.domains import get_task
 from peftsearch.domains.tasks import Head
-from peftsearch.training.base_model import _draw_anew, load_model, share_tensors
+from peftsearch.training.base_model import FrozenBase, _draw_anew, load_model, meta_model, share_tensors
 
 
 def test_a_t5_head_is_scaled_to_its_width(tmp_path: Path) -> None:
@@ -53,3 +62,23 @@ def test_tied_parameters_of_a_fresh_head_stay_tied(tmp_path: Path) -> None:
     assert head.decoder.weight is template.get_input_embeddings().weight
     # Embedding and head share a tensor of the checkpoint's: only the head's own parameters are drawn.
     assert head.transform.dense.weight is not template.cls.predictions.transform.dense.weight
+
+
+def test_embeddings_train_no_pooler(tmp_path: Path) -> None:
+    """RoBERTa's checkpoints have none, and mean-pooled embeddings do not read it: it would count and never learn."""
+    config = RobertaConfig(
+        vocab_size=99, hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=4, intermediate_size=HIDDEN
+    )
+    RobertaForMaskedLM(config).save_pretrained(tmp_path / "base")
+    domain: Any = SimpleNamespace(
+        task=get_task("similarity", options={"encoding": "separate", "range": [0, 1]}),
+        labels=("score = 0 + 1 * output",),
+        head=Head("AutoModel", "FEATURE_EXTRACTION"),
+        pad_token_id=1,
+    )
+    base = FrozenBase(str(tmp_path / "base"))
+    model: Any = base.trial_model(domain, seed=0, copy_weights=False)
+    assert model.pooler is not None
+    assert base.template(domain).modules_to_save == ()
+    _, modules = meta_model(base.location, None, domain.task, domain.head, domain.labels)
+    assert modules == ()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import SAMPLES
 
 from peftsearch.methods import METHODS
 from peftsearch.search.plan import StudyPlan, plan_study
@@ -42,11 +43,20 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "prompt": {"tokens": 4, "init": "vocabulary", "init_text": "", "learning_rate": 3e-2},
     "full": {"learning_rate": 2e-3},
 }
+FURTHER = {method: sample for method, sample in SAMPLES.items() if method not in CONFIGURATIONS}
+EVERY_METHOD = [*CONFIGURATIONS, *(pytest.param(method, marks=pytest.mark.slow) for method in FURTHER)]
+"""Four in every run of the tests, the others in the slow ones."""
 
 
 @pytest.fixture
-def plan(write_study: Callable[..., Path], tmp_path: Path) -> StudyPlan:
-    return plan_study(StudyFile.load(write_study()), tmp_path / "cache")
+def plan(request: pytest.FixtureRequest, write_study: Callable[..., Path], tmp_path: Path) -> StudyPlan:
+    """A study of the usual methods, and of the one that the test is about."""
+    about = getattr(request.node, "callspec", None)
+    methods = dict.fromkeys(
+        [*CONFIGURATIONS, *([about.params["method"]] if about and "method" in about.params else [])]
+    )
+    written = {method: FURTHER.get(method, {}) for method in methods}
+    return plan_study(StudyFile.load(write_study(methods=written)), tmp_path / "cache")
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +73,7 @@ def new_worker(plan: StudyPlan, folder: Path) -> Worker:
 def trial(plan: StudyPlan, method: str, number: int = 0, **changes: Any) -> TrialPlan:
     model = next(iter(plan.models))
     defaults = {name: item.space for name, item in METHODS[method].hyperparameters.items()}
-    return TrialPlan(number, model, "topics", method, defaults | CONFIGURATIONS[method] | changes, seed=0)
+    return TrialPlan(number, model, "topics", method, defaults | (CONFIGURATIONS | FURTHER)[method] | changes, seed=0)
 
 
 def train(worker: Worker, plan: StudyPlan, what: TrialPlan) -> list[SegmentResult]:
@@ -96,7 +106,7 @@ print(json.dumps([[r.step, r.loss, r.train_loss, r.scores] for r in map(worker.d
 """
 
 
-@pytest.mark.parametrize("method", CONFIGURATIONS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 def test_a_warm_worker_gives_what_a_fresh_process_gives(method: str, plan: StudyPlan, tmp_path: Path) -> None:
     warm = new_worker(plan, tmp_path / "warm")
     for number, other in enumerate(CONFIGURATIONS, start=10):
@@ -140,7 +150,7 @@ def test_the_fingerprint_notices_one_changed_weight(plan: StudyPlan, tmp_path: P
     assert {key for key in before if before[key] != after[key]} == {name}
 
 
-@pytest.mark.parametrize("method", CONFIGURATIONS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 def test_training_goes_on_from_the_checkpoint_as_if_nothing_had_happened(
     method: str, plan: StudyPlan, tmp_path: Path
 ) -> None:
