@@ -197,6 +197,8 @@ def load_model(
 ) -> tuple[PreTrainedModel, frozenset[str]]:
     """The model with a task head, and the names of the parameters that the checkpoint does not hold.
 
+    Of a model without a head none are named.
+
     Args:
         location: Folder or Hub id.
         revision: Hub revision.
@@ -223,6 +225,10 @@ def load_model(
         )
     mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
     model.eval()
+    if head.auto_model == "AutoModel":
+        # A model without a head lacks at most a pooler (RoBERTa's checkpoints do), which embeddings do not read:
+        # trained, it would count and never learn.
+        return model, frozenset()
     return model, frozenset(set(info["missing_keys"]) | mismatched)
 
 
