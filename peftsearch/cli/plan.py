@@ -69,17 +69,19 @@ def totals(plan: StudyPlan, estimated: Estimate | None) -> list[str]:
         lines.append(f"Rough estimate: {needed}.")
     small = sorted({item.cell.method for item in plan.cells if plan.trials(item.cell) < spec.search.trials})
     if small:
-        verb = "has" if len(small) == 1 else "have"
+        grids = "grid of {} has" if len(small) == 1 else "grids of {} have"
         lines.append(
-            f"The grid of {', '.join(small)} {verb} fewer combinations than search.trials ({spec.search.trials}): "
+            f"The {grids.format(', '.join(small))} fewer combinations than search.trials ({spec.search.trials}): "
             "those cells are done when their grid is."
         )
     limits = {"parameters": spec.search.max_parameters, "GiB of memory per worker": spec.search.max_memory}
     lines += [f"Configurations with more than {limit:,} {what} are not run." for what, limit in limits.items() if limit]
     if spec.confirm.seeds:
+        unread = [name for name, domain in plan.domains.items() if "test" not in domain.rows]
+        apart = f", {', '.join(unread)} apart, which {'has' if len(unread) == 1 else 'have'} none" if unread else ""
         lines.append(
             f"Then {_WANTED[spec.confirm.finalists]} are trained again with {spec.confirm.seeds} further "
-            f"seed{'s' if spec.confirm.seeds > 1 else ''}, and scored once on the test split."
+            f"seed{'s' if spec.confirm.seeds > 1 else ''}, and scored once on the test split{apart}."
         )
     if estimated is None:
         return lines

@@ -28,6 +28,8 @@ UNTYPED = "ENTITY"
 """The type of entities whose tags name none."""
 
 _DOCUMENT_START = "-DOCSTART-"
+# Words of a file without a blank line from which that is a mistake.
+_LONGEST_FILE = 500
 _TAG = re.compile(r"([BIESLU])(?:-(.+))?")
 _SINGLE = frozenset("SU")
 _LAST = frozenset("EL")
@@ -48,7 +50,8 @@ def read_iob(path: Path, tokens: str, tags: str) -> pa.Table:
         Those two columns (lists of texts), `LINE`, and `DOCUMENT` where the file marks documents.
 
     Raises:
-        StudyError: A line without a tag, or without a word; the message continues the file's name.
+        StudyError: A line without a tag or a word, or a long file without a blank line; the message continues the
+            file's name.
     """
     sentences: list[tuple[list[str], list[str], int, str]] = []
     words: list[str] = []
@@ -85,6 +88,9 @@ def read_iob(path: Path, tokens: str, tags: str) -> pa.Table:
             words.append(fields[0])
             marks.append(tag)
     finish()
+    if len(sentences) == 1 and len(sentences[0][0]) > _LONGEST_FILE:
+        count = len(sentences[0][0])
+        raise StudyError(f" is one sentence of {count:,} words: end each sentence with a blank line")
     lists = pa.list_(pa.string())
     columns = {
         tokens: pa.array([sentence[0] for sentence in sentences], lists),

@@ -187,8 +187,14 @@ def test_the_plan_says_what_limits_grids_and_confirmations_do(base: Path, projec
     assert any(line.startswith("The grid of full has fewer combinations than search.trials (3)") for line in lines)
     assert "Configurations with more than 100,000 parameters are not run." in lines
     assert "Configurations with more than 4.0 GiB of memory per worker are not run." in lines
-    assert any("each method's best trials are trained again with 3 further seeds" in line for line in lines)
+    sentence = (
+        "Then each method's best trials are trained again with 3 further seeds, and scored once on the test split"
+    )
+    assert f"{sentence}." in lines
     assert "without pruning, the confirmation of each method's best included, on this machine" in lines[-1]
+    document["domains"]["clinical"]["data"]["split"] = {"test": 0}
+    untested = Study.from_file(write_study(project, document), storage=storage).validate()
+    assert f"{sentence}, clinical apart, which has none." in totals(untested, None)
 
 
 def test_operations() -> None:

@@ -57,6 +57,7 @@ def test_odd_words_stay_as_they_are(tmp_path: Path) -> None:
     ("text", "sentence"),
     [
         ("The\tO\nrash\n", ", line 2: the word 'rash' has no tag"),
+        ("The\tO\n" * 1001, " is one sentence of 1,001 words: end each sentence with a blank line"),
         ("The\tO\nrash\t\n", ", line 2: the word 'rash' has no tag"),
         ("The O\n\nrash \n", ", line 3: the word 'rash' has no tag"),
         ("\tO\n", ", line 1: the tag 'O' has no word in front of it"),
