@@ -111,6 +111,11 @@ class Worker:
         session = self._session(segment)
         if session.last is not None and session.last.step == segment.to_step:
             return session.last
+        if session.training.patience is not None:
+            # Early stopping goes by every evaluation: those that were lost with a checkpoint are made again.
+            for step in session.budget.evaluation_steps:
+                if session.step < step < segment.to_step:
+                    session.run(step, final=False)
         result = session.run(segment.to_step, final=segment.final, read_test=segment.read_test)
         if segment.final or result.stopped:
             self._drop(segment)

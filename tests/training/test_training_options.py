@@ -19,7 +19,7 @@ from peftsearch.domains.tasks import LossOptions
 from peftsearch.methods import METHODS, AttachContext
 from peftsearch.search.plan import StudyPlan, plan_study
 from peftsearch.spec import StudyFile, TrainingSpec
-from peftsearch.training.checkpoint import WEIGHTS, read_checkpoint, trial_folder
+from peftsearch.training.checkpoint import STATE, WEIGHTS, read_checkpoint, trial_folder
 from peftsearch.training.distributed import WorkerGroup
 from peftsearch.training.optimizer import make_optimizer, master_weights, step_optimizer
 from peftsearch.training.segment import Segment, SegmentResult, TrialPlan
@@ -132,6 +132,19 @@ def test_a_trial_that_stops_improving_ends_with_its_best_weights(write_study: Ma
     # Whoever asks again, as after a crash of the driver, is told the same.
     again = worker(plan, tmp_path).do(Segment(what, steps[2]))
     assert again == results[-1]
+
+
+def test_early_stopping_does_not_depend_on_a_lost_checkpoint(write_study: Make, tmp_path: Path) -> None:
+    plan = planned(write_study, tmp_path, patience=2, evaluations=4)
+    what = trial(plan, learning_rate=1e-8)
+    expected = train(worker(plan, tmp_path / "a"), plan, what)
+    steps = plan.budgets["topics", "lora"].evaluation_steps
+    for step in steps[:2]:
+        worker(plan, tmp_path / "b").do(Segment(what, step))
+    (trial_folder(tmp_path / "b", what.key) / STATE).write_bytes(b"cut short")
+    found = worker(plan, tmp_path / "b").do(Segment(what, steps[2]))
+    assert isinstance(found, SegmentResult)
+    assert (found.stopped, found.loss, found.scores) == (True, expected[-1].loss, expected[-1].scores)
 
 
 def test_patience_keeps_the_best_weights_of_a_trial_that_gets_worse(write_study: Make, tmp_path: Path) -> None:
