@@ -284,10 +284,13 @@ def _cut_missing(
     try:
         rows = cut_by_stratum(groups, task.strata(train) or [""] * len(groups), shares, data.split.seed)
     except ValueError:
-        what = "distinct texts" if group is None else f"distinct values in the column {group!r}"
+        count = len(set(groups))
+        several = "s" if count > 1 else ""
+        what = f"distinct text{several}" if group is None else f"distinct value{several} in the column {group!r}"
+        advice = "add rows, or name a file for each split" if group is None else "group by another column, or by none"
         raise StudyError(
-            f"{len(set(groups))} {what} cannot be cut into train, {' and '.join(sorted(shares, reverse=True))}: "
-            "each needs at least one",
+            f"{count} {what} cannot be cut into train, {' and '.join(sorted(shares, reverse=True))}: "
+            f"each needs at least one: {advice}",
             (*loc, "split"),
         ) from None
     return {**splits, **{split: take(train, chosen) for split, chosen in rows.items()}}, tuple(shares)
@@ -565,7 +568,7 @@ def _check_length(max_length: int, tokenizer: Any, spec: StudySpec, name: str) -
     if most < max_length:
         own = spec.domains[name].max_length is not None
         raise StudyError(
-            f"{max_length} tokens are more than the {most} that the model takes",
+            f"{max_length} tokens are more than the {most} that the model takes: lower it",
             ("domains", name, "max_length") if own else ("training", "max_length"),
         )
 

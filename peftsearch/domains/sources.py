@@ -228,6 +228,8 @@ def _rows_to_table(rows: Iterator[tuple[int, list[str]]], data: DataSpec, needed
     header, body = data.header, []
     if header is None or set(needed) <= set(first[1]):
         header = [name.strip() for name in first[1]]
+        if len(header) == 1 and ";" in header[0] and not set(needed) <= set(header):
+            raise StudyError(": fields stand between semicolons: save the file with commas, or with tabs as TSV")
     else:
         body.append(_fitting(first, header))
     for name in header:

@@ -62,7 +62,10 @@ BAD_ROWS: list[tuple[dict[int, dict[str, Any]], str]] = [
     ({n: {"label": {"a": 1}} for n in range(20)}, "column 'label' of a.jsonl holds objects"),
     ({n: {"label": n + 0.5} for n in range(20)}, "column 'label' of a.jsonl holds the number 0.5 in row 1"),
     ({n: {"label": "same"} for n in range(20)}, "have the label 'same' (column 'label'): there is nothing to learn"),
-    ({n: {"text": "same"} for n in range(20)}, "1 distinct texts cannot be cut into train, validation and test"),
+    (
+        {n: {"text": "same"} for n in range(20)},
+        "1 distinct text cannot be cut into train, validation and test: each needs at least one: add rows",
+    ),
 ]
 
 

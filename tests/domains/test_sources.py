@@ -193,6 +193,7 @@ BAD_FILES: list[tuple[str, str | bytes, str]] = [
     ("a.csv", "text,label\na,x\nb\n", "a.csv, line 3: 1 field where the header names 2 (text, label)"),
     ("a.csv", 'text,label\n"a\nb",x\n"c,y\n', "a.csv, line 4: not valid CSV: unexpected end of data"),
     ("a.csv", "text,text\na,x\n", "a.csv: the header names the column 'text' twice"),
+    ("a.csv", "text;label\na;x\n", "a.csv: fields stand between semicolons: save the file with commas, or with tabs"),
     ("a.csv", "", "a.csv holds no rows"),
     ("a.csv", "text,label\n", "a.csv holds no rows"),
     ("a.csv", b"text,label\n\xe9t\xe9,x\n", "a.csv is not UTF-8 text"),
