@@ -19,8 +19,23 @@ from peftsearch.training.segment import Segment, SegmentResult
 from peftsearch.training.worker import Worker
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "lora": {"rank": 4, "alpha": 16.0, "dropout": 0.1, "variant": "lora", "targets": "attention", "learning_rate": 2e-2},
-    "adapter": {"bottleneck": 8, "activation": "gelu", "placement": "houlsby", "scale": 4.0, "quantization": "none", "dropout": 0.0, "learning_rate": 5e-3},
+    "lora": {
+        "rank": 4,
+        "alpha": 16.0,
+        "dropout": 0.1,
+        "variant": "lora",
+        "targets": "attention",
+        "learning_rate": 2e-2,
+    },
+    "adapter": {
+        "bottleneck": 8,
+        "activation": "gelu",
+        "placement": "houlsby",
+        "scale": 4.0,
+        "quantization": "none",
+        "dropout": 0.0,
+        "learning_rate": 5e-3,
+    },
     "prompt": {"tokens": 4, "init": "text", "init_text": "", "learning_rate": 5e-2},
     "full": {"learning_rate": 5e-3},
 }
@@ -79,7 +94,7 @@ def _train(
     import optuna
 
     count = plan.count(cell, hyperparameters)
-    steps = plan.budgets[cell.domain].evaluation_steps
+    steps = plan.budgets[cell.domain, cell.method].evaluation_steps
     fields = {
         "seed": 3,
         "total_steps": steps[-1],
