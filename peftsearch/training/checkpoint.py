@@ -23,6 +23,8 @@ WEIGHTS = "weights.safetensors"
 
 TEST_PREDICTIONS = "test.jsonl"
 """A confirmation's predictions on the test split, one JSON object per example."""
+TEST_READING = "test.json"
+"""What they scored, and when they were made."""
 
 _META = "peftsearch"
 

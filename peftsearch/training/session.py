@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -25,6 +26,7 @@ from peftsearch.training.budget import Budget
 from peftsearch.training.checkpoint import (
     STATE,
     TEST_PREDICTIONS,
+    TEST_READING,
     WEIGHTS,
     CorruptCheckpointError,
     read_checkpoint,
@@ -250,8 +252,12 @@ class TrialSession:
         return self.best.waited >= self.training.patience
 
     def _read_test(self) -> TestReading | None:
+        """Score the test split, once: a worker that died before its checkpoint was written left its reading behind."""
         if "test" not in self.domain.rows:
             return None
+        before = self.group.from_first(_earlier_reading(self.folder) if self.group.rank == 0 else None)
+        if before is not None:
+            return before
         began = time.perf_counter()
         found = evaluate(self.model, self.domain, "test", self.training.evaluation_batch_size, self.group)
         seconds = time.perf_counter() - began
@@ -263,7 +269,7 @@ class TrialSession:
             )
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        return TestReading(
+        reading = TestReading(
             loss=found.loss,
             scores=found.scores,
             examples=found.examples,
@@ -271,6 +277,12 @@ class TrialSession:
             predictions=path.relative_to(self.study_folder).as_posix(),
             read_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
         )
+        if self.group.rank == 0:
+            # Written whole or not at all; without it the predictions above would count for nothing.
+            temporary = self.folder / f".{TEST_READING}"
+            temporary.write_text(json.dumps(asdict(reading)), encoding="utf-8")
+            os.replace(temporary, self.folder / TEST_READING)
+        return reading
 
     def _train(self, to_step: int) -> float:
         group, task, data = self.group, self.domain.task, self.domain.split("train")
@@ -364,6 +376,14 @@ class _Best:
     step: int = -1
     waited: int = 0
     """Evaluations since then."""
+
+
+def _earlier_reading(folder: Path) -> TestReading | None:
+    """What a session of the same trial read of the test split before its worker died."""
+    try:
+        return TestReading(**json.loads((folder / TEST_READING).read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
 
 
 def _loss_options(domain: PreparedDomain, training: TrainingSpec, device: torch.device) -> LossOptions:

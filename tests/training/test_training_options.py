@@ -177,6 +177,19 @@ def test_the_test_split_is_read_once_and_its_predictions_are_kept(write_study: M
     assert not (tmp_path / reading.predictions).exists()
 
 
+def test_a_worker_that_died_after_reading_the_test_split_does_not_read_it_again(
+    write_study: Make, tmp_path: Path
+) -> None:
+    plan = planned(write_study, tmp_path)
+    what = replace(trial(plan), seed=5, confirmation=True)
+    first = train(worker(plan, tmp_path), plan, what, read_test=True)[-1].test
+    # As it was just before its last checkpoint: the reading is there, the weights are not.
+    (trial_folder(tmp_path, what.key) / WEIGHTS).unlink()
+    second = train(worker(plan, tmp_path), plan, what, read_test=True)[-1].test
+    assert first is not None
+    assert second == first, "the same moment, the same numbers"
+
+
 def test_searching_never_reads_the_test_split(write_study: Make, tmp_path: Path) -> None:
     plan = planned(write_study, tmp_path)
     assert all(item.test is None for item in train(worker(plan, tmp_path), plan, trial(plan)))
