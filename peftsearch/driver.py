@@ -20,7 +20,7 @@ from peftsearch.search.counts import ParameterCount
 from peftsearch.search.estimate import Format, TrialCosts, measured_speeds, number_formats
 from peftsearch.search.plan import StudyPlan
 from peftsearch.search.run import Observer, StudyRun, TrialCost
-from peftsearch.spec import Baseline, StudyFacts
+from peftsearch.spec import THREADS, Baseline, StudyFacts
 from peftsearch.tracking import Ledger
 from peftsearch.training.segment import Segment
 from peftsearch.workers import SlotPlan, SlotPool, quiet_ray_environment
@@ -151,6 +151,9 @@ def run_study(
         slots = SlotPlan.fit(spec.resources, nodes)
         costs.slot(slots)
         workers = plan.for_workers(folder, slots.cpus)
+        # Another number of threads adds numbers in another order: exports are verified with this one.
+        facts.provenance[THREADS] = str(slots.cpus)
+        save_facts(facts)
         pool = SlotPool(workers, slots, spec.resources.max_retries, folder / "ray")
         events.phase(f"warming up {slots.slots} slot{'s' if slots.slots > 1 else ''}")
         pool.start()

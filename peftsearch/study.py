@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftsearch.spec import StudyError, StudyFacts, StudyFile, StudySpec, TrialRecord, TrialState
+from peftsearch.spec import THREADS, StudyError, StudyFacts, StudyFile, StudySpec, TrialRecord, TrialState
 from peftsearch.storage import StudyFolder, read_json, study_folder, write_json
 from peftsearch.tracking.ledger import Ledger, LedgerCell, hide_password
 
@@ -408,6 +408,8 @@ class Study:
         )
         if before is not None:
             known = StudyFacts.model_validate(before)
+            if THREADS in known.provenance:
+                facts.provenance[THREADS] = known.provenance[THREADS]
             for name, domain in facts.domains.items():
                 old = known.domains.get(name)
                 if old is not None and old.fingerprint != domain.fingerprint:

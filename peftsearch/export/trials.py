@@ -24,7 +24,7 @@ from peftsearch.export.folder import scoring_device
 from peftsearch.export.usage import Use
 from peftsearch.export.verify import Job, Score, score_folders
 from peftsearch.frontier.front import Pick, domain_fronts, pick
-from peftsearch.spec import StudyError, StudyFacts, StudySpec, TrialRecord, model_location, suggest
+from peftsearch.spec import THREADS, StudyError, StudyFacts, StudySpec, TrialRecord, model_location, suggest
 from peftsearch.tracking.provenance import provenance
 
 if TYPE_CHECKING:
@@ -255,7 +255,17 @@ def write_trials(
         with _writing(to):
             write_folder(folder, trained, card, prepared.labels, study.ledger)
             shutil.copytree(tokenizers[model], folder, dirs_exist_ok=True)
-        jobs.append(Job(str(folder), str(prepared.folder), SPLIT, spec.training.evaluation_batch_size, device.type))
+        threads = study.facts.provenance.get(THREADS)
+        jobs.append(
+            Job(
+                str(folder),
+                str(prepared.folder),
+                SPLIT,
+                spec.training.evaluation_batch_size,
+                device.type,
+                int(threads) if threads is not None else None,
+            )
+        )
     return jobs
 
 

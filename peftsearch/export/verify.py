@@ -30,6 +30,7 @@ class Job:
         split: The split to score.
         batch_size: Examples per forward pass, as in training.
         device: ``cpu`` or ``cuda``.
+        threads: CPU threads, as in training: another number adds in another order. PyTorch's choice for None.
     """
 
     folder: str
@@ -37,6 +38,7 @@ class Job:
     split: str
     batch_size: int
     device: str
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,8 @@ def _score(job: Job) -> Score:
     exported = ExportedFolder.read(Path(job.folder))
     domain = PreparedDomain.load(Path(job.data))
     device = torch.device(job.device)
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
     model = exported.load(domain, device)
     found = evaluate(model, domain, job.split, job.batch_size, WorkerGroup(device=device))
     return Score(found.scores, found.loss, found.examples)

@@ -1,7 +1,7 @@
 """What a study file may say, and the shape of a trial: the words that all other parts share."""
 
 from peftsearch.spec.errors import StudyError, UnreachableError
-from peftsearch.spec.facts import Baseline, Direction, DomainFacts, ModelFacts, StudyFacts
+from peftsearch.spec.facts import THREADS, Baseline, Direction, DomainFacts, ModelFacts, StudyFacts
 from peftsearch.spec.locations import model_location, package_path
 from peftsearch.spec.space import Range, Scalar, Space
 from peftsearch.spec.study import (
@@ -26,6 +26,7 @@ from peftsearch.spec.study_file import StudyFile, problem, suggest
 from peftsearch.spec.trial import Confirmed, Reading, Rung, TrialRecord, TrialState
 
 __all__ = [
+    "THREADS",
     "Baseline",
     "ColumnsSpec",
     "ConfirmSpec",

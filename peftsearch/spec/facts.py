@@ -12,6 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field
 Direction = Literal["maximize", "minimize"]
 
 
+THREADS = "threads per worker"
+"""The entry of `StudyFacts.provenance` that says with how many threads trials were trained and scored."""
+
+
 class _Facts(BaseModel):
     model_config = ConfigDict(extra="forbid")
 

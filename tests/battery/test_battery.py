@@ -24,7 +24,7 @@ from peftsearch.export.verify import Job, Score, score_folders
 from peftsearch.methods import METHODS
 from peftsearch.search.counts import ParameterCount
 from peftsearch.search.plan import StudyPlan, plan_study
-from peftsearch.spec import Rung, StudyError, StudyFile, TrialRecord, TrialState
+from peftsearch.spec import THREADS, Rung, StudyError, StudyFile, TrialRecord, TrialState
 from peftsearch.storage import study_folder
 from peftsearch.study import Study
 from peftsearch.training.base_model import count_exported, count_trainable
@@ -132,9 +132,11 @@ class Battery:
         self.changed += [f"{task}: {name}" for name, value in fresh.fingerprint().items() if used[name] != value]
 
     def _export(self, study: Study, plan: StudyPlan, records: list[TrialRecord], task: str, to: Path) -> None:
+        facts = study._facts(plan)
+        facts.provenance[THREADS] = "1"
         known = StudyToExport(
             spec=study.spec,
-            facts=study._facts(plan),
+            facts=facts,
             records=records,
             folder=study.folder.path,
             data_folder=to.parent,

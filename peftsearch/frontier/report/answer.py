@@ -61,7 +61,7 @@ def _headline(study: Material, name: str) -> Iterator[str]:
     shown = best.test or best.validation
     where = "the test split" if best.test else "the validation split"
     assert shown is not None
-    size = f"{words.count(best.chosen.trainable_parameters)} trainable parameters"
+    size = f"{words.count(best.chosen.trainable_parameters)} parameters"
     if share := _share(study, best.chosen):
         size += f" ({share} of the model)"
     seeds = f" over {shown[2]} seeds" if shown[2] > 1 else " (one seed)"
