@@ -9,6 +9,7 @@ from typing import Any
 
 import optuna
 import pytest
+from ledger_kills import Killed, kill_at
 
 from peftsearch.search.confirmation import Confirmations
 from peftsearch.search.run import DomainSearch
@@ -22,10 +23,6 @@ BUDGET = Budget(steps_per_epoch=10, evaluation_steps=(10, 20, 30))
 DOMAINS = {"d": DomainSearch("accuracy", "maximize", {"lora": BUDGET})}
 CELL = LedgerCell("d/lora/m", "m", "d", "lora", "accuracy", "maximize")
 SEEDS = range(1, 4)
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing after it runs."""
 
 
 def open_ledger(folder: Path) -> Ledger:
@@ -147,7 +144,7 @@ def test_a_driver_killed_at_any_write_goes_on_without_reading_again(write: str, 
     for when in ("before", "after"):
         for nth in (1, 2, 3):
             ledger = open_ledger(tmp_path / "killed")
-            _kill_at(ledger, write, nth, when)
+            kill_at(ledger, write, nth, when)
             with contextlib.suppress(Killed):
                 drive(confirmations(ledger, tmp_path), slots)
     ledger = open_ledger(tmp_path / "killed")
@@ -173,20 +170,3 @@ def test_weights_of_a_retraining_go_once_it_is_recorded_and_predictions_stay(tmp
     drive(confirmations(ledger, tmp_path), Slots())
     assert original.exists()
     assert [item.name for item in folder.iterdir()] == ["test.jsonl"]
-
-
-def _kill_at(ledger: Ledger, write: str, nth: int, when: str) -> None:
-    real: Callable[..., Any] = getattr(ledger, write)
-    calls = 0
-
-    def deadly(*arguments: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == nth and when == "before":
-            raise Killed
-        answer = real(*arguments, **options)
-        if calls == nth:
-            raise Killed
-        return answer
-
-    setattr(ledger, write, deadly)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ledger_kills import Killed, kill_at
 
 from peftsearch.methods import method_space
 from peftsearch.search.cells import Cell
@@ -49,10 +49,6 @@ def cost(cell: Cell, hyperparameters: Any, found: ParameterCount) -> TrialCost:
 def result(record: TrialRecord, index: int) -> SegmentResult:
     value = round(abs(hash((record.number * 7919) % 101)) / 101 * 0.5 + index * 0.05, 4)
     return SegmentResult(BUDGET.evaluation_steps[index], 1 - value, 1.0, {"accuracy": value}, 1.0, 0.1, 10**6)
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing after it runs."""
 
 
 def drive(run: StudyRun) -> None:
@@ -95,7 +91,7 @@ def test_a_driver_killed_at_any_write_is_continued_to_the_same_ledger(write: str
         for nth in (1, 2, 4):
             ledger = open_ledger(tmp_path / "killed")
             run = open_run(ledger)
-            _kill_at(ledger, write, nth, when)
+            kill_at(ledger, write, nth, when)
             try:
                 drive(run)
             except Killed:
@@ -104,23 +100,6 @@ def test_a_driver_killed_at_any_write_is_continued_to_the_same_ledger(write: str
     ledger = open_ledger(tmp_path / "killed")
     drive(open_run(ledger))
     assert states(ledger) == states(quiet)
-
-
-def _kill_at(ledger: Ledger, write: str, nth: int, when: str) -> None:
-    real: Callable[..., Any] = getattr(ledger, write)
-    calls = 0
-
-    def deadly(*arguments: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == nth and when == "before":
-            raise Killed
-        answer = real(*arguments, **options)
-        if calls == nth:
-            raise Killed
-        return answer
-
-    setattr(ledger, write, deadly)
 
 
 @pytest.mark.parametrize("write", ["ask", "complete"])
@@ -147,7 +126,7 @@ def test_only_what_is_within_the_limits_is_run_and_every_cell_gets_its_share(wri
     for nth in (2, 5):
         killed = open_ledger(tmp_path / "killed")
         run = start(killed)
-        _kill_at(killed, write, nth, "after")
+        kill_at(killed, write, nth, "after")
         with contextlib.suppress(Killed):
             drive(run)
     drive(start(open_ledger(tmp_path / "killed")))
@@ -233,7 +212,7 @@ def test_a_trial_that_early_stopping_ended_is_complete(dies: bool, tmp_path: Pat
     assert record is not None
     assert run.evaluated(record.number, result(record, 0), 0, final=False)
     if dies:
-        _kill_at(ledger, "complete", 1, "before")
+        kill_at(ledger, "complete", 1, "before")
         with pytest.raises(Killed):
             run.evaluated(record.number, stopped(record, 1), 0, final=False)
         ledger = open_ledger(tmp_path)

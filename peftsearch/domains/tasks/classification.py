@@ -23,8 +23,8 @@ from peftsearch.domains.tasks.base import (
     check_counts,
     text_batch,
 )
-from peftsearch.domains.tasks.columns import find, in_order, is_text, kind_of, listed, refuse, texts
-from peftsearch.spec import DataSpec, StudyError, suggest
+from peftsearch.domains.tasks.columns import find, in_order, is_text, kind_of, listed, refuse, refuse_untrained, texts
+from peftsearch.spec import DataSpec, StudyError
 from peftsearch.spec.yaml_file import Loc
 
 if TYPE_CHECKING:
@@ -99,13 +99,7 @@ class Classification(Task):
                 f"(column {data.columns.label!r}): there is nothing to learn",
                 place,
             )
-        for split, found in counts.items():
-            for label in sorted(set(found) - known):
-                rows = f"{found[label]} row{'s' if found[label] != 1 else ''}"
-                raise StudyError(
-                    f"the label {label!r} stands in {rows} of {split} but never in train{suggest(label, known)}",
-                    place,
-                )
+        refuse_untrained(counts, known, place)
         return in_order(known)
 
     def warnings(self, splits: Mapping[str, pa.Table], labels: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import pyarrow as pa
 
@@ -77,6 +77,22 @@ def listed(labels: Sequence[str]) -> str:
     """Some names for a sentence: five at most, and how many more."""
     shown = ", ".join(repr(label) for label in labels[:5])
     return shown if len(labels) <= 5 else f"{shown} and {len(labels) - 5} more labels"
+
+
+def refuse_untrained(counts: Mapping[str, Mapping[str, int]], known: Collection[str], loc: Loc) -> None:
+    """Raise StudyError if a split has a label that is not known from train.
+
+    Args:
+        counts: How often each label occurs, by split.
+        known: The labels that a model can learn.
+        loc: The place in the study file that maps the labels.
+    """
+    for split, found in counts.items():
+        for label in sorted(set(found) - set(known)):
+            rows = f"{found[label]} row{'s' if found[label] != 1 else ''}"
+            raise StudyError(
+                f"the label {label!r} stands in {rows} of {split} but never in train{suggest(label, known)}", loc
+            )
 
 
 def in_order(labels: set[str]) -> tuple[str, ...]:

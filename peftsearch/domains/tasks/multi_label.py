@@ -21,8 +21,8 @@ from peftsearch.domains.tasks.base import (
     check_counts,
 )
 from peftsearch.domains.tasks.classification import Classification, read_texts, text_columns, tokenize_texts
-from peftsearch.domains.tasks.columns import find, in_order, is_list, is_text, kind_of, listed, refuse
-from peftsearch.spec import DataSpec, StudyError, suggest
+from peftsearch.domains.tasks.columns import find, in_order, is_list, is_text, kind_of, listed, refuse, refuse_untrained
+from peftsearch.spec import DataSpec, StudyError
 from peftsearch.spec.yaml_file import Loc
 
 if TYPE_CHECKING:
@@ -131,13 +131,7 @@ class MultiLabel(Classification):
                 "to learn",
                 place,
             )
-        for split, found in counts.items():
-            for label in sorted(set(found) - known):
-                number = f"{found[label]} row{'s' if found[label] != 1 else ''}"
-                raise StudyError(
-                    f"the label {label!r} stands in {number} of {split} but never in train{suggest(label, known)}",
-                    place,
-                )
+        refuse_untrained(counts, known, place)
         return in_order(known)
 
     def warnings(self, splits: Mapping[str, pa.Table], labels: Sequence[str]) -> list[str]:
