@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from postgres_server import postgres_server  # noqa: F401  (one server for all tests that ask for it)
 
 TOPICS = {
     "contract": [
