@@ -36,6 +36,8 @@ def print_plan(console: Console, study: Study, plan: StudyPlan) -> None:
         console.print(spec.description.strip(), markup=False)
     console.print()
     console.print(Fitted(_domains(plan)))
+    for warning in plan.warnings:
+        console.print(f"Warning: {warning}.", markup=False, style="yellow")
     for name, domain in plan.domains.items():
         for warning in domain.warnings:
             console.print(f"Note on {name}: {warning}.", markup=False, style="yellow")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,12 +12,13 @@ from peftsearch.spec import StudyError, UnreachableError
 Architecture = Literal["encoder", "encoder-decoder", "decoder"]
 
 
-def model_config(location: str, revision: str | None, **kwargs: Any) -> Any:
+def model_config(location: str, revision: str | None, *, trust_remote_code: bool = False, **kwargs: Any) -> Any:
     """A model's configuration.
 
     Args:
         location: Folder or Hub id.
         revision: Hub revision.
+        trust_remote_code: Whether code that the model brings along may run.
         kwargs: Fields of the configuration to set.
 
     Raises:
@@ -29,8 +31,11 @@ def model_config(location: str, revision: str | None, **kwargs: Any) -> Any:
     if on_hub:
         hub_reachable()
     try:
-        return AutoConfig.from_pretrained(location, revision=revision, **kwargs)
+        # Said in so many words: left out, transformers asks on the terminal.
+        config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code, **kwargs)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, hub errors, JSON errors, ...
+        if needs_custom_code(error):
+            raise StudyError(custom_code_refused(location)) from None
         why = out_of_reach(error) if on_hub else None
         reason = why or (str(error).strip().splitlines() or [type(error).__name__])[0]
         message = (
@@ -38,6 +43,29 @@ def model_config(location: str, revision: str | None, **kwargs: Any) -> Any:
             "package:NAME/FOLDER, or a Hub id that this machine can reach)"
         )
         raise (UnreachableError(message, (), why) if why else StudyError(message)) from None
+    if not trust_remote_code and "/" in str(attention := getattr(config, "_attn_implementation", None)):
+        # A configuration may name a kernel on the Hub (transformers.integrations.hub_kernels): compiled code.
+        raise StudyError(
+            f"the model {location!r} asks for the attention kernel {attention!r} of the Hub, which is code that is not "
+            "run: take 'attn_implementation' out of its config.json, or trust the model (trust_remote_code)"
+        )
+    return config
+
+
+def needs_custom_code(error: BaseException) -> bool:
+    """Whether `transformers` refused to run code that a model brings along.
+
+    It raises a plain ValueError for that (`transformers.dynamic_module_utils.resolve_trust_remote_code`).
+    """
+    return isinstance(error, ValueError) and "trust_remote_code" in str(error)
+
+
+def custom_code_refused(location: str) -> str:
+    """The sentence about such a model."""
+    return (
+        f"the model {location!r} needs Python code that it brings along, which is not run: read the code, and then "
+        "write {path: ..., trust_remote_code: true} as the model, at a pinned revision"
+    )
 
 
 def architecture_of(config: Any) -> Architecture:
@@ -46,6 +74,7 @@ def architecture_of(config: Any) -> Architecture:
     A model that `transformers` can train to fill in masks is an encoder, although most of these also exist as a (hardly
     used) left-to-right variant; other models that continue a text are decoders.
     """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -54,6 +83,14 @@ def architecture_of(config: Any) -> Architecture:
     if getattr(config, "is_encoder_decoder", False):
         return "encoder-decoder"
     kind = config.model_type
+    if kind not in CONFIG_MAPPING_NAMES and "AutoModelForMaskedLM" not in (auto_map := _auto_map(config)):
+        # An architecture that brings its own code says which classes it has.
+        return "decoder" if "AutoModelForCausalLM" in auto_map else "encoder"
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "decoder"
     return "encoder"
+
+
+def _auto_map(config: Any) -> Mapping[str, Any]:
+    written = getattr(config, "auto_map", None)
+    return written if isinstance(written, Mapping) else {}

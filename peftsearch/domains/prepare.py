@@ -545,7 +545,7 @@ def _load_tokenizer(location: str, revision: str | None) -> Any:
     if on_hub:
         hub_reachable()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
     except Exception as error:
         # Missing files, unknown ids and missing networks all raise differently, by version.
         why = out_of_reach(error) if on_hub else None

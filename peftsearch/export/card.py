@@ -46,7 +46,8 @@ class CardFacts:
         record: The trial.
         folder: Where the exported folder will be.
         location: Where the base model was loaded from: a folder or a Hub id.
-        revision: Hub revision of the base.
+        revision: Hub revision of the base: the commit where that is known.
+        trust_remote_code: Whether the base needs code that it brings along.
         auto_model: The class of `transformers` that has the head.
         use: What is done with it.
         base_has_head: Whether the base brings a head of its own, which must be left behind.
@@ -65,6 +66,7 @@ class CardFacts:
     base_has_head: bool
     pad_token_id: int | None
     quantization: Mapping[str, Any] | None = None
+    trust_remote_code: bool = False
 
     @property
     def domain(self) -> DomainFacts:
@@ -154,11 +156,13 @@ def loading_code(card: CardFacts) -> str:
         lines.append('labels = json.loads(Path(folder, "labels.json").read_text(encoding="utf-8"))')
     lines += ["", "tokenizer = AutoTokenizer.from_pretrained(folder)"]
     if card.complete:
-        lines.append(f"model = {card.auto_model}.from_pretrained(folder).eval()")
+        trusted = ", trust_remote_code=True" if card.trust_remote_code else ""
+        lines.append(f"model = {card.auto_model}.from_pretrained(folder{trusted}).eval()")
     else:
         arguments = ["base", *([f"num_labels={outputs}"] if outputs else [])]
         arguments += [f"revision={card.revision!r}"] if card.revision and card.base_on_hub else []
         arguments += ["ignore_mismatched_sizes=True"] if card.base_has_head and outputs else []
+        arguments += ["trust_remote_code=True"] if card.trust_remote_code else []
         if card.quantization is not None:
             settings = ", ".join(f"{name}={value!r}" for name, value in card.quantization.items())
             lines.append(f"quantization = BitsAndBytesConfig({settings})")
@@ -226,6 +230,11 @@ def _loading_notes(card: CardFacts) -> list[str]:
         notes[0] += (
             " The base model is in a folder: whoever loads the adapter elsewhere has to change `base` (and, for PEFT's "
             "`AutoPeftModel` classes, `base_model_name_or_path` in `adapter_config.json`)."
+        )
+    if card.trust_remote_code:
+        notes.append(
+            "**Loading it runs Python code that comes with the base model** (`trust_remote_code=True`): read that code "
+            "first."
         )
     if not card.complete:
         notes[0] += " `transformers` will say that the base's task head is missing: the adapter brings it."

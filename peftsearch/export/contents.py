@@ -30,7 +30,7 @@ def load_tokenizer(location: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
     except Exception as error:  # missing files, unknown ids and missing networks all raise differently
         raise StudyError(f"cannot load the tokenizer of {location!r}: {_first_line(error)}") from None
     tokenizer.padding_side = "right"

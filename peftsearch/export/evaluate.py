@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from peftsearch.export.folder import LABELS, ExportedFolder, scoring_device
-from peftsearch.spec import StudyError, StudyFile
+from peftsearch.spec import StudyError, StudyFile, model_location
 
 
 def evaluate_adapter(
@@ -36,7 +37,8 @@ def evaluate_adapter(
     from peftsearch.training.evaluate import evaluate
 
     exported = ExportedFolder.read(adapter)
-    config = model_config(exported.base or str(adapter), exported.revision)
+    trusted = _trusted(exported, file)
+    config = model_config(exported.base or str(adapter), exported.revision, trust_remote_code=trusted)
     with tempfile.TemporaryDirectory(prefix="peftsearch-evaluate-") as temporary:
         prepared = prepare_domain(
             domain,
@@ -53,7 +55,7 @@ def evaluate_adapter(
             raise StudyError(f"the domain {domain!r} has no split {split!r}; its splits: {known}")
         _check_labels(exported, prepared.labels, domain)
         device = scoring_device(file.spec.resources.gpus_per_worker)
-        model = exported.load(prepared, device)
+        model = exported.load(prepared, device, trust_remote_code=trusted)
         found = evaluate(model, prepared, split, file.spec.training.evaluation_batch_size, WorkerGroup(device=device))
     return {
         "adapter": str(adapter),
@@ -65,6 +67,16 @@ def evaluate_adapter(
         "loss": found.loss,
         "scores": found.scores,
     }
+
+
+def _trusted(exported: ExportedFolder, file: StudyFile) -> bool:
+    """Whether the study file trusts the code of the very base that an adapter names; an exported folder cannot say so
+    about itself."""
+    for model in file.spec.models:
+        with suppress(StudyError):
+            if model.trust_remote_code and model_location(model.path, file.folder) == exported.base:
+                return True
+    return False
 
 
 def _check_labels(exported: ExportedFolder, labels: tuple[str, ...], domain: str) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from peftsearch.domains import PreparedDomain
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 COMPLETE_CONFIG = "config.json"
 LABELS = "labels.json"
 """The label names, in the order of the label ids. PEFT's configuration has no place for them, and a ``config.json``
@@ -62,6 +63,11 @@ class ExportedFolder:
                 f"{str(folder)!r} is no adapter: it holds neither {ADAPTER_CONFIG} nor {COMPLETE_CONFIG} "
                 "(name one of the folders that 'peftsearch export' printed)"
             )
+        if adapter.is_file() and not (folder / ADAPTER_WEIGHTS).is_file():
+            # PEFT would take a pickle beside it instead, or look for one on the Hub.
+            raise StudyError(
+                f"{str(folder)!r} holds no {ADAPTER_WEIGHTS}: export the trial again (no pickle is loaded)"
+            )
         labels = _read_json(folder / LABELS)
         if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
             raise StudyError(f"{str(folder / LABELS)!r} must be a list of label names: export the trial again")
@@ -87,12 +93,14 @@ class ExportedFolder:
             folder, tuple(labels), base, config.get("revision"), model.get("pad_token_id"), model.get("quantization")
         )
 
-    def load(self, domain: PreparedDomain, device: torch.device) -> nn.Module:
+    def load(self, domain: PreparedDomain, device: torch.device, *, trust_remote_code: bool = False) -> nn.Module:
         """The model in evaluation mode, by `transformers` and `peft` alone: nothing of the study is used.
 
         Args:
             domain: Its task names the class of `transformers` that has the head.
             device: Where to put it.
+            trust_remote_code: Whether a study file says that code which the base brings along may run; what stands in
+                the folder itself is not asked.
 
         Raises:
             StudyError: A file is missing or damaged, or does not fit the base.
@@ -108,14 +116,17 @@ class ExportedFolder:
         try:
             with quiet_loading():
                 if self.base is None:
-                    model = auto.from_pretrained(str(self.folder), use_safetensors=True)
+                    model = auto.from_pretrained(
+                        str(self.folder), use_safetensors=True, trust_remote_code=trust_remote_code
+                    )
                 else:
                     base = auto.from_pretrained(
                         self.base,
                         revision=self.revision,
                         # A base that already classifies brings a head of its own size.
                         ignore_mismatched_sizes=True,
-                        use_safetensors=True if Path(self.base).is_dir() else None,
+                        use_safetensors=True,
+                        trust_remote_code=trust_remote_code,
                         **({"num_labels": outputs} if outputs else {}),
                         **self._quantised(device),
                     )

@@ -264,6 +264,7 @@ def write_trials(
                 spec.training.evaluation_batch_size,
                 device.type,
                 int(threads) if threads is not None else None,
+                base.trust_remote_code,
             )
         )
     return jobs
@@ -275,10 +276,14 @@ def _base(study: StudyToExport, model: str, device: str) -> FrozenBase:
     from peftsearch.domains.models import model_config
     from peftsearch.training.base_model import FrozenBase
 
-    revision = next((item.revision for item in study.spec.models if item.path == model), None)
+    chosen = next((item for item in study.spec.models if item.path == model), None)
+    trusted = chosen is not None and chosen.trust_remote_code
     location = model_location(model, study.data_folder)
-    model_config(location, revision)
-    return FrozenBase(location, revision, torch.device(device))
+    # The commit that was trained on, where it is known: a branch may have moved on since.
+    known = study.facts.models.get(model)
+    revision = (known.commit if known else None) or (chosen.revision if chosen else None)
+    model_config(location, revision, trust_remote_code=trusted)
+    return FrozenBase(location, revision, torch.device(device), trust_remote_code=trusted)
 
 
 def _data(study: StudyToExport, domain: str, base: FrozenBase, tokenizer: Path) -> PreparedDomain:
@@ -286,7 +291,7 @@ def _data(study: StudyToExport, domain: str, base: FrozenBase, tokenizer: Path) 
     from peftsearch.domains import prepare_domain
     from peftsearch.domains.models import architecture_of, model_config
 
-    config = model_config(base.location, base.revision)
+    config = model_config(base.location, base.revision, trust_remote_code=base.trust_remote_code)
     try:
         prepared = prepare_domain(
             domain,
@@ -322,7 +327,7 @@ def _card(
 
     from peftsearch.domains.models import model_config
 
-    config = model_config(base.location, base.revision)
+    config = model_config(base.location, base.revision, trust_remote_code=base.trust_remote_code)
     core: Any = trained.get_base_model() if isinstance(trained, PeftModel) else trained
     silent = getattr(config, "pad_token_id", None) is None
     head = prepared.head.auto_model.removeprefix("AutoModel")
@@ -333,6 +338,7 @@ def _card(
         folder=target,
         location=base.location,
         revision=base.revision,
+        trust_remote_code=base.trust_remote_code,
         auto_model=prepared.head.auto_model,
         use=Use(
             prepared.task,

@@ -31,6 +31,7 @@ class Job:
         batch_size: Examples per forward pass, as in training.
         device: ``cpu`` or ``cuda``.
         threads: CPU threads, as in training: another number adds in another order. PyTorch's choice for None.
+        trust_remote_code: Whether the study file says that code which the base brings along may run.
     """
 
     folder: str
@@ -39,6 +40,7 @@ class Job:
     batch_size: int
     device: str
     threads: int | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def _score(job: Job) -> Score:
     device = torch.device(job.device)
     if job.threads is not None:
         torch.set_num_threads(job.threads)
-    model = exported.load(domain, device)
+    model = exported.load(domain, device, trust_remote_code=job.trust_remote_code)
     found = evaluate(model, domain, job.split, job.batch_size, WorkerGroup(device=device))
     return Score(found.scores, found.loss, found.examples)
 

@@ -68,7 +68,9 @@ class ParameterCounter:
 
         if model not in self._configs:
             place = self._models[model]
-            self._configs[model] = model_config(place.location, place.revision)
+            self._configs[model] = model_config(
+                place.location, place.revision, trust_remote_code=place.trust_remote_code
+            )
         task, _ = self._heads[domain]
         return task.heads[architecture_of(self._configs[model])]
 
@@ -87,7 +89,14 @@ class ParameterCounter:
         key = self._head_key(model, domain)
         if key not in self._bare:
             place, (task, labels) = self._models[model], self._heads[domain]
-            self._bare[key] = meta_model(place.location, place.revision, task, self._head(model, domain), labels)
+            self._bare[key] = meta_model(
+                place.location,
+                place.revision,
+                task,
+                self._head(model, domain),
+                labels,
+                trust_remote_code=place.trust_remote_code,
+            )
         return self._bare[key]
 
     def _build(self, model: str, domain: str, method: str, hyperparameters: Mapping[str, Any]) -> ParameterCount:

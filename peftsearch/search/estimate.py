@@ -361,6 +361,9 @@ def model_shapes(places: Mapping[str, ModelPlace], facts: Mapping[str, ModelFact
     from peftsearch.domains.models import model_config
 
     return {
-        model: ModelShape.of(model_config(place.location, place.revision), facts[model].total_parameters)
+        model: ModelShape.of(
+            model_config(place.location, place.revision, trust_remote_code=place.trust_remote_code),
+            facts[model].total_parameters,
+        )
         for model, place in places.items()
     }

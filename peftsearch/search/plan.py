@@ -24,6 +24,7 @@ from peftsearch.spec import (
     UnreachableError,
     model_location,
 )
+from peftsearch.spec.locations import PACKAGE_PREFIX
 from peftsearch.training.budget import Budget
 from peftsearch.training.forgetting import general_texts, measurable
 from peftsearch.training.segment import ModelPlace, WorkerPlan
@@ -63,6 +64,16 @@ class StudyPlan:
     """On which forgetting is measured."""
     unchecked: tuple[str, ...] = ()
     """What could not be checked here, one sentence each; empty for a plan that can be run."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What whoever runs the study should know about its models, one clause each."""
+        return tuple(
+            f"the model {path!r} runs Python code that it brings along, with all rights of whoever runs the study "
+            f"(trust_remote_code){_unpinned(self.spec, path)}"
+            for path, place in self.models.items()
+            if place.trust_remote_code
+        )
 
     def count(self, cell: Cell, hyperparameters: Mapping[str, Any]) -> ParameterCount:
         """Parameters of a configuration; raises ValueError where it does not fit the model."""
@@ -127,7 +138,9 @@ def plan_study(file: StudyFile, cache: Path, *, partial: bool = False) -> StudyP
     facts = {
         path: ModelFacts(
             location=place.location,
-            revision=place.revision,
+            revision=next(model.revision for model in spec.models if model.path == path),
+            commit=None if Path(place.location).is_dir() else place.revision,
+            trust_remote_code=place.trust_remote_code,
             architecture=counter.architecture(path, first),
             total_parameters=max(counter.total(path, name) for name in spec.domains),
             fingerprint=_fingerprint(place),
@@ -223,10 +236,19 @@ def _place(model: ModelSpec, folder: Path) -> ModelPlace:
     except StudyError as error:
         # A study file that brings the configuration knows that not everybody has the folder.
         raise error if model.config is None else UnreachableError(error.message) from None
-    place = ModelPlace(location, model.revision)
-    model_config(place.location, place.revision)
+    config = model_config(location, model.revision, trust_remote_code=model.trust_remote_code)
+    # A branch of the Hub moves on: from here to the last worker, the study uses the commit that was found.
+    commit = getattr(config, "_commit_hash", None)
+    place = ModelPlace(location, commit or model.revision, model.trust_remote_code)
     _check_weights(place)
     return place
+
+
+def _unpinned(spec: StudySpec, path: str) -> str:
+    """A reminder to pin a Hub model's code; a folder has its fingerprint."""
+    model = next(model for model in spec.models if model.path == path)
+    on_hub = not path.startswith((PACKAGE_PREFIX, ".", "/", "~"))
+    return "; pin it with 'revision'" if model.revision is None and on_hub else ""
 
 
 def _check_weights(place: ModelPlace) -> None:
@@ -240,7 +262,8 @@ def _check_weights(place: ModelPlace) -> None:
     if not files:
         raise StudyError(
             f"the model folder {place.location!r} holds no model.safetensors: save the model with "
-            "save_pretrained (pickled weights are not loaded)"
+            "save_pretrained (pickled weights such as pytorch_model.bin can run code and are not loaded: whoever "
+            "trusts them converts them once, with AutoModel.from_pretrained(FOLDER).save_pretrained(FOLDER))"
         )
     for file in files:
         try:
@@ -279,7 +302,14 @@ def _check_domain(
 
     if path not in unchecked.models and place is not None:
         try:
-            return check_domain(name, spec, folder=folder, model_location=place.location, revision=place.revision)
+            return check_domain(
+                name,
+                spec,
+                folder=folder,
+                model_location=place.location,
+                revision=place.revision,
+                config=model_config(place.location, place.revision, trust_remote_code=place.trust_remote_code),
+            )
         except UnreachableError as error:
             if error.loc[:1] != ("domains",):
                 unchecked.tokenizer(path, error)
@@ -288,7 +318,9 @@ def _check_domain(
     except UnreachableError as error:
         unchecked.data(name, spec.domains[name].data, error)
         raw = None
-    kind = architecture_of(model_config(place.location, place.revision)) if place is not None else None
+    kind = None
+    if place is not None:
+        kind = architecture_of(model_config(place.location, place.revision, trust_remote_code=place.trust_remote_code))
     return expected_domain(name, spec, kind, path, raw)
 
 
@@ -312,12 +344,13 @@ def _cell_plan(cell: Cell, counter: ParameterCounter) -> CellPlan:
 
 
 def _fingerprint(place: ModelPlace) -> str:
-    """Hash of a folder's configuration and weights; a Hub model is named by its revision."""
+    """Hash of a folder's configuration, weights, and code that may run; a Hub model is named by its commit."""
     folder = Path(place.location)
     if not folder.is_dir():
         return place.revision or "latest"
     digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
+    code = folder.rglob("*.py") if place.trust_remote_code else ()
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *code]):
         digest.update(file.name.encode())
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())

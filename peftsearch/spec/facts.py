@@ -21,11 +21,13 @@ class _Facts(BaseModel):
 
 
 class Baseline(_Facts):
-    """What one gets without tuning the model, on the validation split."""
+    """What one gets without tuning the model, on the validation split and, beside confirmations, on the test split."""
 
     title: str = Field(description="For people, for example 'majority class'")
     value: float = Field(description="In the domain's metric")
     scores: dict[str, float] = Field(default_factory=dict)
+    test_value: float | None = Field(default=None, description="In the domain's metric, on the test split")
+    test_scores: dict[str, float] = Field(default_factory=dict)
     trainable_parameters: int = 0
     detail: str = Field(default="", description="How it was made, for example the regularisation that was picked")
 
@@ -51,7 +53,9 @@ class ModelFacts(_Facts):
     """One base model as it was loaded."""
 
     location: str = Field(description="Folder or Hub id")
-    revision: str | None = None
+    revision: str | None = Field(default=None, description="Hub revision, as the study file says")
+    commit: str | None = Field(default=None, description="Commit that the revision was, where the Hub said so")
+    trust_remote_code: bool = Field(default=False, description="Whether code that the model brings along was run")
     architecture: str
     total_parameters: int
     fingerprint: str = Field(description="Hash of its weights' files, or the Hub commit")

@@ -41,6 +41,11 @@ class ModelSpec(_Section):
         min_length=1, description="Hub id, folder, or package:NAME/FOLDER for a folder inside an installed package"
     )
     revision: str | None = Field(default=None, description="Hub revision to pin: a commit, tag or branch")
+    trust_remote_code: bool = Field(
+        default=False,
+        description="Run the Python code that the model brings along (its auto_map), with all rights of whoever runs "
+        "the study: only for code that you have read, at a pinned revision; tokenizers' code is never run",
+    )
     config: dict[str, Any] | None = Field(
         default=None,
         description="Configuration of transformers (model_type and sizes) that validate plans with where the model "
