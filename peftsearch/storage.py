@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from peftsearch.files import read_json, write_json
 from peftsearch.spec import StudyError, check_name
+
+__all__ = ["StudyFolder", "list_studies", "read_json", "storage_folder", "study_folder", "write_json"]
 
 ENVIRONMENT_VARIABLE = "PEFTSEARCH_STORAGE"
 
@@ -164,18 +165,3 @@ def list_studies(storage: Path) -> list[str]:
     if not folder.is_dir():
         return []
     return sorted(item.name for item in folder.iterdir() if (item / "study.json").exists())
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that readers see the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> Any:
-    """The value of a JSON file; None where there is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None

@@ -1,0 +1,158 @@
+"""Every primitive of `peftsearch.files`, on a folder and on a real S3-compatible server: the same behaviour."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import uuid
+from pathlib import Path
+
+import pytest
+from s3_server import S3Server, free_port, s3_server  # noqa: F401
+
+from peftsearch import files
+from peftsearch.files import Place, RemotePath
+from peftsearch.spec import StudyError
+
+
+@pytest.fixture(params=["folder", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    if request.param == "folder":
+        return files.place(tmp_path)
+    server: S3Server = request.getfixturevalue("s3_server")
+    return files.place(server.storage(f"team/{uuid.uuid4().hex}"))
+
+
+def test_what_is_written_is_read(root: Place) -> None:
+    where = root / "studies" / "one" / "facts.json"
+    assert files.read_json(where) is None
+    assert not files.exists(where)
+    assert files.names(root / "studies") == []
+    files.write_json(where, {"name": "café", "values": [1, 0.1, None]})
+    assert files.read_json(where) == {"name": "café", "values": [1, 0.1, None]}
+    assert files.exists(where)
+    assert not files.exists(where.parent)
+    assert files.names(where.parent) == ["facts.json"]
+    files.write_bytes(where, b"[2]")
+    assert files.read_bytes(where) == b"[2]"
+    assert files.names(where.parent) == ["facts.json"]
+
+
+def test_a_file_that_is_not_there_says_so(root: Place) -> None:
+    with pytest.raises(FileNotFoundError):
+        files.read_bytes(root / "none")
+    with pytest.raises(FileNotFoundError), files.reading(root / "none"):
+        pass
+    files.delete(root / "none")
+    files.delete_tree(root / "none")
+
+
+def test_deleting(root: Place) -> None:
+    for name in ("a/1", "a/2", "b/1"):
+        files.write_bytes(root / name, b"x")
+    files.delete(root / "a" / "1")
+    assert files.names(root / "a") == ["2"]
+    files.delete_tree(root / "a")
+    assert files.names(root / "a") == []
+    assert files.read_bytes(root / "b" / "1") == b"x"
+
+
+def test_files_of_other_libraries_appear_whole_or_not_at_all(root: Place) -> None:
+    where = root / "trials" / "weights"
+    with files.writing(where) as path:
+        path.write_bytes(b"old")
+    with files.reading(where) as path:
+        assert path.read_bytes() == b"old"
+    with pytest.raises(RuntimeError), files.writing(where) as path:
+        path.write_bytes(b"new, but only a p")
+        raise RuntimeError
+    assert files.read_bytes(where) == b"old"
+    assert files.names(where.parent) == ["weights"]
+
+
+def test_large_files_go_in_parts(root: Place) -> None:
+    content = bytes(range(256)) * (24 * 4096)
+    with files.writing(root / "large") as path:
+        path.write_bytes(content)
+    assert files.read_bytes(root / "large") == content
+
+
+def test_of_many_that_create_a_file_one_succeeds(root: Place) -> None:
+    where = root / "studies" / "one" / "holder.json"
+    start = threading.Barrier(4)
+    made: list[int] = []
+
+    def contend(number: int) -> None:
+        start.wait()
+        if files.create_json(where, {"number": number}):
+            made.append(number)
+
+    threads = [threading.Thread(target=contend, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # None, where all of them withdrew to the end: then nobody believes to have it.
+    assert [files.read_json(where)] == [{"number": number} for number in made] or (made, files.exists(where)) == (
+        [],
+        False,
+    )
+    assert files.create_json(where, {}) is not bool(made)
+    assert not files.create_json(where, {"another": 1})
+
+
+def test_folders_are_copied_between_storages(root: Place, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "train").mkdir(parents=True)
+    (source / "train" / "data.arrow").write_bytes(b"rows")
+    (source / "manifest.json").write_bytes(b"{}")
+    files.copy_tree(source, root / "cache" / "key")
+    assert files.names(root / "cache" / "key") == ["manifest.json", "train"]
+    files.copy_tree(root / "cache" / "key", tmp_path / "copy")
+    assert (tmp_path / "copy" / "train" / "data.arrow").read_bytes() == b"rows"
+
+
+def test_places_are_joined_and_pickled(root: Place) -> None:
+    where = pickle.loads(pickle.dumps(root / "a/b"))
+    assert where == root / "a" / "b"
+    assert (where.name, where.parent) == ("b", root / "a")
+
+
+def test_paths_and_file_uris_are_folders() -> None:
+    assert files.place("/data/x") == files.place("file:///data/x") == Path("/data/x")
+    assert files.place("x") == Path.cwd() / "x"
+    assert files.place("~/x") == Path.home() / "x"
+
+
+def test_a_uri_keeps_its_options() -> None:
+    where = files.place("s3://bucket/a/b/?region=eu-west-1")
+    assert isinstance(where, RemotePath)
+    assert str(where / "c") == "s3://bucket/a/b/c?region=eu-west-1"
+    assert files.place("gcs://bucket") == files.place("gs://bucket")
+
+
+@pytest.mark.parametrize(
+    ("uri", "sentence"),
+    [
+        ("s3://key:hunter2@bucket/a", "AWS_ACCESS_KEY_ID"),
+        ("s3://bucket/a?secret_key=hunter2", "credentials"),
+        ("ftp://host/hunter2", "not supported"),
+        ("s3:///a", "names no bucket"),
+        ("s3://bucket/../a", "'..'"),
+        ("file://elsewhere/a", "no folder of this machine"),
+    ],
+)
+def test_what_is_no_storage_is_refused_without_showing_secrets(uri: str, sentence: str) -> None:
+    with pytest.raises(StudyError, match=sentence) as caught:
+        files.place(uri)
+    assert "hunter2" not in str(caught.value) or "ftp" in uri
+
+
+def test_a_server_that_is_not_there_is_an_error_soon(s3_server: S3Server) -> None:  # noqa: F811
+    where = files.place(f"s3://bucket/a?scheme=http&endpoint_override=127.0.0.1:{free_port()}&region=us-east-1")
+    with pytest.raises(OSError) as caught:
+        files.read_json(where / "b")
+    assert "\n" not in files.reason(caught.value)
+    unknown = files.place("s3://bucket/a?colour=blue")
+    with pytest.raises(OSError, match="colour"):
+        files.read_json(unknown)
