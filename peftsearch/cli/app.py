@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from peftsearch.spec import StudyError
+from peftsearch.spec import StudyError, hide_secrets
 
 app = typer.Typer(
     name="peftsearch",
@@ -66,7 +66,7 @@ def run(
         for flag, value in (("--name", name), ("--storage", storage), ("--address", address)):
             again += [flag, str(value)] if value else []
         for setting in settings or ():
-            again += ["--set", setting]
+            again += ["--set", hide_secrets(setting)]
         err.print(f"Stopped. Everything so far is recorded; continue with:\n  {shlex.join(again)}", markup=False)
         raise typer.Exit(130) from None
     _print_fronts(chosen, fronts)
@@ -340,6 +340,10 @@ def ui(
     storage: StorageOption = None,
     host: Annotated[str, typer.Option(help="Address to listen on; loopback unless you say otherwise")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on")] = 5000,
+    names: Annotated[
+        list[str] | None,
+        typer.Option("--allowed-host", metavar="NAME", help="A further name by which browsers reach it; repeatable"),
+    ] = None,
 ) -> None:
     """Open the MLflow UI on the storage's studies.
 
@@ -348,7 +352,7 @@ def ui(
     from peftsearch.storage import storage_folder
     from peftsearch.tracking.ui import serve_ui
 
-    raise typer.Exit(serve_ui(storage_folder(storage), host=host, port=port))
+    raise typer.Exit(serve_ui(storage_folder(storage), host=host, port=port, names=names or ()))
 
 
 @app.command()
@@ -361,7 +365,7 @@ def sync(name: NameArgument, storage: StorageOption = None) -> None:
 
     chosen = Study.open(name, storage)
     count = chosen.sync()
-    out.print(f"MLflow at {chosen.mlflow_tracking_uri} holds all {count} trials of {chosen.name}", markup=False)
+    out.print(f"MLflow at {chosen.public_tracking_uri} holds all {count} trials of {chosen.name}", markup=False)
 
 
 @app.command()
@@ -407,7 +411,7 @@ def run_app(arguments: list[str] | None = None) -> int:
     except RuntimeError as error:
         if type(error) is not RuntimeError:
             raise
-        err.print(f"Error: {error}", style="bold red", markup=False)
+        err.print(f"Error: {hide_secrets(str(error))}", style="bold red", markup=False)
         return 1
     return result if isinstance(result, int) else 0
 

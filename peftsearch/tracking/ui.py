@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,20 +14,73 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from peftsearch.spec import StudyError
 from peftsearch.tracking.mlflow_tracker import default_artifacts, default_tracking_uri
 
 
-def ui_command(storage: Path, host: str = "127.0.0.1", port: int = 5000) -> list[str]:
-    """The command that serves the storage's MLflow store."""
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+
+
+def ui_command(storage: Path, host: str = "127.0.0.1", port: int = 5000, names: Sequence[str] = ()) -> list[str]:
+    """The command that serves the storage's MLflow store.
+
+    Args:
+        storage: The storage folder.
+        host: Address to listen on.
+        port: Port to listen on.
+        names: Names beside those of ``host`` and of loopback under which browsers and clients reach the server.
+    """
+    served = reachable_names(host, names)
     return [
         *(sys.executable, "-m", "mlflow", "server"),
         *("--backend-store-uri", default_tracking_uri(storage)),
         *("--default-artifact-root", default_artifacts(storage)),
         *("--host", host, "--port", str(port)),
+        *("--allowed-hosts", ",".join(_host_headers(served, port))),
+        *("--cors-allowed-origins", ",".join(_origins(served, port))),
         # Each worker loads all of MLflow; one serves a person well.
         *("--workers", "1"),
     ]
+
+
+def reachable_names(host: str, further: Sequence[str] = ()) -> list[str]:
+    """The names and addresses by which a server is called, in the form of a URL.
+
+    Args:
+        host: The address that it listens on; where that is every address of the machine, all of these count, and the
+            machine's names.
+        further: Names that the machine does not know of: of a proxy, an alias, a service of Kubernetes.
+    """
+    names = [*LOOPBACK_NAMES, *further]
+    if host in ("0.0.0.0", "::", ""):
+        names += [socket.gethostname(), socket.getfqdn()]
+        for addresses in psutil.net_if_addrs().values():
+            names += [item.address for item in addresses if item.family in (socket.AF_INET, socket.AF_INET6)]
+    else:
+        names.append(host)
+    # An address of IPv6 may name its interface (fe80::1%eth0), which no Host header does.
+    return list(dict.fromkeys(_for_url(name.partition("%")[0]).lower() for name in names))
+
+
+def _host_headers(names: Sequence[str], port: int) -> list[str]:
+    """Host headers that the server answers; any other is taken for an attack by DNS rebinding.
+
+    MLflow compares the whole header, so that the port belongs to it, and a list replaces its own one (which admits
+    ``10.*``, and so a name like ``10.example.org``). Loopback may be forwarded from any port, as with ``ssh -L``; a
+    proxy on the usual ports is called without one. In these patterns (of `fnmatch`) a bracket is written ``[[]``.
+    """
+    headers = [f"{name.replace('[', '[[]')}:*" for name in LOOPBACK_NAMES]
+    return [*headers, *(header for name in names for header in (f"{name}:{port}", name))]
+
+
+def _origins(names: Sequence[str], port: int) -> list[str]:
+    """Origins of pages that may change something: the server's own."""
+    others = [name for name in names if name not in LOOPBACK_NAMES]
+    origins = [origin for name in others for origin in (f"http://{name}:{port}", f"http://{name}", f"https://{name}")]
+    # Loopback is always among them for MLflow; an empty list it takes for none given.
+    return origins or [f"http://localhost:{port}"]
 
 
 def ui_environment() -> dict[str, str]:
@@ -36,13 +91,16 @@ def ui_environment() -> dict[str, str]:
     return quiet | dict(os.environ)
 
 
-def serve_ui(storage: Path, host: str = "127.0.0.1", port: int = 5000, extra: Sequence[str] = ()) -> int:
+def serve_ui(
+    storage: Path, host: str = "127.0.0.1", port: int = 5000, names: Sequence[str] = (), extra: Sequence[str] = ()
+) -> int:
     """Serve the MLflow UI until it is stopped (Ctrl-C); returns the server's exit status, 0 after Ctrl-C.
 
     Args:
         storage: The storage folder.
         host: Address to listen on; loopback by default, as MLflow's server asks nobody who they are.
         port: Port to listen on.
+        names: Further names under which browsers reach the server; see `reachable_names`.
         extra: Further options of ``mlflow server``.
 
     Raises:
@@ -54,12 +112,21 @@ def serve_ui(storage: Path, host: str = "127.0.0.1", port: int = 5000, extra: Se
             f"no study in {str(storage)!r} has been recorded in MLflow yet: "
             "run one, or name another folder with --storage"
         )
+    _check_names(names)
     check_port(host, port)
     # Without the last part MLflow shows what it has for chats and agents, and hides training runs behind a switch.
     address = f"http://{_for_url(host)}:{port}/#/experiments?workflowType=machine_learning"
     print(f"MLflow UI: {address}  (Ctrl-C stops it)", file=sys.stderr, flush=True)
+    if not _is_loopback(host):
+        print(
+            f"MLflow asks nobody for a password: whoever reaches port {port} of this machine sees and changes all runs",
+            file=sys.stderr,
+            flush=True,
+        )
     # In a session of its own the server does not get the terminal's Ctrl-C: it is ended below, with its workers, once.
-    process = subprocess.Popen([*ui_command(storage, host, port), *extra], env=ui_environment(), start_new_session=True)
+    process = subprocess.Popen(
+        [*ui_command(storage, host, port, names), *extra], env=ui_environment(), start_new_session=True
+    )
     try:
         with _terminate_as_interrupt():
             return process.wait()
@@ -98,6 +165,23 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             return
 
 
+def _check_names(names: Sequence[str]) -> None:
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+|\[?[0-9A-Fa-f:.]+\]?", name):
+            raise StudyError(
+                f"{name!r} is not the name of a host: write it without scheme, port and path, like mlflow.example.org"
+            )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def check_port(host: str, port: int) -> None:
     """See that somebody can listen there.
 
@@ -118,4 +202,4 @@ def check_port(host: str, port: int) -> None:
 
 
 def _for_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
