@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# One study as a Slurm job: Ray on all nodes of the job, the driver on the first, everything gone when the study ends.
+# Submit from the folder with the study file; the account and partition are your site's:
+#
+#   sbatch --nodes=4 --gpus-per-node=4 --time=24:00:00 cluster/slurm.sh study.yaml /shared/peftsearch [OPTIONS of run]
+#
+# Where time runs out or a node is lost, the job is put back into the queue (--requeue) and the study continues; the same
+# sbatch line, given again, continues it as well.
+#SBATCH --job-name=peftsearch
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+
+study=$1
+storage=$2
+shift 2
+environment=${PEFTSEARCH_ENVIRONMENT:-$HOME/peftsearch-env}
+
+# A token for this job alone, in a file that no other user can read: on a cluster that people share, whoever reaches Ray's
+# ports runs code as you.
+token=$HOME/.peftsearch/token-$SLURM_JOB_ID
+trap 'rm -f "$token"' EXIT
+mkdir -p "$HOME/.peftsearch"
+(umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$token")
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token
+
+# srun starts the same command on every node: the first becomes the head, and runs what follows "--". A port by job number,
+# so that two jobs whose nodes overlap do not meet.
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+address=$(getent ahostsv4 "$head" | awk 'NR == 1 { print $1 }')
+srun --kill-on-bad-exit=1 "$environment/bin/ray" symmetric-run \
+  --address "$address:$((20000 + SLURM_JOB_ID % 10000))" --min-nodes "$SLURM_JOB_NUM_NODES" \
+  --dashboard-host=127.0.0.1 --disable-usage-stats \
+  -- "$environment/bin/peftsearch" run "$study" --address auto --storage "$storage" "$@"
