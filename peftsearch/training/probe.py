@@ -23,37 +23,40 @@ from peftsearch.training.segment import ProbeResult
 WORDS = 50_000
 
 
-def probe(base: FrozenBase, domain: PreparedDomain, batch_size: int, group: WorkerGroup) -> ProbeResult:
-    """Score the domain's baselines on the validation split.
+def probe(
+    base: FrozenBase, domain: PreparedDomain, batch_size: int, group: WorkerGroup, split: str = "validation"
+) -> ProbeResult:
+    """Score the domain's baselines.
 
     Args:
         base: The frozen base.
         domain: Its task says which baselines there are.
         batch_size: Texts per forward pass.
         group: Only rank 0 computes; the others wait at the next collective.
+        split: What is scored. What a baseline has to choose is chosen on validation, whatever is scored.
     """
     task, labels = domain.task, domain.labels
     result = ProbeResult()
     if group.rank != 0:
         return result
-    train, validation = domain.split("train")[:], domain.split("validation")[:]
-    references = task.references(validation)
-    if EXAMPLE in validation:
+    train, scored = domain.split("train")[:], domain.split(split)[:]
+    references = task.references(scored)
+    if EXAMPLE in scored:
         # One for each example, as guesses are, where an example makes several rows.
-        first = {example: row for row, example in reversed(list(enumerate(validation[EXAMPLE])))}
-        references = [references[first[example]] for example in dict.fromkeys(validation[EXAMPLE])]
-    for name, guess in task.guesses(train, validation, labels).items():
+        first = {example: row for row, example in reversed(list(enumerate(scored[EXAMPLE])))}
+        references = [references[first[example]] for example in dict.fromkeys(scored[EXAMPLE])]
+    for name, guess in task.guesses(train, scored, labels).items():
         result.add(name, guess.title, guess.detail, task.score(guess.predictions, references, labels))
-    add_prompting(result, base, domain, batch_size, group.device)
+    add_prompting(result, base, domain, batch_size, group.device, split)
     if task.probe is None or domain.architecture != "encoder":
         return result
     encoder = _Encoder(base, domain, batch_size, group.device)
     if task.probe == "token":
-        _word_probe(result, encoder, domain)
+        _word_probe(result, encoder, domain, split)
     elif task.probe == "pair" and "first" in train:
-        _pair_probe(result, encoder, domain)
+        _pair_probe(result, encoder, domain, split)
     else:
-        _text_probe(result, encoder, domain)
+        _text_probe(result, encoder, domain, split)
     return result
 
 
@@ -113,55 +116,55 @@ class _Encoder:
         return found
 
 
-def _text_probe(result: ProbeResult, encoder: _Encoder, domain: PreparedDomain) -> None:
+def _text_probe(result: ProbeResult, encoder: _Encoder, domain: PreparedDomain, split: str) -> None:
     """A linear model on mean-pooled, L2-normalised hidden states of the last layer."""
-    train, validation = domain.split("train")[:], domain.split("validation")[:]
-    features, targets = encoder.texts(validation), np.asarray(domain.task.references(train))
-    shape = (len(features), *targets.shape[1:])
-    _add_best(
-        result,
-        domain,
-        encoder.texts(train),
-        targets,
+    train = domain.split("train")[:]
+    features = {name: encoder.texts(domain.split(name)[:]) for name in {"validation", split}}
+    targets = np.asarray(domain.task.references(train))
+
+    def predict(model: Any, name: str) -> list[Any]:
         # Of a single column scikit-learn makes none.
-        lambda model: model.predict(features).reshape(shape).tolist(),
-        "mean-pooled frozen features",
-    )
+        found: list[Any] = model.predict(features[name]).reshape(len(features[name]), *targets.shape[1:]).tolist()
+        return found
+
+    _add_best(result, domain, split, encoder.texts(train), targets, predict, "mean-pooled frozen features")
 
 
-def _pair_probe(result: ProbeResult, encoder: _Encoder, domain: PreparedDomain) -> None:
+def _pair_probe(result: ProbeResult, encoder: _Encoder, domain: PreparedDomain, split: str) -> None:
     """Of pairs whose texts are embedded each by itself: their cosine, untrained; and a linear model.
 
     The features u, v, |u - v| and u * v are those of Conneau et al. 2017 (InferSent, arXiv:1705.02364).
     """
     task, labels = domain.task, domain.labels
     pairs, cosines = {}, {}
-    for split in ("train", "validation"):
-        rows = domain.split(split)[:]
-        u, v = (encoder.texts({"input_ids": rows[name]}) for name in ("first", "second"))
-        pairs[split] = np.concatenate([u, v, np.abs(u - v), u * v], axis=1)
-        cosines[split] = (u * v).sum(axis=1)
-    train, validation = domain.split("train")[:], domain.split("validation")[:]
+    for name in {"train", "validation", split}:
+        rows = domain.split(name)[:]
+        u, v = (encoder.texts({"input_ids": rows[column]}) for column in ("first", "second"))
+        pairs[name] = np.concatenate([u, v, np.abs(u - v), u * v], axis=1)
+        cosines[name] = (u * v).sum(axis=1)
+    train, scored = domain.split("train")[:], domain.split(split)[:]
     low, high = task.options.range or (min(train["labels"]), max(train["labels"]))
     result.add(
         "cosine",
         "cosine of frozen embeddings",
         f"cosine of the two mean-pooled texts, 0 and 1 taken for {low:g} and {high:g}; nothing is trained",
-        task.score((low + cosines["validation"] * (high - low)).tolist(), task.references(validation), labels),
+        task.score((low + cosines[split] * (high - low)).tolist(), task.references(scored), labels),
     )
     _add_best(
         result,
         domain,
+        split,
         pairs["train"],
         np.asarray(task.references(train)),
-        lambda model: model.predict(pairs["validation"]).tolist(),
+        lambda model, name: model.predict(pairs[name]).tolist(),
         "the frozen embeddings u, v of the two texts, |u - v| and u * v",
     )
 
 
-def _word_probe(result: ProbeResult, encoder: _Encoder, domain: PreparedDomain) -> None:
+def _word_probe(result: ProbeResult, encoder: _Encoder, domain: PreparedDomain, split: str) -> None:
     """A linear model on the hidden states of words, trained on at most about `WORDS` words of train."""
-    data, validation = domain.split("train"), domain.split("validation")[:]
+    data = domain.split("train")
+    held_out = {name: domain.split(name)[:] for name in {"validation", split}}
     order = np.random.default_rng(0).permutation(len(data)).tolist()
     lengths = domain.lengths("train")
     reached = int(np.searchsorted(np.cumsum([lengths[row] for row in order]), WORDS)) + 1
@@ -175,15 +178,18 @@ def _word_probe(result: ProbeResult, encoder: _Encoder, domain: PreparedDomain) 
             if place != LOST
         ]
 
-    features = np.concatenate(encoder.words(validation))
+    features = {name: np.concatenate(encoder.words(columns)) for name, columns in held_out.items()}
 
-    def predict(model: Any) -> list[list[int]]:
-        tags = iter(model.predict(features).tolist())
-        return [[OUTSIDE if place == LOST else next(tags) for place in places] for places in validation["positions"]]
+    def predict(model: Any, name: str) -> list[list[int]]:
+        tags = iter(model.predict(features[name]).tolist())
+        return [
+            [OUTSIDE if place == LOST else next(tags) for place in places] for places in held_out[name]["positions"]
+        ]
 
     _add_best(
         result,
         domain,
+        split,
         np.concatenate(encoder.words(train)),
         np.asarray(seen(train)),
         predict,
@@ -194,9 +200,10 @@ def _word_probe(result: ProbeResult, encoder: _Encoder, domain: PreparedDomain) 
 def _add_best(
     result: ProbeResult,
     domain: PreparedDomain,
+    split: str,
     features: np.ndarray,
     targets: np.ndarray,
-    predict: Callable[[Any], list[Any]],
+    predict: Callable[[Any, str], list[Any]],
     what: str,
 ) -> None:
     """Fit the task's linear models and add the best of them on the validation split, where the trials' are picked too.
@@ -204,9 +211,10 @@ def _add_best(
     Args:
         result: Gets the baseline ``linear_probe``.
         domain: Its objective decides.
+        split: What is scored.
         features: Of the training examples, shape (examples, features).
         targets: What they should give.
-        predict: Predictions of a fitted model for the validation split.
+        predict: Predictions of a fitted model for the validation split, and for the one that is scored.
         what: The features, in words.
     """
     task = domain.task
@@ -223,11 +231,14 @@ def _add_best(
             except ValueError:
                 # A limit on the examples may leave a single class.
                 continue
-        scores = task.score(predict(model), references, domain.labels)
+        scores = task.score(predict(model, "validation"), references, domain.labels)
         if best is None or sign * scores[domain.metric] > sign * best[0]:
             best = (scores[domain.metric], setting, scores, model)
     if best is not None:
         _, setting, scores, model = best
+        if split != "validation":
+            scored = task.references(domain.split(split)[:])
+            scores = task.score(predict(model, split), scored, domain.labels)
         kind = type(model[-1] if hasattr(model, "steps") else model).__name__
         outputs = targets.shape[1] if targets.ndim > 1 else max(len(domain.labels), 1)
         result.add(

@@ -42,41 +42,47 @@ class Question:
 
 
 def add_prompting(
-    result: ProbeResult, base: FrozenBase, domain: PreparedDomain, batch_size: int, device: torch.device
+    result: ProbeResult,
+    base: FrozenBase,
+    domain: PreparedDomain,
+    batch_size: int,
+    device: torch.device,
+    split: str = "validation",
 ) -> None:
     """Add the baselines ``zero_shot`` and ``few_shot`` where the model is generative and the task can be prompted.
 
     Classification, relations and multiple choice are answered by likelihood, summaries and responses by generation; on
-    at most `EXAMPLES` examples of validation, spread evenly over it.
+    at most `EXAMPLES` examples of the split, spread evenly over it.
 
     Args:
         result: Gets them. (Models without a pretrained language-modelling head have none; and there is no few-shot
             prompt where not even one training example fits beside the text.)
         base: The frozen base.
-        domain: Its validation split is answered; shots come from its training split.
+        domain: Shots come from its training split.
         batch_size: Prompts per batch of generation.
         device: Where the base is.
+        split: What is answered.
     """
     task = domain.task
     if domain.architecture == "encoder":
         return
-    rows = _spread(domain.rows["validation"])
-    validation = domain.split("validation")[rows]
-    count = domain.rows["validation"]
-    of_all = f"on {len(rows)} of {count} validation examples" if len(rows) < count else "on all validation examples"
+    count = domain.rows[split]
+    rows = _spread(count)
+    asked_about = domain.split(split)[rows]
+    of_all = f"on {len(rows)} of {count} {split} examples" if len(rows) < count else f"on all {split} examples"
     if isinstance(task, Generating):
         model = base.trial_model(domain, seed=0, copy_weights=False).eval()
         limit = context_length(model, domain.tokenizer)
         for shots in (0, SHOTS):
-            shown = _shots(domain, validation, limit, shots)
+            shown = _shots(domain, asked_about, limit, shots)
             if shots and not shown:
                 continue
             before = _joined(shown, domain)
             prompts = [
-                [*before, *_without_start(ids, domain.tokenizer, bool(shown))] for ids in validation["input_ids"]
+                [*before, *_without_start(ids, domain.tokenizer, bool(shown))] for ids in asked_about["input_ids"]
             ]
-            predictions = _written(model, domain, {**validation, "input_ids": prompts}, batch_size, device)
-            _add(result, domain, validation, predictions, len(shown), f"the frozen model writes, {of_all}")
+            predictions = _written(model, domain, {**asked_about, "input_ids": prompts}, batch_size, device)
+            _add(result, domain, asked_about, predictions, len(shown), f"the frozen model writes, {of_all}")
         return
     if task.name not in ("classification", "relation", "multiple_choice"):
         return
@@ -87,7 +93,7 @@ def add_prompting(
     limit = context_length(model, tokenizer)
     ask = _ask_choice if task.name == "multiple_choice" else _ask_label
     for shots in (0, SHOTS):
-        asked = ask(domain, tokenizer, validation, limit, shots)
+        asked = ask(domain, tokenizer, asked_about, limit, shots)
         if asked is None:
             continue
         questions, shown_count = asked
@@ -97,7 +103,7 @@ def add_prompting(
         _add(
             result,
             domain,
-            validation,
+            asked_about,
             predictions,
             shown_count,
             f"the {what} of the highest mean log-probability per token after a prompt, {of_all}",

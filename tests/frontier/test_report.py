@@ -172,6 +172,29 @@ def test_unconfirmed_values_and_baselines_are_marked(tmp_path: Path) -> None:
     assert rows(tmp_path / "report" / "significance.csv")[0]["note"] == "not confirmed"
 
 
+@pytest.mark.parametrize(
+    ("probe", "sentence"),
+    [
+        (0.60, r"Tuning paid: 0\.\d+ better than the logistic regression on frozen embeddings on the test split"),
+        (0.85, "Tuning did not pay: nothing beats the logistic regression on frozen embeddings on the test split"),
+    ],
+)
+def test_baselines_of_the_test_split_stand_beside_the_methods(probe: float, sentence: str, tmp_path: Path) -> None:
+    facts = make_facts()
+    for name, value in (("majority", 0.2), ("linear_probe", probe)):
+        known = facts.domains["clinical"].baselines["package:tiny/model"]
+        known[name] = known[name].model_copy(update={"test_value": value, "test_scores": {"accuracy": value}})
+    records = [confirm(make_record(0, 0.8, 1000), facts, tmp_path, 0.8)]
+    write_report(tmp_path / "report", records, facts, make_spec(facts), tmp_path)
+    text = (tmp_path / "report" / "report.md").read_text()
+    (line,) = (line for line in text.splitlines() if line.startswith("| logistic regression"))
+    # One domain on the test split, the other still on validation.
+    assert f"{probe:.3f} |" in line
+    assert "0.860†" in line
+    assert re.search(sentence, text)
+    assert rows(tmp_path / "report" / "baselines.csv")[1]["test"] == str(probe)
+
+
 def test_a_method_is_represented_by_what_validation_chose(tmp_path: Path) -> None:
     """Never by the test split, which would make a lucky configuration look like a good one."""
 

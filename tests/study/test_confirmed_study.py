@@ -16,7 +16,7 @@ import pytest
 import yaml
 from study_runs import command, ledger, run
 
-from peftsearch.spec import Confirmed, Reading, TrialState
+from peftsearch.spec import Baseline, Confirmed, Reading, TrialState
 from peftsearch.study import Study
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
@@ -57,10 +57,25 @@ def finished(tmp_path_factory: pytest.TempPathFactory, study_file: Path) -> Path
     assert all(record.confirmed is None for record in searched.trials())
     assert not list((searched.folder.path / "trials").glob("*-seed*"))
     assert searched.status()["confirmations"] == {"done": 0, "failed": 0, "planned": 0}
+    assert not any(item.test_scores for item in baselines(searched).values())
     for file, content in contents.items():
         file.write_bytes(content)
     run(study_file, storage)
     return storage
+
+
+def baselines(study: Study) -> dict[str, Baseline]:
+    """Of the only model."""
+    (found,) = study.facts().domains["topics"].baselines.values()
+    return found
+
+
+def test_the_baselines_are_scored_on_the_test_split_beside_the_confirmations(finished: Path) -> None:
+    found = baselines(Study.open("confirmed", finished))
+    assert {"majority", "linear_probe"} <= set(found)
+    for baseline in found.values():
+        assert baseline.test_value == baseline.test_scores["accuracy"]
+        assert 0 < baseline.test_value < 1
 
 
 def confirmations(storage: Path) -> dict[int, Confirmed]:

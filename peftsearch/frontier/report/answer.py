@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from peftsearch.frontier.front import complete
@@ -12,13 +12,15 @@ from peftsearch.frontier.report.document import Document, Heading, Points, Table
 from peftsearch.frontier.report.material import LESS, VALIDATION, Material, metric_words
 from peftsearch.frontier.report.results import (
     Result,
+    better,
     macro_average,
     score_by_task,
+    seed_noise,
     tested,
     validated,
 )
 from peftsearch.frontier.tables import verdict
-from peftsearch.spec import TrialRecord, TrialState
+from peftsearch.spec import Baseline, TrialRecord, TrialState
 from peftsearch.tracking.names import configuration_text
 
 
@@ -89,17 +91,40 @@ def _headline(study: Material, name: str) -> Iterator[str]:
         )
     elif comparison.others or best.seeds < 2:
         yield "What is within the noise cannot be said without confirmations of several methods with several seeds."
+    own = facts.baselines.get(best.model, {})
+    if best.test and own and all(baseline.test_value is not None for baseline in own.values()):
+        yield _against_baselines(best, own.values())
+        return
     yield verdict(study.fronts[name]).sentence
-    if best.seeds > 1 and best.validation and facts.baselines.get(best.model):
+    if best.seeds > 1 and best.validation and own:
         mean, deviation, _ = best.validation
         yield (
             f"Over its seeds {study.called(best.model, best.method)} has {words.number(mean)} ± "
             f"{words.number(deviation)} on the validation split, where the baselines are scored."
         )
-    own = facts.baselines.get(best.model, {})
     rest = [f"{b.title} {words.number(b.value)}" for key, b in own.items() if key not in ("majority", "linear_probe")]
     if rest:
         yield f"Further baselines (validation): {', '.join(rest)}."
+
+
+def _against_baselines(best: Result, baselines: Iterable[Baseline]) -> str:
+    """Whether tuning paid, on the test split: against the baseline that is hardest to beat there."""
+    assert best.test is not None
+    mean, _, seeds = best.test
+    known = {baseline.title: baseline.test_value for baseline in baselines if baseline.test_value is not None}
+    known = {title: value for title, value in known.items() if math.isfinite(value)}
+    if not known:
+        return "No baseline has a score on the test split."
+    hardest = max(known, key=lambda title: better(known[title], 0.0, best.direction))
+    gain = better(mean, known[hardest], best.direction)
+    listed = ", ".join(f"{title} {words.number(value)}" for title, value in known.items())
+    if gain <= 0:
+        lead = f"Tuning did not pay: nothing beats the {hardest} on the test split"
+    elif gain < seed_noise(best.test, (known[hardest], 0.0, 1)):
+        lead = f"It is open whether tuning paid: the gain over the {hardest} is within the noise of {seeds} seeds"
+    else:
+        lead = f"Tuning paid: {words.number(gain)} better than the {hardest} on the test split"
+    return f"{lead} ({listed})."
 
 
 def methods_by_domains(document: Document, study: Material) -> None:
@@ -155,14 +180,17 @@ def methods_by_domains(document: Document, study: Material) -> None:
                 domains=len(domains),
             )
         rows.append([*([model] if study.several_models else []), method, *cells])
-    for baseline, model, values in _baseline_rows(study):
-        marks.add(VALIDATION)
-        cells = [words.number(value) + ("" if value is None else VALIDATION) for value in values]
+    for baseline, model, found in _baseline_rows(study):
+        cells = [words.number(value) + ("" if value is None or on_test else VALIDATION) for value, on_test in found]
         if averaged:
+            values = [value for value, _ in found]
             mean, by_type = macro_average(values), score_by_task(values, tasks)
-            cells.append(words.number(mean) + ("" if mean is None else VALIDATION))
+            mark = "" if all(on_test for _, on_test in found) else VALIDATION
+            cells.append(words.number(mean) + ("" if mean is None else mark))
             if len(extra) > 1:
-                cells.append(words.number(by_type) + ("" if by_type is None else VALIDATION))
+                cells.append(words.number(by_type) + ("" if by_type is None else mark))
+        if any(VALIDATION in cell for cell in cells):
+            marks.add(VALIDATION)
         rows.append([*([model] if study.several_models else []), baseline, *cells])
     notes = [
         "Mean ± sample standard deviation over the confirmation seeds (their number), on the test split. The "
@@ -198,17 +226,20 @@ def _task_types(tasks: Sequence[str]) -> bool:
     return 1 < len(set(tasks)) < len(tasks)
 
 
-def _baseline_rows(study: Material) -> Iterator[tuple[str, str, list[float | None]]]:
+def _baseline_rows(study: Material) -> Iterator[tuple[str, str, list[tuple[float | None, bool]]]]:
+    """Of each baseline its title, its model, and by domain its value and whether that is on the test split."""
     for model in study.spec.models:
         titles: dict[str, str] = {}
         for domain in study.facts.domains.values():
             for key, baseline in domain.baselines.get(model.path, {}).items():
                 titles.setdefault(key, baseline.title)
         for key, title in titles.items():
-            values: list[float | None] = []
+            values: list[tuple[float | None, bool]] = []
             for domain in study.facts.domains.values():
                 found = domain.baselines.get(model.path, {}).get(key)
-                values.append(found.value if found and math.isfinite(found.value) else None)
+                on_test = found is not None and found.test_value is not None
+                value = (found.test_value if on_test else found.value) if found else None
+                values.append((value if value is not None and math.isfinite(value) else None, on_test))
             yield title, model.path, values
 
 

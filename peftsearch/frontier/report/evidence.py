@@ -251,6 +251,7 @@ def provenance(document: Document, study: Material) -> None:
                     title=baseline.title,
                     metric=domain.metric,
                     validation=baseline.value,
+                    test=baseline.test_value,
                     trainable_parameters=baseline.trainable_parameters,
                     detail=baseline.detail,
                 )
