@@ -152,7 +152,7 @@ class PostgresServer:
             **self._identity,
         )
         if done.returncode:
-            raise RuntimeError(f"{program}: {done.stderr.strip()}")
+            raise RuntimeError(f"{program}: {done.stdout.strip()} {done.stderr.strip()}")
         return done.stdout.strip()
 
 

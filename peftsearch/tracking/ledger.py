@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from peftsearch.spec import Confirmed, Direction, Reading, Rung, StudyError, TrialRecord, TrialState
+from peftsearch.spec import Confirmed, Direction, Reading, Rung, StudyError, TrialRecord, TrialState, hide_secrets
 
 if TYPE_CHECKING:
     import optuna
 
 _CELL = "peftsearch_cell"
+_OWNER = "peftsearch_study"
 _TRIAL = "trial"
 _RUNGS = "rungs"
 _ENDED = "ended"
@@ -44,6 +45,19 @@ class LedgerCell:
     direction: Direction
 
 
+@dataclass(frozen=True)
+class Owner:
+    """The study that a ledger's trials belong to; another study of the same name is another study.
+
+    Attributes:
+        id: Made when the study was begun.
+        where: The storage that holds the study's other files, for people.
+    """
+
+    id: str
+    where: str
+
+
 class Ledger:
     """All trials of a study, by number; the study's driver is its only writer.
 
@@ -51,22 +65,34 @@ class Ledger:
         url: SQLAlchemy URL of the Optuna storage.
         study: Name of the study.
         cells: The cells to create where they do not exist; empty to read what is there.
+        owner: The study that the trials must belong to; not checked where absent.
+        patience: Seconds that each call waits for a database that is restarted, or locked by another process.
+        guard: Called before every write; raises where this process may not write any more.
 
     Raises:
-        StudyError: The storage cannot be opened.
+        StudyError: The storage cannot be opened, or holds another study of this name.
+        RuntimeError: From every method: the database stayed away for longer than the patience.
     """
 
-    def __init__(self, url: str, study: str, cells: Iterable[LedgerCell] = ()) -> None:
+    def __init__(
+        self,
+        url: str,
+        study: str,
+        cells: Iterable[LedgerCell] = (),
+        *,
+        owner: Owner | None = None,
+        patience: float = 15.0,
+        guard: Callable[[], None] | None = None,
+    ) -> None:
         import optuna
+
+        from peftsearch.tracking.database import open_database
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.url = url
         self.study = study
-        try:
-            self._storage = _open(url)
-        except Exception as error:  # SQLAlchemy's and the drivers' errors have no common base
-            reason = (str(error).splitlines() or [""])[0]
-            raise StudyError(f"cannot open the ledger {hide_password(url)}: {reason}", ("tracking", "ledger")) from None
+        self._database = open_database(url, patience, guard)
+        self._storage = optuna.storages.get_storage(self._database)
         self._studies: dict[str, optuna.Study] = {}
         self._trials: dict[int, _Entry] = {}
         self._unstarted: dict[str, list[optuna.trial.FrozenTrial]] = {}
@@ -75,6 +101,14 @@ class Ledger:
         self._unconfirmed: dict[int, dict[int, str]] = {}
         self._confirming: dict[tuple[int, int], Mapping[str, Any]] = {}
         existing = set(optuna.get_all_study_names(self._storage))
+        loaded = {
+            name: optuna.load_study(study_name=name, storage=self._storage)
+            for name in sorted(existing)
+            if name.startswith(f"{study}/")
+        }
+        if owner is not None:
+            for item in loaded.values():
+                _check_owner(item.user_attrs.get(_OWNER), owner, url, study)
         for cell in cells:
             name = f"{study}/{cell.key}"
             created = optuna.create_study(
@@ -87,13 +121,18 @@ class Ledger:
                 # Last, so that a driver that dies here finds the cell unfinished and not half made.
                 created.set_metric_names([cell.metric, "trainable_parameters"])
                 created.set_user_attr(_CELL, cell.__dict__)
-                existing.add(name)
-        for name in sorted(existing):
-            if name.startswith(f"{study}/"):
-                loaded = optuna.load_study(study_name=name, storage=self._storage)
-                if _CELL in loaded.user_attrs:
-                    self._studies[loaded.user_attrs[_CELL]["key"]] = loaded
+            if owner is not None and created.user_attrs.get(_OWNER) != owner.__dict__:
+                created.set_user_attr(_OWNER, owner.__dict__)
+            loaded[name] = created
+        for _, item in sorted(loaded.items()):
+            if _CELL in item.user_attrs:
+                self._studies[item.user_attrs[_CELL]["key"]] = item
         self._read()
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why this ledger is not written any more: what a write raised, whoever asked for it."""
+        return self._database.failure
 
     @property
     def records(self) -> list[TrialRecord]:
@@ -219,7 +258,7 @@ class Ledger:
 
     def fail(self, number: int, error: str, **updates: Any) -> TrialRecord:
         """The trial could not go on."""
-        return self._end(number, TrialState.FAILED, {"error": error, **updates})
+        return self._end(number, TrialState.FAILED, {"error": hide_secrets(error), **updates})
 
     def set_run_id(self, number: int, run_id: str) -> None:
         """Remember a trial's MLflow run."""
@@ -247,6 +286,7 @@ class Ledger:
         """Record that a re-training could not go on."""
         known = self._unconfirmed.setdefault(number, {})
         if seed not in known:
+            error = hide_secrets(error)
             self._note(number, _UNCONFIRMED, seed, error)
             known[seed] = error
 
@@ -269,6 +309,7 @@ class Ledger:
     def close(self) -> None:
         """Release the connections."""
         self._storage.remove_session()
+        self._database.engine.dispose()
 
     def _end(self, number: int, state: TrialState, updates: dict[str, Any]) -> TrialRecord:
         import optuna
@@ -349,21 +390,14 @@ class _Entry:
     record: TrialRecord
 
 
-def _open(url: str) -> optuna.storages.BaseStorage:
-    import optuna
-    from sqlalchemy import event
-
-    rdb = optuna.storages.RDBStorage(url)
-    if rdb.engine.dialect.name == "sqlite":
-        # With the rollback journal every attribute costs two fsyncs (15 to 20 ms here); with a write-ahead log 0.5 ms.
-        # A process that dies loses nothing either way. https://www.sqlite.org/wal.html
-        @event.listens_for(rdb.engine, "connect")
-        def _settings(connection: Any, _: Any) -> None:
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=NORMAL")
-
-        rdb.engine.dispose()
-    return optuna.storages.get_storage(rdb)
+def _check_owner(found: Mapping[str, str] | None, owner: Owner, url: str, study: str) -> None:
+    """Refuse the trials of another study; those that a driver died over before it signed them belong to anyone."""
+    if found is not None and found["id"] != owner.id:
+        raise StudyError(
+            f"the ledger {hide_password(url)} holds another study of the name {study!r}, which lives in "
+            f"{found['where']}: give this one another --name, or another tracking.ledger",
+            ("tracking", "ledger"),
+        )
 
 
 def _confirmed(readings: Mapping[int, Reading]) -> Confirmed | None:
@@ -389,7 +423,8 @@ def hide_password(url: str) -> str:
     from sqlalchemy.exc import ArgumentError
 
     try:
-        return make_url(url).render_as_string(hide_password=True)
+        # The driver's own options may hold one too: ?password=...
+        return hide_secrets(make_url(url).render_as_string(hide_password=True))
     except ArgumentError:
         return "(not a database URL)"
 

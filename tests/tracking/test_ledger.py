@@ -1,23 +1,28 @@
-"""The ledger holds what it was told, across processes and crashes."""
+"""The ledger holds what it was told, across processes and crashes: on SQLite and on PostgreSQL."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+from postgres_server import PostgresServer
 
 from peftsearch.spec import Reading, Rung, StudyError, TrialState
-from peftsearch.tracking.ledger import Ledger, LedgerCell, hide_password
+from peftsearch.tracking.ledger import Ledger, LedgerCell, Owner, hide_password
 
 CELL = LedgerCell("d/lora/m", "m", "d", "lora", "accuracy", "maximize")
 OTHER = LedgerCell("d/full/m", "m", "d", "full", "accuracy", "maximize")
 
 
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'ledger.db'}"
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'ledger.db'}"
+    server: PostgresServer = request.getfixturevalue("postgres_server")
+    return server.create_database()
 
 
 def open_ledger(url: str, *cells: LedgerCell) -> Ledger:
@@ -221,3 +226,49 @@ def test_first_guesses_that_a_driver_died_over_are_enqueued_to_the_end(url: str)
     again.enqueue(CELL.key, guesses)
     assert [ask(again, seed=seed).hyperparameters["rank"] for seed in range(3)] == [3, 5, 7]
     assert not again.is_new(CELL.key)
+
+
+def test_another_study_of_the_same_name_is_told_where_this_one_lives(url: str) -> None:
+    mine, theirs = Owner("1", "here:/storage"), Owner("2", "there:/other")
+    ask(Ledger(url, "s", [CELL], owner=mine))
+    for cells in ([], [CELL]):
+        with pytest.raises(StudyError, match=r"'s', which lives in here:/storage.*--name"):
+            Ledger(url, "s", cells, owner=theirs)
+    # A storage that was moved is the same study, and says where it lives now.
+    assert len(Ledger(url, "s", [CELL], owner=Owner("1", "here:/moved")).records) == 1
+    with pytest.raises(StudyError, match="here:/moved"):
+        Ledger(url, "s", owner=theirs)
+    assert Ledger(url, "other", [CELL], owner=theirs).records == []
+
+
+def test_a_cell_that_a_driver_died_over_before_it_was_signed_belongs_to_the_next_one(url: str) -> None:
+    open_ledger(url)
+    assert ask(Ledger(url, "s", [CELL], owner=Owner("1", "here"))).number == 0
+
+
+def test_who_may_not_write_any_more_writes_nothing(url: str) -> None:
+    class LostError(Exception):
+        pass
+
+    allowed = True
+
+    def guard() -> None:
+        if not allowed:
+            raise LostError
+
+    ledger = Ledger(url, "s", [CELL], guard=guard)
+    number = ask(ledger).number
+    before = Ledger(url, "s").records
+    allowed = False
+    writes: list[Callable[[], Any]] = [
+        lambda: ask(ledger),
+        lambda: ledger.add_rung(number, rung(1)),
+        lambda: ledger.prune(number),
+        lambda: ledger.set_run_id(number, "run"),
+        lambda: ledger.enqueue(CELL.key, [{"rank": 1}] * 9),
+    ]
+    for write in writes:
+        with pytest.raises(LostError):
+            write()
+    assert isinstance(ledger.failure, LostError)
+    assert Ledger(url, "s").records == before
