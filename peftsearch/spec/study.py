@@ -328,7 +328,12 @@ class ConfirmSpec(_Section):
 class ResourcesSpec(_Section):
     """What a slot (a warm worker group) takes, and how many there are."""
 
-    workers_per_trial: int = Field(default=1, ge=1, le=4096, description="Workers that train one trial together (DDP)")
+    workers_per_trial: int = Field(default=1, ge=1, le=4096, description="Workers that train one trial together")
+    strategy: Literal["ddp", "fsdp"] = Field(
+        default="ddp",
+        description="ddp: every worker of a trial holds the whole model; fsdp: each holds a part of it (FSDP2), for "
+        "models that do not fit one GPU",
+    )
     gpus_per_worker: float = Field(default=0, ge=0, description="GPUs per worker")
     cpus_per_worker: int | None = Field(
         default=None, ge=1, description="Threads per worker; the machine's cores, shared, where absent"
@@ -340,6 +345,15 @@ class ResourcesSpec(_Section):
         default="auto", description="Trials trained at once per slot"
     )
     max_retries: int = Field(default=3, ge=0, description="A trial that breaks a slot more often is FAILED")
+
+    @model_validator(mode="after")
+    def _several_workers(self) -> Self:
+        if self.strategy == "fsdp" and self.workers_per_trial == 1:
+            raise ValueError(
+                "strategy fsdp puts parts of a model on the workers of a trial, and there is one: write "
+                "workers_per_trial: 2 or more, or strategy: ddp"
+            )
+        return self
 
     @field_validator("pack")
     @classmethod

@@ -7,14 +7,15 @@ import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
-from peftsearch.domains.models import Architecture, model_config
+from peftsearch.domains.models import Architecture, custom_code_refused, model_config, needs_custom_code
 from peftsearch.domains.tasks import Head
 from peftsearch.spec import StudyError
+from peftsearch.training.distributed import WorkerGroup
 from peftsearch.training.quantised import (
     check_memory,
     check_quantisable,
@@ -26,12 +27,15 @@ from peftsearch.training.quantised import (
     share_layer,
     shared_state,
 )
+from peftsearch.training.sharding import ShardedWeight, matrices_in_layers, split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from peftsearch.domains import PreparedDomain, Task
     from peftsearch.methods import Quantization
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class FrozenBase:
@@ -41,12 +45,24 @@ class FrozenBase:
         location: Folder or Hub id.
         revision: Hub revision.
         device: Where the weights live.
+        trust_remote_code: Whether code that the model brings along may run.
+        group: The workers that share it; each holds a part of it where the group is sharded.
     """
 
-    def __init__(self, location: str, revision: str | None = None, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        location: str,
+        revision: str | None = None,
+        device: torch.device | None = None,
+        *,
+        trust_remote_code: bool = False,
+        group: WorkerGroup | None = None,
+    ) -> None:
         self.location = location
         self.revision = revision
+        self.trust_remote_code = trust_remote_code
         self.device = device or torch.device("cpu")
+        self._group = group or WorkerGroup(device=self.device)
         self._templates: dict[tuple[str, str, Quantization | None], Template] = {}
         self._tensors: dict[str, nn.Parameter] = {}
         self._quantised: dict[str, nn.Module] = {}
@@ -76,7 +92,7 @@ class FrozenBase:
         template = self.template(domain, quantization)
         # Only now: loading a template, which the first trial of a worker does, draws random numbers itself.
         torch.manual_seed(seed)
-        model = copy.deepcopy(template.model) if copy_weights else share_tensors(template.model)
+        model = _copy(template.model) if copy_weights else share_tensors(template.model)
         _draw_anew(model, template.fresh)
         return model
 
@@ -97,7 +113,7 @@ class FrozenBase:
         key = (head.auto_model, json.dumps(task.config_kwargs(labels), sort_keys=True), quantization)
         if key not in self._templates:
             if quantization is None:
-                model, fresh = load_model(self.location, self.revision, head, task.config_kwargs(labels))
+                model, fresh = self._load_anywhere(head, task.config_kwargs(labels))
             else:
                 model, fresh = self._load_quantised(head, task.config_kwargs(labels), quantization)
             self._share_known(model, fresh)
@@ -105,7 +121,7 @@ class FrozenBase:
             model.config.pad_token_id = domain.pad_token_id
             model.requires_grad_(False)
             if quantization is None:
-                model.to(self.device)
+                move(model, self.device)
             self._templates[key] = Template(model, fresh, fresh_modules(model, fresh))
         return self._templates[key]
 
@@ -113,7 +129,7 @@ class FrozenBase:
         """The base's tokenizer, loaded anew."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.location, revision=self.revision)
+        return AutoTokenizer.from_pretrained(self.location, revision=self.revision, trust_remote_code=False)
 
     def language_model(self, architecture: Architecture) -> PreTrainedModel | None:
         """The frozen base with the language-modelling head that it was pretrained with, for prompting; not kept.
@@ -127,7 +143,7 @@ class FrozenBase:
             The model in evaluation mode; None where the checkpoint holds no such head.
         """
         auto = "AutoModelForSeq2SeqLM" if architecture == "encoder-decoder" else "AutoModelForCausalLM"
-        model, fresh = load_model(self.location, self.revision, Head(auto, None), {})
+        model, fresh = self._load(Head(auto, None), {})
         if fresh:
             return None
         # A backbone has a name of its own in some classes (T5's in a classifier), and none in others.
@@ -138,23 +154,59 @@ class FrozenBase:
             same = known.get(name.removeprefix(prefix))
             if same is not None and same.shape == parameter.shape and same.dtype == parameter.dtype:
                 _replace(model, aliases[name], same)
-        return model.requires_grad_(False).to(self.device).eval()
+        return move(model.requires_grad_(False), self.device).eval()
+
+    def _load_anywhere(self, head: Head, config_kwargs: dict[str, Any]) -> tuple[PreTrainedModel, frozenset[str]]:
+        """The model in memory, or this worker's parts of it on its device."""
+        group = self._group
+        if group.mesh is None:
+            return self._load(head, config_kwargs)
+        # The first worker alone has all of the model, in the host's memory; the devices see it matrix by matrix.
+        with group.together():
+            model, fresh = self._load(head, config_kwargs, **({} if group.rank == 0 else {"device_map": "meta"}))
+        parts = matrices_in_layers(model)
+        aliases = _aliases(model)
+        # Where weights are tied once they are loaded, the first worker knows.
+        for names in group.from_first(list(aliases.values())) or ():
+            parameter = model.get_parameter(names[0])
+            known = None if names[0] in fresh else self._tensors.get(names[0])
+            if known is not None and known.shape == parameter.shape and known.dtype == parameter.dtype:
+                continue
+            complete = group.broadcast(_room_for(parameter.detach(), self.device))
+            part = split(complete, group.mesh) if names[0] in parts else complete
+            _replace(model, names, nn.Parameter(part, requires_grad=False))
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = group.broadcast(_room_for(buffer, self.device))
+        return model, fresh
+
+    def _load(self, head: Head, config_kwargs: dict[str, Any], **kwargs: Any) -> tuple[PreTrainedModel, frozenset[str]]:
+        trusted = self.trust_remote_code
+        return load_model(self.location, self.revision, head, config_kwargs, trust_remote_code=trusted, **kwargs)
 
     def _load_quantised(
         self, head: Head, config_kwargs: dict[str, Any], quantization: Quantization
     ) -> tuple[PreTrainedModel, frozenset[str]]:
-        bare, fresh = load_model(self.location, self.revision, head, config_kwargs, device_map="meta")
+        bare, fresh = self._load(head, config_kwargs, device_map="meta")
         unquantised = left_unquantised(bare, fresh_modules(bare, fresh))
         check_memory(self.location, bare, quantization, self.device, unquantised)
-        model, fresh = load_model(
-            self.location,
-            self.revision,
+        model, fresh = self._load(
             head,
             config_kwargs,
             device_map={"": str(self.device)},
             quantization_config=quantization_config(quantization, self.device, unquantised),
         )
         settle(model)
+        if self._group.mesh is not None:
+            parts = matrices_in_layers(model)
+            for names in _aliases(model).values():
+                if names[0] in parts:
+                    weight = model.get_parameter(names[0])
+                    part = nn.Parameter(split(weight, self._group.mesh), requires_grad=False)
+                    # What PEFT and bitsandbytes ask a packed weight for.
+                    vars(part).update(vars(weight))
+                    _replace(model, names, part)
         return model, fresh
 
     def _share_known(self, model: PreTrainedModel, fresh: frozenset[str]) -> None:
@@ -193,7 +245,13 @@ class Template:
 
 
 def load_model(
-    location: str, revision: str | None, head: Head, config_kwargs: dict[str, Any], **kwargs: Any
+    location: str,
+    revision: str | None,
+    head: Head,
+    config_kwargs: dict[str, Any],
+    *,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
 ) -> tuple[PreTrainedModel, frozenset[str]]:
     """The model with a task head, and the names of the parameters that the checkpoint does not hold.
 
@@ -204,14 +262,16 @@ def load_model(
         revision: Hub revision.
         head: Class of the model.
         config_kwargs: What the configuration has to know to build the head.
+        trust_remote_code: Whether code that the model brings along may run.
         kwargs: Further arguments of ``from_pretrained``.
 
     Raises:
         ValueError: The model is stored quantised.
+        OSError: It has no safetensors: pickled weights are not loaded.
     """
     import transformers
 
-    check_quantisable(location, model_config(location, revision))
+    check_quantisable(location, model_config(location, revision, trust_remote_code=trust_remote_code))
     auto = getattr(transformers, head.auto_model)
     with quiet_loading():
         model, info = auto.from_pretrained(
@@ -219,7 +279,9 @@ def load_model(
             revision=revision,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            use_safetensors=True if Path(location).is_dir() else None,
+            # Pickled weights can run code as they are read.
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
             **config_kwargs,
             **kwargs,
         )
@@ -249,7 +311,13 @@ def fresh_modules(model: nn.Module, fresh: Collection[str]) -> tuple[str, ...]:
 
 
 def meta_model(
-    location: str, revision: str | None, task: Task, head: Head, labels: Sequence[str]
+    location: str,
+    revision: str | None,
+    task: Task,
+    head: Head,
+    labels: Sequence[str],
+    *,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The model without weights, on the meta device, for counting parameters; and its modules to save.
 
@@ -263,24 +331,28 @@ def meta_model(
     import transformers
 
     config_kwargs = task.config_kwargs(labels)
-    config = model_config(location, revision, **config_kwargs)
+    config = model_config(location, revision, trust_remote_code=trust_remote_code, **config_kwargs)
     try:
         check_quantisable(location, config)
     except ValueError as error:
         raise StudyError(str(error)) from None
     try:
         if any(Path(location).glob("*.safetensors")):
-            model, fresh = load_model(location, revision, head, config_kwargs, device_map="meta")
+            model, fresh = load_model(
+                location, revision, head, config_kwargs, trust_remote_code=trust_remote_code, device_map="meta"
+            )
         else:
             with torch.device("meta"), quiet_loading():
-                model = getattr(transformers, head.auto_model).from_config(config)
-                bare = transformers.AutoModel.from_config(config)
+                model = getattr(transformers, head.auto_model).from_config(config, trust_remote_code=trust_remote_code)
+                bare = transformers.AutoModel.from_config(config, trust_remote_code=trust_remote_code)
             prefix = f"{model.base_model_prefix}."
             known = {name.removeprefix(prefix) for name, _ in bare.named_parameters()}
             # Language models bring their heads along.
             named = [] if head.auto_model.endswith("LM") else [name for name, _ in model.named_parameters()]
             fresh = frozenset(name for name in named if name.removeprefix(prefix) not in known)
     except ValueError as error:
+        if needs_custom_code(error):
+            raise StudyError(custom_code_refused(location)) from None
         raise StudyError(
             f"the model {location!r} ({config.model_type}) cannot do {task.name}: {str(error).splitlines()[0]}"
         ) from None
@@ -295,6 +367,39 @@ def share_tensors(model: nn.Module) -> Any:
     for layer in quantised_layers(model).values():
         memo |= {id(state): state for state in shared_state(layer)}
     return copy.deepcopy(model, memo)
+
+
+def _copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A deep copy. Parts of weights get parameters of their own, and are copied when the trial is handed its parts."""
+    return copy.deepcopy(
+        model,
+        {
+            id(part): nn.Parameter(part.detach(), requires_grad=False)
+            for part in model.parameters()
+            if isinstance(part, ShardedWeight)
+        },
+    )
+
+
+def move(model: M, device: torch.device) -> M:
+    """A model on a device; what is in parts is there already."""
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is None or isinstance(parameter, ShardedWeight):
+                continue
+            if parameter.device.type != device.type or device.index not in (None, parameter.device.index):
+                parameter.data = parameter.data.to(device)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    return model
+
+
+def _room_for(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on a device, or room for it where it has no data."""
+    if tensor.is_meta:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    return tensor.to(device).contiguous()
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -372,6 +477,8 @@ def _join(path: str, name: str) -> str:
 
 def _hash(tensor: torch.Tensor) -> int:
     """XOR of the tensor's 8-byte words, computed where it lives; the bytes of an odd tail are hashed by themselves."""
+    if isinstance(tensor, ShardedWeight):
+        tensor = tensor.local
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     whole = data.numel() // 8 * 8
     words = int(torch.hash_tensor(data[:whole].view(torch.int64)).item()) if whole else 0

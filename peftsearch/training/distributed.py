@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Literal, TypeVar
 
 import torch
 from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
+from peftsearch.training.memory import describe
+from peftsearch.training.sharding import clip_gradients, gather_in_half, is_part, shard_trial, whole
+
 T = TypeVar("T")
+
+
+_PATIENCE = timedelta(seconds=20)
+"""How long a worker that failed waits for the others to fail at the same place; they are in step, so it is ample."""
+
+
+class PeerError(RuntimeError):
+    """Another worker of the group failed, and said why."""
 
 
 class WorkerGroup:
@@ -19,29 +33,147 @@ class WorkerGroup:
         rank: This worker's rank; rank 0 speaks for the group.
         size: Number of workers.
         device: Where this worker computes.
+        strategy: ``ddp``: each worker holds the whole model; ``fsdp``: a part of it, see `sharding`.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        device: torch.device | None = None,
+        strategy: Literal["ddp", "fsdp"] = "ddp",
+    ) -> None:
         self.rank = rank
         self.size = size
         self.device = device or torch.device("cpu")
+        self.place = ""
+        """What this worker is doing; it names every stretch of work that has no collectives in it."""
+        self._failures = 0
+        self._agreed: Exception | None = None
+        self.mesh: DeviceMesh | None = None
+        """The workers, where each holds a part of the base."""
+        if strategy == "fsdp" and size > 1:
+            self.mesh = init_device_mesh(self.device.type, (size,))
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model as trained by the group: under DDP where there are several workers.
+    def wrap(self, model: nn.Module, half: bool = False) -> nn.Module:
+        """The model as trained by the group: under DDP or FSDP2 where there are several workers.
 
         Every rank builds the trial from the same seed, so only the trained parameters are synchronised at the start
         (DDP itself would broadcast the frozen base for every trial).
+
+        Args:
+            model: A trial's model; its parameters may be others afterwards.
+            half: Whether it is trained under bf16 autocast.
         """
         if self.size == 1:
             return model
+        if self.mesh is not None:
+            shard_trial(model, self.mesh, half)
         for parameter in model.parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and not is_part(parameter):
                 distributed.broadcast(parameter.data, src=0)
+        if self.mesh is not None:
+            return model
         return DistributedDataParallel(model, init_sync=False, broadcast_buffers=False, find_unused_parameters=True)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Work that some ranks may fail at alone; then all do. Within it no rank may wait for another one.
+
+        Raises:
+            PeerError: It failed on another rank.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        found = [] if self.size == 1 else self.gather("" if error is None else describe(error))
+        if error is not None:
+            self._agreed = error
+            raise error
+        for rank, text in enumerate(found):
+            if text:
+                raise PeerError(f"worker {rank}: {text}")
+
+    def all_know(self, error: Exception) -> bool:
+        """After a failure of this worker: whether none of the others waits for it in vain, so that the group can go on.
+
+        They do not where it happened under `together`, or where all failed at the same place, as equal work does on
+        equal workers. Where weights are in parts, forward and backward passes are full of collectives: never there.
+        """
+        if self.size == 1 or error is self._agreed:
+            return True
+        if self.sharded:
+            return False
+        store = distributed.distributed_c10d._get_default_store()
+        self._failures += 1
+        keys = [f"peftsearch/failure/{self._failures}/{rank}" for rank in range(self.size)]
+        store.set(keys[self.rank], self.place)
+        try:
+            store.wait(keys, _PATIENCE)
+        except RuntimeError:
+            return False
+        return all(store.get(key).decode() == self.place for key in keys)
 
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
         """Within it, gradients of a wrapped model stay on their rank: more of the batch is to come."""
         return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
+
+    def prepare(self, model: nn.Module, half: bool) -> None:
+        """Before the first of some forward passes: whether they run under bf16 autocast."""
+        if self.mesh is not None:
+            gather_in_half(model, half)
+
+    def average_gradients(self, parameters: Collection[nn.Parameter]) -> None:
+        """After the backward passes of a step: what DDP or FSDP2 have not averaged over the workers yet."""
+        if self.mesh is None:
+            return
+        own = [parameter for parameter in parameters if not is_part(parameter)]
+        if not own:
+            return
+        # What no example of this worker's reached has no gradient here, and may have one elsewhere.
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in own]
+        flat = torch.cat([gradient.float().reshape(-1) for gradient in gradients])
+        distributed.all_reduce(flat)
+        flat /= self.size
+        for parameter, averaged in zip(own, flat.split([p.numel() for p in own]), strict=True):
+            parameter.grad = averaged.reshape(parameter.shape).to(parameter.dtype)
+
+    def clip_gradients(self, parameters: Collection[nn.Parameter], max_norm: float) -> None:
+        """Scale the gradients down to a norm where it is larger."""
+        if self.mesh is None:
+            nn.utils.clip_grad_norm_(parameters, max_norm)
+        else:
+            clip_gradients(parameters, max_norm)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each forward pass gathers weights from all workers, so that they must make equally many."""
+        return self.mesh is not None
+
+    def collected(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Whole tensors, on the CPU of rank 0 where they were in parts; the others get none."""
+        if self.mesh is None:
+            return dict(tensors)
+        found: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            # One at a time: no device has to hold the whole model.
+            complete = whole(tensor)
+            if self.rank == 0:
+                found[name] = complete.cpu()
+        return found
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        if self.size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The first worker's tensor, in place of the others'."""
+        distributed.broadcast(tensor, src=0)
+        return tensor
 
     def from_first(self, value: T | None) -> T | None:
         """The value that rank 0 holds, on every rank."""

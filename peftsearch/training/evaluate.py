@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,21 +72,28 @@ def evaluate(
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     was_training = model.training
     model.eval()
+    losses: list[np.ndarray] = []
+    predictions: list[Any] = []
+    references: list[Any] = []
+    rows: list[int] = []
     try:
-        losses: list[np.ndarray] = []
-        predictions: list[Any] = []
-        references: list[Any] = []
-        rows: list[int] = []
-        for indices in batches[group.rank :: group.size]:
-            raw = data[indices]
-            batch = to_device(task.collate(raw, domain.pad_token_id), group.device)
-            output = model(**{name: value for name, value in batch.items() if name not in task.hidden})
-            losses.append(task.losses(output, batch).float().cpu().numpy())
-            predictions.extend(task.predict(model, output, batch, how))
-            references.extend(task.references(raw))
-            rows.extend(indices)
+        # The longest texts are one worker's: it may run out of memory alone.
+        with nullcontext() if group.sharded else group.together():
+            for indices, counts in _shares(batches, group, task.decodes):
+                raw = data[indices]
+                batch = to_device(task.collate(raw, domain.pad_token_id), group.device)
+                output = model(**{name: value for name, value in batch.items() if name not in task.hidden})
+                if not counts:
+                    continue
+                losses.append(task.losses(output, batch).float().cpu().numpy())
+                predictions.extend(task.predict(model, output, batch, how))
+                references.extend(task.references(raw))
+                rows.extend(indices)
     finally:
         model.train(was_training)
+    if group.sharded and task.decodes:
+        # Every worker has done everything.
+        group = WorkerGroup(device=group.device)
     collected = group.gather((rows, losses, predictions, references))
     order = [row for part in collected for row in part[0]]
     position = np.argsort(order, kind="stable")
@@ -118,3 +126,16 @@ def evaluate(
         predictions=merged,
         references=wanted,
     )
+
+
+def _shares(batches: list[list[int]], group: WorkerGroup, decodes: bool) -> Iterator[tuple[list[int], bool]]:
+    """The batches of a worker, and whether what it finds is kept."""
+    if not group.sharded:
+        yield from ((batch, True) for batch in batches[group.rank :: group.size])
+    elif decodes:
+        # How many forward passes a text takes depends on the text; each of them needs every worker.
+        yield from ((batch, True) for batch in batches)
+    else:
+        for start in range(0, len(batches), group.size):
+            mine = start + group.rank
+            yield (batches[mine], True) if mine < len(batches) else (batches[start], False)

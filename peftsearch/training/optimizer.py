@@ -11,6 +11,7 @@ from torch import nn
 
 from peftsearch.spec import TrainingSpec
 from peftsearch.training.base_model import trainable
+from peftsearch.training.sharding import is_part, part_like
 
 _NUMBER = "number:"
 
@@ -66,15 +67,16 @@ def make_optimizer(
     """
     masters = masters or {}
     head_rate = training.head_learning_rate or learning_rate
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    # Kernels that step on many parameters at once take either parts or whole ones.
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in trainable(model).items():
         rate = head_rate if id(parameter) in head else learning_rate
         # IA3's factors are vectors with a second dimension; decay would draw them to 0, and with them what they scale.
         decay = training.weight_decay if parameter.ndim > 1 and ".ia3_l." not in name else 0.0
-        groups.setdefault((rate, decay), []).append(masters.get(name, parameter))
+        groups.setdefault((rate, decay, is_part(parameter)), []).append(masters.get(name, parameter))
     options: list[dict[str, Any]] = [
         {"params": parameters, "lr": rate, "weight_decay": decay, "peak": rate}
-        for (rate, decay), parameters in groups.items()
+        for (rate, decay, _), parameters in groups.items()
     ]
     if training.optimizer == "adamw_8bit":
         import bitsandbytes
@@ -133,4 +135,5 @@ def load_optimizer_tensors(
             continue
         # AdamW's step counter lives with the parameters only for the fused kernels.
         device = parameter.device if entry != "step" or optimizer.defaults.get("fused") else torch.device("cpu")
-        optimizer.state[parameter][entry] = tensor.to(device)
+        moved = tensor.to(device)
+        optimizer.state[parameter][entry] = part_like(moved, parameter) if moved.shape == parameter.shape else moved

@@ -18,6 +18,11 @@ def computes_bf16(device: torch.device) -> bool:
     return False
 
 
+def trains_bf16(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> bool:
+    """Whether `training_autocast` computes in bf16."""
+    return precision == "bf16" or (precision == "auto" and computes_bf16(device))
+
+
 def training_autocast(
     precision: Literal["auto", "fp32", "bf16"], device: torch.device
 ) -> AbstractContextManager[object]:
@@ -26,6 +31,4 @@ def training_autocast(
     The evaluation at the full budget runs outside of it, in the weights' own format, so that a recorded score is what
     plain `transformers` gives for the exported adapter.
     """
-    if precision == "bf16" or (precision == "auto" and computes_bf16(device)):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16) if trains_bf16(precision, device) else nullcontext()

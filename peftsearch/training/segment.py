@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from peftsearch.files import Place
 from peftsearch.spec import TrainingSpec
 from peftsearch.training.budget import Budget
 
@@ -17,15 +17,17 @@ class ModelPlace:
 
     location: str
     revision: str | None = None
+    trust_remote_code: bool = False
+    """Whether the study file says that code which the model brings along may run."""
 
 
 @dataclass(frozen=True)
 class WorkerPlan:
     """All that a worker needs to know of a study, once."""
 
-    study_folder: Path
+    study_folder: Place
     models: Mapping[str, ModelPlace]
-    domains: Mapping[tuple[str, str], Path]
+    domains: Mapping[tuple[str, str], Place]
     """Folder of the prepared data by model and domain: models have tokenizers of their own."""
     budgets: Mapping[tuple[str, str], Budget]
     """By domain and method: methods may have a training of their own."""
@@ -35,6 +37,8 @@ class WorkerPlan:
     """CPU threads per worker."""
     general_texts: tuple[str, ...] = ()
     """On which forgetting is measured; () where it is not."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """What each of several workers holds of the model: all, or a part."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,8 @@ class Probe:
 
     model: str
     domain: str
+    read_test: bool = False
+    """Whether the test split is scored, and not validation; only beside confirmations."""
 
 
 @dataclass(frozen=True)
@@ -129,11 +135,18 @@ class Failure:
     """The trial cannot go on, for a reason of its own."""
 
     error: str
+    of_study: bool = False
+    """Whether no trial can go on, and none is to blame: the storage is full. The study stops, and continues later."""
+
+
+@dataclass(frozen=True)
+class HandedBack:
+    """The slot has to leave (its machine is about to be taken away): the state is written, and others go on."""
 
 
 @dataclass
 class ProbeResult:
-    """Baselines of a domain by name: for people, how each was made, and what it scored."""
+    """Baselines of a domain by name: how each was made, in words, and what it scored on the split that was asked for."""
 
     titles: dict[str, str] = field(default_factory=dict)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -147,4 +160,4 @@ class ProbeResult:
 
 
 Work = Segment | Probe
-Outcome = SegmentResult | ProbeResult | Failure
+Outcome = SegmentResult | ProbeResult | Failure | HandedBack

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -19,19 +17,23 @@ from torch import nn
 
 from peftsearch.domains import PreparedDomain
 from peftsearch.domains.tasks import LossOptions
+from peftsearch.files import Place, read_json, write_bytes, write_json
 from peftsearch.methods import METHODS, AttachContext
 from peftsearch.spec import TrainingSpec
-from peftsearch.training.base_model import FrozenBase, count_trainable, trainable
+from peftsearch.training.base_model import FrozenBase, count_trainable, move, trainable
 from peftsearch.training.budget import Budget
 from peftsearch.training.checkpoint import (
-    STATE,
     TEST_PREDICTIONS,
     TEST_READING,
     WEIGHTS,
     CorruptCheckpointError,
+    delete_states,
+    persist,
     read_checkpoint,
+    sound_states,
     trial_folder,
     write_checkpoint,
+    write_state,
 )
 from peftsearch.training.data_order import DataOrder
 from peftsearch.training.distributed import WorkerGroup
@@ -46,12 +48,21 @@ from peftsearch.training.optimizer import (
     set_learning_rate,
     step_optimizer,
 )
-from peftsearch.training.precision import training_autocast
+from peftsearch.training.precision import training_autocast, trains_bf16
 from peftsearch.training.segment import SegmentResult, TestReading, TrialPlan
+from peftsearch.training.sharding import part_like
+
+
+_STEPS_BETWEEN_QUESTIONS = 8
+"""Several workers ask one another so often whether one of them has to leave."""
 
 
 class DivergedError(RuntimeError):
     """The training loss is not a finite number any more."""
+
+
+class LeavingError(RuntimeError):
+    """A worker has to leave; the trial's state is written."""
 
 
 def build_model(
@@ -78,10 +89,10 @@ def build_model(
     attached = chosen.attach(model, hyperparameters, context)
     if count_trainable(attached) == 0:
         raise ValueError(f"{method} found nothing to train in {type(model).__name__}")
-    return attached.to(base.device)
+    return move(attached, base.device)
 
 
-def load_trained(model: nn.Module, path: Path) -> dict[str, Any]:
+def load_trained(model: nn.Module, path: Place) -> dict[str, Any]:
     """Put a finished trial's trained weights into a freshly built model; returns the checkpoint's metadata.
 
     Raises:
@@ -93,7 +104,7 @@ def load_trained(model: nn.Module, path: Path) -> dict[str, Any]:
     return meta
 
 
-def finished_result(study_folder: Path, key: str) -> SegmentResult | None:
+def finished_result(study_folder: Place, key: str) -> SegmentResult | None:
     """The last result of a trial that has been trained to its end already; None where it has not."""
     try:
         _, meta = read_checkpoint(trial_folder(study_folder, key) / WEIGHTS)
@@ -135,7 +146,7 @@ class TrialSession:
         training: TrainingSpec,
         budget: Budget,
         group: WorkerGroup,
-        study_folder: Path,
+        study_folder: Place,
         general_text: GeneralText | None = None,
     ) -> None:
         self.plan = plan
@@ -147,13 +158,18 @@ class TrialSession:
         self.general_text = general_text
         self.folder = trial_folder(study_folder, plan.key)
         self.step = 0
+        self.must_leave: Callable[[], bool] = bool
+        """Asked at every step: whether this worker's machine is about to be taken away."""
+        self._part = _Part()
         self.last: SegmentResult | None = None
         """Result of the segment that ended at `step`: given again when the answer was lost on its way."""
         if group.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(group.device)
-        self.model = build_model(base, domain, plan.method, plan.hyperparameters, plan.seed)
+        with nullcontext() if group.sharded else group.together():
+            self.model = build_model(base, domain, plan.method, plan.hyperparameters, plan.seed)
+        self.half = trains_bf16(training.precision, group.device)
+        self.wrapped = group.wrap(self.model, self.half)
         self.parameters = trainable(self.model)
-        self.wrapped = group.wrap(self.model)
         self.masters = master_weights(self.model)
         self.optimizer = make_optimizer(
             self.model,
@@ -170,23 +186,27 @@ class TrialSession:
         torch.manual_seed(plan.seed * 65_537 + 1 + group.rank)
         self._random_state = _random_state(group.device)
 
-    def resume(self) -> None:
-        """Continue from the checkpoint of the trial, where there is one.
+    def resume(self, latest: int) -> None:
+        """Continue from the latest sound state of the trial up to a step, where there is one.
 
         Raises:
-            CorruptCheckpointError: It is damaged.
+            OSError: The storage cannot be read.
         """
-        try:
-            tensors, meta = read_checkpoint(self.folder / STATE)
-        except FileNotFoundError:
+        found = next(sound_states(self.folder, latest), None)
+        if found is None:
             return
+        tensors, meta = found
         _load_parameters(self.parameters, _strip(tensors, "model/"))
         self.best = _Best(_strip(tensors, "best/"), meta["best_value"], meta["best_step"], meta["waited"])
         _load_parameters(self.masters, _strip(tensors, "master/"))
         load_optimizer_tensors(self.optimizer, {**self.parameters, **self.masters}, _strip(tensors, "optimizer/"))
-        self._random_state = _strip(tensors, f"random/{self.group.rank}/")
+        # A group that has grown since has workers without a state: theirs is drawn from the seed.
+        self._random_state = _strip(tensors, f"random/{self.group.rank}/") or self._random_state
         self.step = int(meta["step"])
-        self.last = _result(meta["result"])
+        self.last = _result(meta["result"]) if meta["result"] else None
+        part = _Part(**meta.get("part", {}))
+        # The sum over all workers is one's from here on.
+        self._part = part if self.group.rank == 0 else replace(part, loss=0.0)
 
     def run(self, to_step: int, *, final: bool, read_test: bool = False) -> SegmentResult:
         """Train up to a step, evaluate on the validation split, and write the state.
@@ -201,8 +221,10 @@ class TrialSession:
 
         Raises:
             DivergedError: The loss is not finite.
+            LeavingError: `must_leave` said so; the state is written.
+            StorageError: The state cannot be written.
         """
-        began = time.perf_counter()
+        began = time.perf_counter() - self._part.seconds
         _set_random_state(self._random_state, self.group.device)
         train_loss = self._train(to_step)
         self._random_state = _random_state(self.group.device)
@@ -239,6 +261,21 @@ class TrialSession:
         self._write(final or stopped)
         return self.last
 
+    def catch_up(self, step: int) -> None:
+        """Train up to an evaluation that was made and recorded before, and whose state was lost.
+
+        Raises:
+            DivergedError: As `run`.
+            StorageError: As `run`.
+        """
+        if self.training.patience is not None:
+            # Early stopping goes by every evaluation.
+            self.run(step, final=False)
+            return
+        _set_random_state(self._random_state, self.group.device)
+        self._train(step)
+        self._random_state = _random_state(self.group.device)
+
     def _note_improvement(self, evaluation: Evaluation) -> bool:
         """Remember the weights if they are the best so far; whether patience is exhausted."""
         value = evaluation.scores[self.domain.metric]
@@ -267,50 +304,64 @@ class TrialSession:
                 json.dumps({"prediction": prediction, "reference": reference}, ensure_ascii=False)
                 for prediction, reference in zip(found.predictions, found.references, strict=True)
             )
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            content = "".join(f"{line}\n" for line in lines).encode()
+            persist(path, lambda: write_bytes(path, content))
         reading = TestReading(
             loss=found.loss,
             scores=found.scores,
             examples=found.examples,
             seconds=seconds,
-            predictions=path.relative_to(self.study_folder).as_posix(),
+            predictions=f"trials/{self.plan.key}/{TEST_PREDICTIONS}",
             read_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
         )
         if self.group.rank == 0:
             # Written whole or not at all; without it the predictions above would count for nothing.
-            temporary = self.folder / f".{TEST_READING}"
-            temporary.write_text(json.dumps(asdict(reading)), encoding="utf-8")
-            os.replace(temporary, self.folder / TEST_READING)
+            path = self.folder / TEST_READING
+            persist(path, lambda: write_json(path, asdict(reading)))
         return reading
 
     def _train(self, to_step: int) -> float:
         group, task, data = self.group, self.domain.task, self.domain.split("train")
         self.wrapped.train()
-        total = torch.zeros((), dtype=torch.float64, device=group.device)
-        examples = 0
+        group.prepare(self.model, self.half)
+        total = torch.full((), self._part.loss, dtype=torch.float64, device=group.device)
+        examples, began = self._part.examples, time.perf_counter() - self._part.seconds
+        self._part = _Part()
         parameters = list(self.parameters.values())
         for step in range(self.step, to_step):
+            if self._leaves(step):
+                self.step, self._random_state = step, _random_state(group.device)
+                loss_so_far = float(group.sum(total).item())
+                self._part = _Part(loss_so_far, examples, time.perf_counter() - began)
+                self._write(final=False)
+                raise LeavingError
             indices = self.order.batch(step)
             mine = indices[group.rank :: group.size] or indices[:1]
             # A rank without examples of its own still takes part in the collectives, with weight zero.
             weight = group.size / len(indices) if len(indices) > group.rank else 0.0
-            part = -(-len(mine) // self.training.gradient_accumulation)
+            largest = -(-len(indices) // group.size)
+            part = -(-largest // self.training.gradient_accumulation)
+            parts = [(mine[first : first + part], weight) for first in range(0, len(mine), part)]
+            if group.sharded:
+                # Each forward pass gathers weights from all ranks: they make the same number of them.
+                parts += [(mine[:1], 0.0)] * (-(-largest // part) - len(parts))
             loss = torch.zeros((), device=group.device)
-            for first in range(0, len(mine), part):
-                batch = to_device(
-                    task.collate(data[mine[first : first + part]], self.domain.pad_token_id), group.device
-                )
-                with group.no_sync(self.wrapped) if first + part < len(mine) else nullcontext():
+            for number, (rows, weight) in enumerate(parts, start=1):
+                batch = to_device(task.collate(data[rows], self.domain.pad_token_id), group.device)
+                group.place = f"{self.plan.key}: forward pass {number} of step {step}"
+                with group.no_sync(self.wrapped) if number < len(parts) else nullcontext():
                     with training_autocast(self.training.precision, group.device):
                         inputs = {name: value for name, value in batch.items() if name not in task.hidden}
                         output = self.wrapped(**inputs)
                     losses = task.losses(output, batch, self.loss_options)
                     # DDP averages over ranks: scaled so that the average is the mean over the whole batch.
                     part_loss = losses.sum() * weight
+                    group.place = f"{self.plan.key}: backward pass of step {step} on worker {group.rank}"
                     part_loss.backward()  # type: ignore[no-untyped-call]
                 loss += part_loss.detach()
-            nn.utils.clip_grad_norm_(parameters, self.training.max_grad_norm)
+            group.average_gradients(parameters)
+            group.place = f"{self.plan.key}: step {step}"
+            group.clip_gradients(parameters, self.training.max_grad_norm)
             set_learning_rate(self.optimizer, learning_rate_factor(step, self.budget.total_steps, self.training))
             step_optimizer(self.optimizer, self.parameters, self.masters)
             # Summed on the device: reading it every step would make the host wait for the GPU.
@@ -323,9 +374,15 @@ class TrialSession:
             raise DivergedError(f"the training loss became {mean} before step {to_step} (learning rate {rate:g})")
         return mean
 
+    def _leaves(self, step: int) -> bool:
+        if self.group.size == 1:
+            return self.must_leave()
+        return step % _STEPS_BETWEEN_QUESTIONS == 0 and self.group.any(self.must_leave())
+
     def _evaluate(self, final: bool) -> Evaluation:
         # The score at the full budget is the adapter's: what plain transformers gives, in the weights' own precision.
         # On the way there the training's precision is as good for comparing trials, and up to four times as fast.
+        self.group.prepare(self.model, self.half and not final)
         context = nullcontext() if final else training_autocast(self.training.precision, self.group.device)
         with context:
             evaluation = evaluate(
@@ -341,9 +398,27 @@ class TrialSession:
         return evaluation
 
     def _write(self, final: bool) -> None:
+        self.group.place = f"{self.plan.key}: writing step {self.step}"
         random_states = self.group.gather(self._random_state)
-        if self.group.rank != 0:
-            return
+        weights = self.group.collected({name: parameter.data for name, parameter in self.parameters.items()})
+        tensors = {f"model/{name}": tensor for name, tensor in weights.items()}
+        if not final:
+            names = {id(parameter): name for name, parameter in (*self.parameters.items(), *self.masters.items())}
+            further = {f"master/{name}": master.data for name, master in self.masters.items()}
+            further |= {f"best/{name}": tensor for name, tensor in self.best.weights.items()}
+            further |= {f"optimizer/{k}": v for k, v in optimizer_tensors(self.optimizer, names).items()}
+            tensors |= self.group.collected(further)
+        with self.group.together():
+            if self.group.rank == 0:
+                self._write_to_storage(final, weights, tensors, random_states)
+
+    def _write_to_storage(
+        self,
+        final: bool,
+        weights: Mapping[str, torch.Tensor],
+        tensors: dict[str, torch.Tensor],
+        random_states: list[dict[str, torch.Tensor]],
+    ) -> None:
         meta = {
             "number": self.plan.number,
             "step": self.step,
@@ -351,20 +426,25 @@ class TrialSession:
             "best_value": self.best.value,
             "best_step": self.best.step,
             "waited": self.best.waited,
+            "part": asdict(self._part),
         }
-        weights = {name: parameter.data for name, parameter in self.parameters.items()}
         if final:
-            write_checkpoint(self.folder / WEIGHTS, weights, meta)
-            (self.folder / STATE).unlink(missing_ok=True)
+            # Without the states, a trial whose weights do not survive would be lost.
+            write_checkpoint(self.folder / WEIGHTS, weights, meta, lasting=True)
+            delete_states(self.folder)
             return
-        names = {id(parameter): name for name, parameter in (*self.parameters.items(), *self.masters.items())}
-        tensors = {f"model/{name}": tensor for name, tensor in weights.items()}
-        tensors |= {f"master/{name}": master.data for name, master in self.masters.items()}
-        tensors |= {f"best/{name}": tensor for name, tensor in self.best.weights.items()}
-        tensors |= {f"optimizer/{k}": v for k, v in optimizer_tensors(self.optimizer, names).items()}
         for rank, state in enumerate(random_states):
             tensors |= {f"random/{rank}/{name}": tensor for name, tensor in state.items()}
-        write_checkpoint(self.folder / STATE, tensors, meta)
+        write_state(self.folder, self.step, tensors, meta)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What was done of a segment that was cut short: a sum of losses over examples, their number, and seconds."""
+
+    loss: float = 0.0
+    examples: int = 0
+    seconds: float = 0.0
 
 
 @dataclass
@@ -378,11 +458,12 @@ class _Best:
     """Evaluations since then."""
 
 
-def _earlier_reading(folder: Path) -> TestReading | None:
+def _earlier_reading(folder: Place) -> TestReading | None:
     """What a session of the same trial read of the test split before its worker died."""
     try:
-        return TestReading(**json.loads((folder / TEST_READING).read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):
+        found = read_json(folder / TEST_READING)
+        return TestReading(**found) if found is not None else None
+    except (ValueError, TypeError):
         return None
 
 
@@ -418,7 +499,7 @@ def _load_parameters(parameters: Mapping[str, nn.Parameter], tensors: Mapping[st
         raise ValueError("the weights belong to another configuration than the trial's")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(part_like(tensors[name], parameter))
 
 
 def _strip(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

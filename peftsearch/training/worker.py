@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from peftsearch.domains import PreparedDomain
 from peftsearch.training.base_model import FrozenBase
-from peftsearch.training.checkpoint import CorruptCheckpointError
-from peftsearch.training.distributed import WorkerGroup
+from peftsearch.training.checkpoint import StorageError
+from peftsearch.training.distributed import PeerError, WorkerGroup
 from peftsearch.training.forgetting import GeneralText, measurable
+from peftsearch.training.memory import describe, out_of_memory
 from peftsearch.training.probe import probe
-from peftsearch.training.segment import Failure, Outcome, Probe, Segment, Work, WorkerPlan
-from peftsearch.training.session import DivergedError, TrialSession, finished_result
+from peftsearch.training.segment import Failure, HandedBack, Outcome, Probe, Segment, Work, WorkerPlan
+from peftsearch.training.session import DivergedError, LeavingError, TrialSession, finished_result
+from peftsearch.training.shared_data import fetch
 
 log = logging.getLogger(__name__)
 
 _SESSIONS_KEPT = 2
 """Trials kept in memory; any other is restored from its checkpoint when its turn comes."""
+
+
+class LoneFailureError(RuntimeError):
+    """A trial failed for a reason of its own on one worker of a group: the group has to start anew, the trial not."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.error)
+        self.failure = failure
 
 
 class Worker:
@@ -34,6 +45,8 @@ class Worker:
     def __init__(self, plan: WorkerPlan, group: WorkerGroup) -> None:
         self.plan = plan
         self.group = group
+        self.must_leave: Callable[[], bool] = bool
+        """Asked at every step: whether this worker's machine is about to be taken away."""
         torch.set_num_threads(plan.threads)
         self._bases: dict[str, FrozenBase] = {}
         self._domains: dict[tuple[str, str], PreparedDomain] = {}
@@ -51,18 +64,38 @@ class Worker:
         """The frozen base of a model, loaded at first use."""
         if model not in self._bases:
             place = self.plan.models[model]
-            self._bases[model] = FrozenBase(place.location, place.revision, self.group.device)
+            self._bases[model] = FrozenBase(
+                place.location,
+                place.revision,
+                self.group.device,
+                trust_remote_code=place.trust_remote_code,
+                group=self.group,
+            )
         return self._bases[model]
 
     def domain(self, model: str, name: str) -> PreparedDomain:
         """A domain's data, tokenised for a model and memory-mapped at first use."""
         key = (model, name)
         if key not in self._domains:
-            self._domains[key] = PreparedDomain.load(self.plan.domains[key])
+            self._domains[key] = fetch(self.plan.domains[key])
         return self._domains[key]
 
     def do(self, work: Work) -> Outcome:
-        """Do one piece of work. What is the trial's own fault comes back as a `Failure`; the worker stays usable."""
+        """Do one piece of work. What is the trial's own fault comes back as a `Failure`; the worker stays usable.
+
+        Raises:
+            LoneFailureError: The work failed for a reason of its own, and the other workers wait for this one in vain.
+            Exception: The worker is broken.
+        """
+        outcome = self._attempt(work)
+        if isinstance(outcome, Failure):
+            # Only now: while an error is handled, its traceback holds on to what the trial had in memory.
+            gc.collect()
+            if self.group.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return outcome
+
+    def _attempt(self, work: Work) -> Outcome:
         try:
             if isinstance(work, Probe):
                 return probe(
@@ -71,20 +104,28 @@ class Worker:
                     # The same for every method.
                     next(iter(self.plan.training.values())).evaluation_batch_size,
                     self.group,
+                    "test" if work.read_test else "validation",
                 )
             return self._segment(work)
         except (DivergedError, ValueError) as error:
             self._drop(work)
             return Failure(str(error))
-        except torch.OutOfMemoryError as error:
+        except StorageError as error:
             self._drop(work)
-            if self.group.size > 1:
-                # The other workers wait in a collective that this one will not enter.
-                raise
-            torch.cuda.empty_cache()
-            return Failure(f"out of GPU memory: {str(error).splitlines()[0]}")
+            return Failure(f"{error}: mend that and run the study again, it continues", of_study=True)
+        except LeavingError:
+            self._drop(work)
+            return HandedBack()
+        except PeerError as error:
+            self._drop(work)
+            return Failure(str(error))
         except Exception as error:
             self._drop(work)
+            if out_of_memory(error):
+                failure = Failure(describe(error))
+                if self.group.all_know(error):
+                    return failure
+                raise LoneFailureError(failure) from error
             # With several workers the others may wait in a collective: only a new worker group is safe then.
             if self.group.size > 1 or isinstance(error, OSError):
                 raise
@@ -95,6 +136,10 @@ class Worker:
         """Drop ended trials from memory."""
         for key in keys:
             self._sessions.pop(key, None)
+
+    def held(self) -> list[str]:
+        """Keys of the trials that are in memory."""
+        return list(self._sessions)
 
     def _drop(self, work: Work) -> None:
         if isinstance(work, Segment):
@@ -109,13 +154,12 @@ class Worker:
             if done is not None and (done.step == segment.to_step or done.stopped):
                 return done
         session = self._session(segment)
+        session.must_leave = self.must_leave
         if session.last is not None and session.last.step == segment.to_step:
             return session.last
-        if session.training.patience is not None:
-            # Early stopping goes by every evaluation: those that were lost with a checkpoint are made again.
-            for step in session.budget.evaluation_steps:
-                if session.step < step < segment.to_step:
-                    session.run(step, final=False)
+        for step in session.budget.evaluation_steps:
+            if session.step < step < segment.to_step:
+                session.catch_up(step)
         result = session.run(segment.to_step, final=segment.final, read_test=segment.read_test)
         if segment.final or result.stopped:
             self._drop(segment)
@@ -128,17 +172,12 @@ class Worker:
             self._sessions.move_to_end(key)
             return session
         session = self._new_session(segment)
-        try:
-            session.resume()
-        except CorruptCheckpointError as error:
-            log.warning("%s; the trial begins anew", error)
-            session = self._new_session(segment)
+        # Where no state is left of those up to the segment's end, because they were damaged, or because a trial whose
+        # actor was lost is asked for an earlier step, it is trained from its start: that gives the same numbers.
+        with self.group.together():
+            session.resume(segment.to_step)
         if len(set(self.group.gather(session.step))) > 1:
             raise OSError(f"the workers read different checkpoints of trial {number}: is the storage shared?")
-        if session.step > segment.to_step:
-            # Only a trial whose actor was lost is asked for an earlier step than its checkpoint's. Training it again
-            # from its start is the price of keeping a single checkpoint, and gives the same numbers.
-            session = self._new_session(segment)
         self._sessions[key] = session
         while len(self._sessions) > _SESSIONS_KEPT:
             self._sessions.popitem(last=False)

@@ -1,0 +1,36 @@
+"""Running out of memory: recognised on every device, and said in one sentence."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+_WANTED = re.compile(r"Tried to allocate ([\d.]+ \w+)")
+_WANTED_BYTES = re.compile(r"you tried to allocate (\d+) bytes")
+# Any of these makes a trial need less.
+_LOWER = "lower training.batch_size, training.evaluation_batch_size or training.max_length"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: on a GPU, or on the CPU (in torch, or in Python itself)."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and (
+        "DefaultCPUAllocator" in str(error) or "Cannot allocate memory" in str(error) or "std::bad_alloc" in str(error)
+    )
+
+
+def describe(error: BaseException) -> str:
+    """An error as a trial's own: of failed allocations how much was wanted, and what to lower."""
+    if not out_of_memory(error):
+        return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    text = str(error)
+    where = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+    if found := _WANTED.search(text):
+        wanted = f": {found[1]} more were wanted"
+    elif found := _WANTED_BYTES.search(text):
+        wanted = f": {int(found[1]) / 2**30:.2f} GiB more were wanted"
+    else:
+        wanted = ""
+    return f"out of {where}{wanted}; {_LOWER}, raise training.gradient_accumulation, or set search.max_memory"

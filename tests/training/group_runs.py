@@ -1,0 +1,114 @@
+"""Trials on a group of worker processes over gloo, without Ray: what a slot's train loop does, in small."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peftsearch.training.segment import Outcome, Work, WorkerPlan
+
+
+@dataclass
+class GroupRun:
+    """What a group is to do.
+
+    Attributes:
+        plan: As a slot gets it.
+        work: Pieces of work, one after another; a list is done by a new `Worker` in the same processes.
+        strategy: ``ddp`` or ``fsdp``.
+        workers: Processes.
+        limits: Rank -> bytes of address space beyond what the process has when its base is loaded.
+    """
+
+    plan: WorkerPlan
+    work: Sequence[Sequence[Work]]
+    strategy: str
+    workers: int = 2
+    limits: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass
+class GroupResult:
+    """By rank: what it answered, and what its base hashed to before and after each worker's life."""
+
+    outcomes: list[list[Outcome]]
+    fingerprints: list[list[dict[str, int]]]
+
+
+def run_group(run: GroupRun, timeout: float = 240) -> GroupResult:
+    """Start the processes and wait for them."""
+    with tempfile.TemporaryDirectory() as scratch:
+        handed = Path(scratch) / "run.pickle"
+        handed.write_bytes(pickle.dumps(run))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, str(handed), str(rank)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(run.workers)
+        ]
+        try:
+            said = [process.communicate(timeout=timeout)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        for process, text in zip(processes, said, strict=True):
+            assert process.returncode == 0, text[-5000:]
+        results: list[Any] = [
+            pickle.loads((Path(scratch) / f"{rank}.pickle").read_bytes()) for rank in range(run.workers)
+        ]
+    return GroupResult([result[0] for result in results], [result[1] for result in results])
+
+
+def _main(handed: Path, rank: int) -> None:
+    import torch
+    from torch import distributed
+
+    from peftsearch.training.distributed import WorkerGroup
+    from peftsearch.training.worker import Worker
+
+    run: GroupRun = pickle.loads(handed.read_bytes())
+    torch.set_num_threads(1)
+    store = distributed.FileStore(str(handed.parent / "store"), run.workers)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=run.workers)
+    group = WorkerGroup(rank, run.workers, torch.device("cpu"), run.strategy)  # type: ignore[arg-type]
+    outcomes, fingerprints = [], []
+    for pieces in run.work:
+        worker = Worker(run.plan, group)
+        worker.warm_up()
+        base = worker.base(next(iter(run.plan.models)))
+        if rank in run.limits:
+            _limit(run.limits[rank])
+        fingerprints.append(base.fingerprint())
+        outcomes += [worker.do(piece) for piece in pieces]
+        fingerprints.append(base.fingerprint())
+    (handed.parent / f"{rank}.pickle").write_bytes(pickle.dumps((outcomes, fingerprints)))
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def _limit(more: int) -> None:
+    import resource
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    size = pages * os.sysconf("SC_PAGE_SIZE") + more
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+
+if __name__ == "__main__":
+    # Unpickled by the name under which the test knows it.
+    sys.path.insert(0, str(Path(__file__).parent))
+    import group_runs
+
+    group_runs._main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,120 @@
+"""Two workers give what one gives, under DDP and FSDP2, for every method; and leave the base as it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from group_runs import GroupRun, run_group
+from tiny_models import SAMPLES, tiny_decoder, tiny_encoder
+
+from peftsearch.methods import METHODS
+from peftsearch.search.plan import StudyPlan, plan_study
+from peftsearch.spec import StudyFile
+from peftsearch.training.checkpoint import WEIGHTS, read_checkpoint, trial_folder
+from peftsearch.training.distributed import WorkerGroup
+from peftsearch.training.segment import Outcome, Segment, SegmentResult, TrialPlan
+from peftsearch.training.worker import Worker
+
+USUAL = ("lora", "adapter", "prompt", "full")
+METHODS_OF = {
+    "encoder": [method for method in METHODS if method != "qlora"],
+    # Llama has no biases for bitfit.
+    "decoder": [method for method in METHODS if method not in ("qlora", "bitfit")],
+}
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory: pytest.TempPathFactory, topics_csv: Path) -> dict[str, StudyPlan]:
+    """By architecture: a study of every method on a tiny model without dropout, whose masks differ between workers."""
+    found = {}
+    for architecture, build in (("encoder", tiny_encoder), ("decoder", tiny_decoder)):
+        folder = tmp_path_factory.mktemp(architecture)
+        model = build(folder / "model")
+        config = json.loads((model / "config.json").read_text())
+        config |= {name: 0.0 for name in config if name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
+        (model / "config.json").write_text(json.dumps(config))
+        split = {"group": "document", "validation": 0.25, "test": 0.2}
+        document = {
+            "name": "tiny",
+            "model": str(model),
+            "domains": {"topics": {"data": {"source": str(topics_csv), "split": split}}},
+            "methods": {method: {} for method in METHODS_OF[architecture]},
+            # 18 examples per step do not divide by four evaluation batches of 16, nor the last step's by two workers.
+            "training": {
+                "epochs": 1,
+                "evaluations": 2,
+                "batch_size": 15,
+                "evaluation_batch_size": 16,
+                "max_length": 16,
+                "precision": "fp32",
+            },
+        }
+        path = folder / "study.yaml"
+        path.write_text(yaml.safe_dump(document))
+        found[architecture] = plan_study(StudyFile.load(path), folder / "cache")
+    return found
+
+
+def trial(plan: StudyPlan, method: str, number: int = 0, **changes: Any) -> TrialPlan:
+    space = {name: item.space for name, item in METHODS[method].hyperparameters.items()}
+    return TrialPlan(number, next(iter(plan.models)), "topics", method, space | SAMPLES[method] | changes, seed=0)
+
+
+def segments(plan: StudyPlan, method: str, number: int = 0, **changes: Any) -> list[Segment]:
+    steps = plan.budgets["topics", method].evaluation_steps
+    what = trial(plan, method, number, **changes)
+    return [Segment(what, step, final=step == steps[-1]) for step in steps]
+
+
+def alone(plan: StudyPlan, folder: Path, pieces: list[Segment]) -> list[Outcome]:
+    threads = torch.get_num_threads()
+    worker = Worker(plan.for_workers(folder, threads=1), WorkerGroup())
+    try:
+        return [worker.do(piece) for piece in pieces]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def assert_same(found: list[Outcome], expected: list[Outcome]) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert isinstance(one, SegmentResult), one
+        assert isinstance(other, SegmentResult), other
+        assert (one.step, one.loss, one.train_loss) == pytest.approx(
+            (other.step, other.loss, other.train_loss), abs=TOLERANCE
+        )
+        assert one.scores == pytest.approx(other.scores, abs=TOLERANCE)
+
+
+def assert_same_weights(one: Path, other: Path, number: int) -> None:
+    (found, _), (expected, _) = (
+        read_checkpoint(trial_folder(folder, f"{number:05d}") / WEIGHTS) for folder in (one, other)
+    )
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        torch.testing.assert_close(found[name], tensor, atol=1e-3, rtol=1e-2, msg=name)
+
+
+@pytest.mark.parametrize("architecture", METHODS_OF)
+def test_every_method_gives_the_same_on_parts_of_the_base(
+    architecture: str, plans: dict[str, StudyPlan], tmp_path: Path
+) -> None:
+    plan = plans[architecture]
+    work = [piece for number, method in enumerate(METHODS_OF[architecture]) for piece in segments(plan, method, number)]
+    found = run_group(GroupRun(plan.for_workers(tmp_path / "two", threads=1), [work], "fsdp"))
+    expected = alone(plan, tmp_path / "one", work)
+    for number, method in enumerate(METHODS_OF[architecture]):
+        print(method, found.outcomes[0][2 * number : 2 * number + 2], expected[2 * number : 2 * number + 2])
+        assert_same(found.outcomes[0][2 * number : 2 * number + 2], expected[2 * number : 2 * number + 2])
+        assert_same_weights(tmp_path / "two", tmp_path / "one", number)
+    for before, after in found.fingerprints:
+        assert before == after
+    # A worker holds a part only.
+    assert found.fingerprints[0][0] != found.fingerprints[1][0]
