@@ -19,7 +19,6 @@ import psutil
 from peftsearch.spec import StudyError
 from peftsearch.tracking.mlflow_tracker import default_artifacts, default_tracking_uri
 
-
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 

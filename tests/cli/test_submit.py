@@ -1,0 +1,439 @@
+"""`peftsearch submit` against a real Ray cluster with a job server and a token, over real connections that break."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from peftsearch import submit
+from peftsearch.spec import StudyError, StudyFile
+from peftsearch.study import Study
+
+TOKEN = "0123456789abcdef" * 4
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Cluster:
+    """A Ray head with a dashboard, on loopback."""
+
+    port: int
+    gcs: int
+    home: Path
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self, *arguments: object, **settings: str | None) -> subprocess.Popen[str]:
+        environment = {k: v for k, v in {**self.environment, **settings}.items() if v is not None}
+        return subprocess.Popen(
+            [sys.executable, "-m", "peftsearch", *map(str, arguments)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments: object, timeout: float = 400, **settings: str | None) -> subprocess.CompletedProcess[str]:
+        process = self.start(*arguments, **settings)
+        out, err = process.communicate(timeout=timeout)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def jobs(self) -> dict[str, str]:
+        request = urllib.request.Request(f"{self.url}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return {item["submission_id"]: item["status"] for item in json.load(answer) if item["submission_id"]}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    home = tmp_path_factory.mktemp("home")
+    # Paths of sockets must be short.
+    folder = tempfile.mkdtemp(prefix="ps-", dir="/tmp")
+    found = Cluster(free_port(), free_port(), home)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_AUTH_", "RAY_ADDRESS"))}
+    found.environment = {
+        **kept,
+        "HOME": str(home),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": TOKEN,
+    }
+    command = [Path(sys.executable).parent / "ray", "start", "--head", "--block", "--disable-usage-stats"]
+    command += ["--node-ip-address=127.0.0.1", f"--port={found.gcs}", f"--temp-dir={folder}", "--num-cpus=2"]
+    command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={found.port}"]
+    command += [f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
+    log = (home / "ray.log").open("w")
+    head = subprocess.Popen(list(map(str, command)), env=found.environment, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline:
+            assert head.poll() is None, (home / "ray.log").read_text()[-3000:]
+            with suppress(OSError):
+                found.jobs()
+                break
+            time.sleep(0.5)
+        yield found
+    finally:
+        head.terminate()
+        head.wait(60)
+        log.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Wire:
+    """A connection to a port that can be cut, as a network is."""
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+        self._open: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def cut(self) -> None:
+        """Nobody gets through, and those who are through are cut off."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for end in self._open:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def mend(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = listener.accept()
+                far = socket.create_connection(("127.0.0.1", self._target))
+                self._open += [near, far]
+                for source, sink in ((near, far), (far, near)):
+                    threading.Thread(target=self._copy, args=(source, sink), daemon=True).start()
+
+    def _copy(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        with suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+
+@pytest.fixture
+def travelling_study(write_study: Callable[..., Path], topics_csv: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a study file in a folder of its own, with its data in a neighbouring folder."""
+
+    def write(name: str, trials: int, **sections: Any) -> Path:
+        (tmp_path / "data").mkdir(exist_ok=True)
+        shutil.copy(topics_csv, tmp_path / "data")
+        (tmp_path / "studies").mkdir(exist_ok=True)
+        split = {"group": "document", "validation": 0.25, "test": 0.2}
+        sections = {
+            "domains": {"topics": {"data": {"source": "../data/topics.csv", "split": split}}},
+            "methods": {"lora": {}},
+            "search": {"trials": trials, "scheduler": "none", "seed": 0},
+            **sections,
+        }
+        return write_study(name, **sections).rename(tmp_path / "studies" / f"{name}.yaml")
+
+    return write
+
+
+def wait_for_trials(name: str, storage: Path, count: int, *processes: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        for process in processes:
+            assert process.poll() is None, process.communicate()
+        with suppress(StudyError, OSError):
+            if sum(record.state == "COMPLETE" for record in Study.open(name, storage).trials()) >= count:
+                return
+        time.sleep(0.3)
+    raise AssertionError(f"{name} has no {count} trials")
+
+
+def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
+    lines = done.stderr.strip().splitlines()
+    assert "Traceback" not in done.stderr
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_job_outlives_its_followers_and_is_found_again(
+    cluster: Cluster, travelling_study: Callable[..., Path], tmp_path: Path
+) -> None:
+    path, storage = travelling_study("outlives", trials=10), tmp_path / "storage"
+    command = ("submit", path, "--storage", storage, "--address")
+
+    first = cluster.start(*command, cluster.url)
+    wait_for_trials("outlives", storage, 1, first)
+    first.kill()
+    first.communicate()
+
+    interrupted = cluster.start(*command, cluster.url)
+    assert interrupted.stdout is not None
+    interrupted.stdout.readline()
+    interrupted.send_signal(signal.SIGINT)
+    _, told = interrupted.communicate(timeout=60)
+    assert interrupted.returncode == 130
+    assert "which runs already" in told
+    assert "The job goes on" in told
+    assert "Traceback" not in told
+
+    # The third one, over a network that fails for a while.
+    wire = Wire(cluster.port)
+    third = cluster.start(*command, f"http://127.0.0.1:{wire.port}")
+    wait_for_trials("outlives", storage, 3, third)
+    wire.cut()
+    time.sleep(4)
+    wire.mend()
+    out, told = third.communicate(timeout=400)
+    assert third.returncode == 0, told
+    assert "does not answer" in told
+    (job,) = [job for job in cluster.jobs() if job.startswith("peftsearch-outlives-")]
+    assert cluster.jobs()[job] == "SUCCEEDED"
+    # Nothing of the log is missing, and nothing is there twice.
+    request = urllib.request.Request(f"{cluster.url}/api/jobs/{job}/logs", headers={"Authorization": f"Bearer {TOKEN}"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        assert out == json.load(answer)["logs"]
+
+    front = cluster.run("frontier", "outlives", "--json", "--storage", storage)
+    assert json.loads(front.stdout)["domains"]["topics"]["counts"]["complete"] == 10
+    status = json.loads(cluster.run("status", "outlives", "--json", "--storage", storage).stdout)
+    assert status["state"] == "finished"
+    exported = cluster.run("export", "outlives", "--storage", storage, "--to", tmp_path / "adapters", "--pick", "best")
+    assert exported.returncode == 0, exported.stderr
+
+    # A study that has finished is continued by a new job, which has nothing to do.
+    before = Study.open("outlives", storage).trials()
+    again = cluster.run(*command, cluster.url)
+    assert again.returncode == 0, again.stderr
+    assert Study.open("outlives", storage).trials() == before
+    assert len([job for job in cluster.jobs() if job.startswith("peftsearch-outlives-")]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_job_is_stopped_cleanly_and_continued(
+    cluster: Cluster, travelling_study: Callable[..., Path], tmp_path: Path
+) -> None:
+    path, storage = travelling_study("stopped", trials=8), tmp_path / "storage"
+    command = ("submit", path, "--storage", storage, "--address", cluster.url)
+    assert cluster.run(*command, "--no-follow").returncode == 0
+    follower = cluster.start(*command)
+    wait_for_trials("stopped", storage, 2)
+    stopping = cluster.run(*command, "--stop")
+    assert stopping.returncode == 0, stopping.stderr
+    out, told = follower.communicate(timeout=60)
+    assert follower.returncode == 130
+    assert "was stopped" in told
+    assert "Everything so far is recorded" in out
+    assert json.loads(cluster.run("status", "stopped", "--json", "--storage", storage).stdout)["state"] == "interrupted"
+    done = [record.number for record in Study.open("stopped", storage).trials() if record.state == "COMPLETE"]
+    assert 2 <= len(done) < 8
+
+    nothing = cluster.run(*command, "--stop")
+    assert nothing.returncode == 2
+    assert "no job of the study 'stopped' runs" in one_sentence(nothing)
+
+    assert cluster.run(*command).returncode == 0
+    records = Study.open("stopped", storage).trials()
+    assert [record.number for record in records] == list(range(8))
+    assert all(record.state == "COMPLETE" for record in records)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_what_is_wrong_ends_with_one_sentence_and_status_2(
+    cluster: Cluster, travelling_study: Callable[..., Path], tmp_path: Path
+) -> None:
+    path, storage = travelling_study("refused", trials=1), tmp_path / "storage"
+    command = ("submit", path, "--storage", storage, "--address")
+
+    # Here: the study file, before anything is sent.
+    done = cluster.run(*command, cluster.url, "--set", "search.trials=none")
+    assert done.returncode == 2
+    assert "search.trials" in one_sentence(done)
+    # There: an absolute path is the cluster's, and the driver says what it finds.
+    done = cluster.run(*command, cluster.url, "--set", "domains.topics.data.source=/nowhere/topics.csv")
+    assert done.returncode == 2, done.stderr
+    assert "/nowhere/topics.csv" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    # The token.
+    done = cluster.run(*command, cluster.url, RAY_AUTH_TOKEN=None)
+    assert done.returncode == 2
+    assert "asks for a token and none was shown" in one_sentence(done)
+    for address in (cluster.url, f"127.0.0.1:{cluster.gcs}"):
+        done = cluster.run(*command, address, RAY_AUTH_TOKEN="f" * 64)
+        assert done.returncode == 2
+        assert "does not accept the token" in one_sentence(done)
+    done = cluster.run("run", path, "--storage", storage, "--address", f"127.0.0.1:{cluster.gcs}", RAY_AUTH_MODE=None,
+                       RAY_AUTH_TOKEN=None)  # fmt: skip
+    assert done.returncode == 2
+    assert "asks for a token and none was shown" in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    # Nobody there.
+    done = cluster.run(*command, f"http://127.0.0.1:{free_port()}")
+    assert done.returncode == 2
+    assert "cannot reach a Ray cluster" in one_sentence(done)
+    done = cluster.run(*command, f"127.0.0.1:{free_port()}")
+    assert done.returncode == 2
+    assert "cannot reach a Ray cluster" in one_sentence(done)
+    # A token in the user's home is found without being asked for.
+    (cluster.home / ".ray").mkdir(exist_ok=True)
+    (cluster.home / ".ray" / "auth_token").write_text(TOKEN)
+    try:
+        done = cluster.run(*command, cluster.url, "--stop", RAY_AUTH_MODE=None, RAY_AUTH_TOKEN=None)
+        assert "no job of the study 'refused' runs" in one_sentence(done)
+    finally:
+        shutil.rmtree(cluster.home / ".ray")
+
+
+# --- what travels, and what is asked of the cluster's shell ---
+
+
+def load(folder: Path, **sections: Any) -> StudyFile:
+    document = {
+        "name": "tiny",
+        "model": "./model",
+        "domains": {"topics": {"data": {"source": "topics.csv"}}},
+        "methods": {"lora": {}},
+        **sections,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "study.yaml").write_text(yaml.safe_dump(document))
+    return StudyFile.load(folder / "study.yaml")
+
+
+def test_files_that_are_named_relative_to_the_study_travel_and_no_others(tmp_path: Path) -> None:
+    studies = tmp_path / "work" / "studies"
+    for name in ("work/data/train.csv", "work/data/dev.csv", "work/studies/model/config.json", "work/other.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (studies / "model" / ".gitignore").write_text("*\n")
+    (studies / "private.csv").write_text("secret")
+    data = {
+        "train": "../data/train.csv",
+        "validation": "../data/../data/dev.csv",
+        "test": "/absolute/test.csv",
+    }
+    joined = {"a": {"source": "hub:some/thing"}, "b": {"source": "~/topics.csv"}}
+    file = load(studies, domains={"one": {"data": data}, "two": {"data": {"join": joined}}})
+    root, names = submit.shipped_files(file)
+    assert root == tmp_path / "work"
+    assert names[0] == "studies/study.yaml"
+    assert sorted(names[1:]) == [
+        "data/dev.csv",
+        "data/train.csv",
+        "studies/model/.gitignore",
+        "studies/model/config.json",
+    ]
+    package, again = tmp_path / "a.zip", tmp_path / "b.zip"
+    submit._pack(root, names, package)
+    os.utime(tmp_path / "work" / "data" / "dev.csv", (1, 1))
+    submit._pack(root, names, again)
+    assert package.read_bytes() == again.read_bytes()
+    with closing(zipfile.ZipFile(package)) as archive:
+        assert archive.namelist() == names
+        assert archive.read("data/train.csv") == b"work/data/train.csv"
+
+
+def test_a_file_that_is_missing_or_too_large_is_said_before_anything_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = load(tmp_path, model="some/hub-id")
+    with pytest.raises(StudyError, match=r"study.yaml, line \d+: domains.topics.data.source: .*topics.csv"):
+        submit.shipped_files(file)
+    (tmp_path / "topics.csv").write_text("x" * 2**21)
+    assert submit.shipped_files(file) == (tmp_path, ["study.yaml", "topics.csv"])
+    monkeypatch.setattr(submit, "SHIPPED_BYTES", 2**20)
+    with pytest.raises(StudyError, match=r"2 MiB .*topics.csv.* at most 1 MiB travel .*absolute path"):
+        submit.shipped_files(file)
+    with pytest.raises(StudyError, match=r"line \d+: model: no model folder './model'"):
+        submit.shipped_files(load(tmp_path))
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Callable[[str], subprocess.CompletedProcess[str]]:
+    """A cluster's shell, with a `peftsearch` that says what it was asked."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "peftsearch").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (programs / "peftsearch").chmod(0o755)
+
+    def run(line: str, path: str = f"{programs}:/usr/bin:/bin") -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["/bin/sh", "-c", line], capture_output=True, text=True, env={"PATH": path})
+
+    return run
+
+
+def test_the_cluster_must_see_the_same_storage(tmp_path: Path, shell: Callable[..., Any]) -> None:
+    (tmp_path / "topics.csv").touch()
+    load(tmp_path, model="some/hub-id")
+    storage = tmp_path / "it's a storage"
+    study = Study.from_file(tmp_path / "study.yaml", storage=storage)
+    told: list[str] = []
+    mark = submit._mark_storage(study, told.append)
+    assert mark is not None
+    line = submit._entrypoint(study, "it's/study.yaml", ["search.seed=1; touch /tmp/x"], mark)
+    done = shell(line)
+    assert done.returncode == 0
+    words = ["run", "./it's/study.yaml", "--name", "tiny", "--address", "auto", "--storage", str(storage)]
+    assert done.stdout.splitlines() == [*words, "--set", "search.seed=1; touch /tmp/x"]
+    assert not mark.exists()
+    # Another folder of the same name.
+    done = shell(line)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"Error: the cluster does not see the folder {storage}")
+    done = shell(line, "/nowhere")
+    assert done.returncode == 2
+    assert "no command 'peftsearch'" in done.stderr
+    assert not told
+
+
+def test_a_storage_that_only_the_cluster_has_is_taken_with_a_word(tmp_path: Path) -> None:
+    (tmp_path / "topics.csv").touch()
+    load(tmp_path, model="some/hub-id")
+    told: list[str] = []
+    study = Study.from_file(tmp_path / "study.yaml", storage=tmp_path / "not" / "mounted" / "here")
+    assert submit._mark_storage(study, told.append) is None
+    assert "work where it is mounted" in told[0]
+    assert not (tmp_path / "not").exists()
+
+
+def test_studies_of_the_same_name_in_other_storages_are_other_jobs(tmp_path: Path) -> None:
+    (tmp_path / "topics.csv").touch()
+    load(tmp_path, model="some/hub-id")
+    here, there = (
+        submit.job_prefix(Study.from_file(tmp_path / "study.yaml", storage=tmp_path / name)) for name in ("a", "b")
+    )
+    assert here != there
+    assert here.startswith("peftsearch-tiny-")

@@ -1,0 +1,139 @@
+"""A running study answers nobody: its ports are on loopback, and its Ray asks for a token that only it knows."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from ipaddress import ip_address
+from pathlib import Path
+
+import psutil
+import pytest
+
+from peftsearch.spec import StudyError
+from peftsearch.study import Study
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
+
+VISIT = """
+import sys, ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+print("admitted", ray.cluster_resources()["CPU"])
+"""
+
+
+def environment(home: Path, **settings: str) -> dict[str, str]:
+    """This process's environment without what it says of Ray's tokens, in another home."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
+    return {**kept, "HOME": str(home), "OMP_NUM_THREADS": "1", **settings}
+
+
+def visit(address: str, home: Path, **settings: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", VISIT, address],
+        env=environment(home, **settings),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@contextmanager
+def running(path: Path, storage: Path, home: Path) -> Iterator[psutil.Process]:
+    """The driver of a study, once it trains."""
+    command = [sys.executable, "-m", "peftsearch", "run", str(path), "--storage", str(storage)]
+    log = (storage.parent / "driver.log").open("w")
+    driver = subprocess.Popen(command, env=environment(home), stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
+            assert driver.poll() is None, Path(log.name).read_text()[-3000:]
+            try:
+                if any(record.rungs for record in Study.open("guarded", storage).trials()):
+                    break
+            except (StudyError, OSError):
+                pass
+            time.sleep(0.3)
+        yield psutil.Process(driver.pid)
+    finally:
+        driver.terminate()
+        driver.wait(120)
+        log.close()
+
+
+def family(driver: psutil.Process) -> list[psutil.Process]:
+    return [driver, *driver.children(recursive=True)]
+
+
+def listeners(processes: list[psutil.Process]) -> dict[str, set[str]]:
+    """Address -> names of the processes that listen there."""
+    found: dict[str, set[str]] = {}
+    for process in processes:
+        try:
+            for connection in process.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN or connection.type.name == "SOCK_DGRAM":
+                    found.setdefault(connection.laddr.ip, set()).add(process.name())
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def gcs_address(processes: list[psutil.Process]) -> str:
+    (gcs,) = [process for process in processes if process.name() == "gcs_server"]
+    ports = [c.laddr.port for c in gcs.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    (port,) = [port for port in ports if any(f"--gcs_server_port={port}" in word for word in gcs.cmdline())] or ports
+    return f"127.0.0.1:{port}"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_running_study_listens_on_loopback_and_admits_nobody_without_its_token(
+    write_study: Callable[..., Path], tmp_path: Path, workers: int
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    path = write_study(
+        "guarded",
+        methods={"lora": {}},
+        search={"trials": 400, "scheduler": "none"},
+        resources={"workers_per_trial": workers, "cpus_per_worker": 1, "slots": 1},
+    )
+    with running(path, tmp_path / "storage", home) as driver:
+        processes = family(driver)
+        found = listeners(processes)
+        assert any("RayTrainWorker" in " ".join(process.cmdline()) for process in processes)
+        outside = {
+            address: names
+            for address, names in found.items()
+            if not (ip_address(address.removeprefix("::ffff:")).is_loopback)
+        }
+        assert found
+        assert not outside
+
+        address = gcs_address(processes)
+        stranger = visit(address, home)
+        assert stranger.returncode != 0
+        assert "admitted" not in stranger.stdout
+        guess = visit(address, home, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 64)
+        assert guess.returncode != 0
+        assert "admitted" not in guess.stdout
+
+        workers_token = {
+            process.environ().get("RAY_AUTH_TOKEN")
+            for process in processes
+            if "RayTrainWorker" in " ".join(process.cmdline())
+        }
+        (token,) = workers_token
+        assert token is not None
+        assert len(token) == 64
+        friend = visit(address, home, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
+        assert friend.returncode == 0, friend.stderr
+        assert "admitted" in friend.stdout
+        # Neither on a command line, which everybody on the machine can read, nor in a file.
+        assert not [process for process in processes if any(token in word for word in process.cmdline())]
+    assert not list(home.rglob("*auth*"))
+    told = subprocess.run(["grep", "-rlF", token, str(tmp_path)], capture_output=True, text=True).stdout
+    assert not told
