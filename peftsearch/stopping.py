@@ -1,0 +1,65 @@
+"""Being told to stop: Ctrl-C, SIGTERM, and a terminal that is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+class StopRequest:
+    """Set by the first Ctrl-C; a second one interrupts at once."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def __call__(self) -> bool:
+        return self._event.is_set()
+
+    def set(self) -> None:
+        """Ask the study to stop."""
+        self._event.set()
+
+
+@contextlib.contextmanager
+def stop_on_signals(request: StopRequest, told: Callable[[], None]) -> Iterator[None]:
+    """Turn SIGINT, SIGTERM and SIGHUP into a request to stop, a further SIGINT or SIGTERM into a KeyboardInterrupt.
+
+    Only possible in the main thread. SIGHUP stays ignored where it is, which is what ``nohup`` means.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if number == signal.SIGHUP:
+            _leave_terminal()
+        elif request():
+            raise KeyboardInterrupt
+        request.set()
+        told()
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave_terminal() -> None:
+    """Let standard output and error lead nowhere where they led to a terminal: writing to one that is gone fails, and
+    would end the study in the middle of stopping."""
+    for file in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(file).st_mode):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, file)
+                os.close(nowhere)

@@ -1,0 +1,132 @@
+"""What a trial or its data can do wrong: a loss that is no number, a model too large, data that is gone or changed."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from agreement import (
+    Account,
+    Undisturbed,
+    account,
+    assert_ended_trials_are_kept,
+    assert_mlflow_agrees,
+    assert_undisturbed,
+)
+from injections import Driver
+from study_runs import command
+from table import Row
+from tracking_study import Server
+
+from peftsearch.spec import TrialState
+from peftsearch.study import Study
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
+ADDRESS_SPACE = 512 * 2**30
+"""Bytes. Ray reserves tens of GB that it does not use."""
+
+
+def test_a_trial_that_diverges_or_does_not_fit_fails_alone(
+    drive: Callable[..., Driver],
+    write_study: Callable[..., Path],
+    mlflow_server: Server,
+    tmp_path: Path,
+    note: Callable[[Row], None],
+) -> None:
+    """A learning rate of 1e30, and a bottleneck whose weights are larger than the address space of any process here."""
+    path = write_study(
+        "misfits",
+        methods={
+            "full": {"learning_rate": [1e-3, 1e30]},
+            "adapter": {"bottleneck": [4, 2**36], "learning_rate": 1e-3},
+        },
+        search={"trials": 2, "sampler": "grid", "scheduler": "none"},
+        training={"epochs": 1, "evaluations": 2, "batch_size": 16, "max_length": 16, "max_grad_norm": 1e9},
+        tracking={"mlflow": mlflow_server.uri},
+    )
+    driver = drive(path, tmp_path / "storage", "misfits", address_space=ADDRESS_SPACE)
+    assert driver.wait() == 0, driver.output[-3000:]
+    assert driver.leftovers() == []
+    study = Study.open("misfits", tmp_path / "storage")
+    found = {
+        (record.method, value): record
+        for record in study.trials()
+        for name, value in record.hyperparameters.items()
+        if (record.method, name) in {("full", "learning_rate"), ("adapter", "bottleneck")}
+    }
+    failed = {("full", 1e30), ("adapter", 2**36)}
+    assert {key for key, record in found.items() if record.state is TrialState.FAILED} == failed
+    assert {key for key, record in found.items() if record.state is TrialState.COMPLETE} == set(found) - failed
+    assert len(found) == 4
+    diverged, misfit = found["full", 1e30].error or "", found["adapter", 2**36].error or ""
+    assert "loss" in diverged
+    assert "memory" in misfit
+    # Their own fault: they are not tried again.
+    assert {record.retries for record in found.values()} == {0}
+    assert_mlflow_agrees(study, mlflow_server.uri)
+    counted = account(study, mlflow_server.uri)
+    assert counted == Account(0, 0)
+    for fault, injected in (
+        ("loss not a number", "a learning rate of 1e30"),
+        ("out of memory (CPU)", "an adapter of 9 TB under a limit of 512 GiB of address space"),
+    ):
+        happened = "that trial is FAILED with its reason, at once; the others go on in the same worker"
+        note(Row(fault, injected, happened, counted.lost, counted.duplicated))
+
+
+def test_data_that_is_gone_or_another_is_one_sentence_and_costs_nothing(
+    undisturbed: Undisturbed,
+    drive: Callable[..., Driver],
+    topics_csv: Path,
+    tmp_path: Path,
+    note: Callable[[Row], None],
+) -> None:
+    """While a study runs, its data may go: it has its own copy. To go on later, it must be there, and the same."""
+    data = tmp_path / "topics.csv"
+    content = topics_csv.read_bytes()
+    data.write_bytes(content)
+    document: dict[str, Any] = yaml.safe_load(undisturbed.file.read_text())
+    document["domains"]["topics"]["data"]["source"] = str(data)
+    path = tmp_path / "moved.yaml"
+    path.write_text(yaml.safe_dump(document))
+    storage = tmp_path / "storage"
+    driver = drive(path, storage, "moved", "--set", "tracking.mlflow=off")
+    assert driver.wait_progress(2)
+    data.unlink()
+    assert driver.wait_progress(3), "the study ended with its data file"
+    driver.signal(signal.SIGTERM)
+    assert driver.wait() == 130, driver.output[-3000:]
+    assert driver.leftovers() == []
+    before = Study.open("moved", storage).trials()
+
+    def refused() -> str:
+        done = command("run", path, "--storage", storage, "--name", "moved", "--set", "tracking.mlflow=off")
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert Study.open("moved", storage).trials() == before
+        return " ".join(line for line in done.stderr.splitlines() if line.startswith("Error"))
+
+    gone = refused()
+    assert str(data) in gone
+    data.write_bytes(content.replace(b"fever", b"cough"))
+    changed = refused()
+    assert "the data of domain 'topics' has changed" in changed
+    data.write_bytes(content)
+    driver = drive(path, storage, "moved", "--set", "tracking.mlflow=off")
+    assert driver.wait() == 0, driver.output[-3000:]
+    assert_ended_trials_are_kept(before, Study.open("moved", storage).trials())
+    counted = assert_undisturbed(Study.open("moved", storage), undisturbed, None)
+    happened = "a running study goes on; starting it again is refused in one sentence until the data is back"
+    note(
+        Row(
+            "data file gone or changed",
+            "the CSV is deleted while the study runs, and has another text between runs",
+            happened,
+            counted.lost,
+            counted.duplicated,
+        )
+    )
