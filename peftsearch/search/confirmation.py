@@ -6,12 +6,14 @@ died before it arrived, the slot answers from what it wrote beside the model ins
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
+from peftsearch.files import Place
 from peftsearch.search.run import DomainSearch, Observer
-from peftsearch.spec import Reading, TrialRecord
+from peftsearch.spec import Reading, StudyError, TrialRecord
+from peftsearch.training.checkpoint import discard_weights, trial_folder
 from peftsearch.training.segment import Failure, Outcome, Segment, SegmentResult, TrialPlan
 
 
@@ -44,7 +46,7 @@ class Confirmations:
         seeds: Sequence[int],
         domains: Mapping[str, DomainSearch],
         ledger: ReadingLedger,
-        folder: Path,
+        folder: Place,
         observers: Sequence[Observer] = (),
         warn: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -88,8 +90,14 @@ class Confirmations:
         return self._segment(self._waiting.pop(0)) if self._waiting else None
 
     def answered(self, segment: Segment, outcome: Outcome) -> Segment | None:
-        """Record a segment's outcome; returns the re-training's next segment, or None where it has ended."""
+        """Record a segment's outcome; returns the re-training's next segment, or None where it has ended.
+
+        Raises:
+            StudyError: No trial can go on, and none is to blame.
+        """
         plan = segment.trial
+        if isinstance(outcome, Failure) and outcome.of_study:
+            raise StudyError(outcome.error)
         if isinstance(outcome, Failure):
             self._ledger.fail_confirmation(plan.number, plan.seed, outcome.error)
             self.failed += 1
@@ -150,5 +158,6 @@ class Confirmations:
 
     def _discard_weights(self, plan: TrialPlan) -> None:
         """The original trial's weights are the ones to export; of this one the predictions are kept."""
-        for file in (self._folder / "trials" / plan.key).glob("*.safetensors"):
-            file.unlink(missing_ok=True)
+        # Those that are left over where the storage cannot be reached now cost room and nothing else.
+        with contextlib.suppress(OSError):
+            discard_weights(trial_folder(self._folder, plan.key))

@@ -102,6 +102,8 @@ class StudyRun:
         self.cells = list(cells)
         self.domains = domains
         self.ledger = ledger
+        self.broken: str | None = None
+        """Why no trial can go on, where none is to blame; those that are RUNNING stay so."""
         self._count = count
         self._cost = cost
         self._observers = observers

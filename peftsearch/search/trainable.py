@@ -11,6 +11,7 @@ from peftsearch.training.segment import Failure, Segment, SegmentResult, TrialPl
 
 RESULT = "segment"
 FAILED = "failed"
+BROKEN = "broken"
 RETRIES = "retries"
 FINAL = "final"
 
@@ -47,7 +48,8 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
         outcome, retries = ray.get(self._dispatcher.submit.remote(segment))
         if isinstance(outcome, Failure):
             # Not an exception: Tune would throw this process away, and the trial's fault is not the process's.
-            return {FAILED: outcome.error, RETRIES: retries, FINAL: True, "done": True}
+            kind = BROKEN if outcome.of_study else FAILED
+            return {kind: outcome.error, RETRIES: retries, FINAL: True, "done": True}
         assert isinstance(outcome, SegmentResult)
         self._evaluation += 1
         final = last or outcome.stopped

@@ -31,24 +31,27 @@ from ray import tune  # noqa: E402
 from ray.tune.schedulers import TrialScheduler  # noqa: E402
 from ray.tune.search import Searcher  # noqa: E402
 
-from peftsearch.search.trainable import FAILED, FINAL, RESULT, RETRIES, TrialActor  # noqa: E402
+from peftsearch.search.trainable import BROKEN, FAILED, FINAL, RESULT, RETRIES, TrialActor  # noqa: E402
 
-_ACTOR_MEMORY = 64 * 2**20
+_ACTOR_MEMORY = 2**20
 """A trial's resource request must not be empty, and a trial actor needs no CPU of its own."""
 
 
-def run_trials(run: StudyRun, dispatcher: Any, concurrency: int, stopped: Callable[[], bool]) -> None:
+def run_trials(run: StudyRun, dispatcher: Any, concurrency: Callable[[], int], stopped: Callable[[], bool]) -> None:
     """Run a study's remaining trials to their end, or until told to stop.
 
     Args:
         run: Decides and records.
         dispatcher: Handle of the slots' dispatcher.
-        concurrency: Trials at a time; with one slot and one trial at a time the order of events is determined.
+        concurrency: Trials at a time, by now; with one trial at a time the order of events is determined.
         stopped: Asked often; once true, nothing new is started and the running trials stay RUNNING in the ledger.
     """
+    # Trial actors live with the driver and the dispatcher: no lost machine takes one along.
+    here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+    resources = tune.PlacementGroupFactory([{"memory": _ACTOR_MEMORY}], bundle_label_selector=[here])
     with tempfile.TemporaryDirectory(prefix="peftsearch-tune-") as folder:
         tuner = tune.Tuner(
-            tune.with_resources(TrialActor, tune.PlacementGroupFactory([{"memory": _ACTOR_MEMORY}])),
+            tune.with_resources(TrialActor, resources),
             tune_config=tune.TuneConfig(
                 search_alg=_Searcher(run, dispatcher, concurrency, stopped),
                 scheduler=_Scheduler(run, stopped),
@@ -77,7 +80,9 @@ class _Adapter:
 
 
 class _Searcher(_Adapter, Searcher):  # type: ignore[misc]
-    def __init__(self, run: StudyRun, dispatcher: Any, concurrency: int, stopped: Callable[[], bool]) -> None:
+    def __init__(
+        self, run: StudyRun, dispatcher: Any, concurrency: Callable[[], int], stopped: Callable[[], bool]
+    ) -> None:
         super().__init__()
         self.run = run
         self.dispatcher = dispatcher
@@ -86,7 +91,7 @@ class _Searcher(_Adapter, Searcher):  # type: ignore[misc]
         self.live: set[str] = set()
 
     def suggest(self, trial_id: str) -> Any:
-        if len(self.live) >= self.concurrency:
+        if len(self.live) >= self.concurrency():
             return None
         record = None if self.stopped() else self.run.next_trial()
         if record is None:
@@ -152,8 +157,12 @@ class _Recorder(_Adapter, tune.Callback):  # type: ignore[misc]
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         if not result.get(FINAL):
+            # A trial actor that is lost is started again with this: what the ledger has is not trained again.
+            trial.config["done"] += 1
             return
-        if FAILED in result:
+        if BROKEN in result:
+            self.run.broken = result[BROKEN]
+        elif FAILED in result:
             self.run.failed(_number(trial), result[FAILED], result[RETRIES])
         else:
             self.run.evaluated(_number(trial), result[RESULT], result[RETRIES], final=True)

@@ -1,23 +1,30 @@
-"""Trial state on disk: safetensors with its metadata and a checksum, replaced atomically.
+"""Trial state on disk: safetensors with its metadata and checksums, written whole or not at all.
 
 No pickle is ever loaded: whoever can write a study's folder must not thereby run code in a worker.
+
+A running trial keeps its two latest states, each in a file that is named after its step: whatever damages one of them,
+the trial goes on from the other, and trains the lost steps again with the same result.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
-import uuid
+import re
+import time
 import zlib
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from peftsearch.files import Place, delete, is_local, names, reading, reason, writing
 
 if TYPE_CHECKING:
     import torch
 
-STATE = "state.safetensors"
-"""The running trial: trained weights, optimiser, random state, position."""
+log = logging.getLogger(__name__)
+
 WEIGHTS = "weights.safetensors"
 """The finished trial: trained weights alone, for export."""
 
@@ -26,57 +33,188 @@ TEST_PREDICTIONS = "test.jsonl"
 TEST_READING = "test.json"
 """What they scored, and when they were made."""
 
+STATES_KEPT = 2
+"""States of a running trial: the latest one, and the one before it."""
+
+WRITE_PAUSES = (1.0, 3.0, 10.0)
+"""Seconds before writing is tried again: room may be made on a full disk, a file server or object store come back."""
+
 _META = "peftsearch"
+_STATE = re.compile(r"state-(\d+)\.safetensors")
 
 
 class CorruptCheckpointError(RuntimeError):
     """A checkpoint's bytes are not those that were written."""
 
 
-def trial_folder(study_folder: Path, key: str) -> Path:
+class StorageError(OSError):
+    """The storage takes no checkpoint: no trial is to blame, and none can go on. One sentence."""
+
+
+def trial_folder(study_folder: Place, key: str) -> Place:
     """Where a trial's files are; see `TrialPlan.key`."""
     return study_folder / "trials" / key
 
 
-def write_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
-    """Write tensors and JSON metadata to ``path``; readers see the old file or the new one, never a part.
+def state_name(step: int) -> str:
+    """Name of the file with the running trial's state after a step: weights, optimiser, random state, position."""
+    return f"state-{step:08d}.safetensors"
+
+
+def saved_steps(folder: Place) -> list[int]:
+    """Steps whose states are in a trial's folder, the latest first; they may be damaged.
 
     Raises:
-        OSError: The disk is full or the folder cannot be written.
+        OSError: The storage cannot be read.
     """
+    return sorted((int(found[1]) for name in names(folder) if (found := _STATE.fullmatch(name))), reverse=True)
+
+
+def write_state(folder: Place, step: int, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
+    """Write a running trial's state, and forget those that nobody would go back to.
+
+    Raises:
+        StorageError: As `write_checkpoint`; the earlier states are as they were.
+    """
+    write_checkpoint(folder / state_name(step), tensors, meta)
+    # Later ones are of an attempt that this one takes the place of.
+    earlier = [other for other in saved_steps(folder) if other < step][: STATES_KEPT - 1]
+    delete_states(folder, keep=(step, *earlier))
+
+
+def delete_states(folder: Place, keep: Sequence[int] = ()) -> None:
+    """Delete a trial's states, but for some steps'.
+
+    Raises:
+        OSError: The storage cannot be written.
+    """
+    for step in saved_steps(folder):
+        if step not in keep:
+            delete(folder / state_name(step))
+
+
+def discard_weights(folder: Place) -> None:
+    """Delete a trial's weights and states; its readings of the test split stay.
+
+    Raises:
+        OSError: The storage cannot be written.
+    """
+    for name in names(folder):
+        if name.endswith(".safetensors"):
+            delete(folder / name)
+
+
+def sound_states(folder: Place, latest: int) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, Any]]]:
+    """The states of a trial up to a step, the latest one first, as `read_checkpoint` reads them.
+
+    A damaged one is left out, and a warning says so.
+
+    Raises:
+        OSError: The storage cannot be read.
+    """
+    for step in saved_steps(folder):
+        if step > latest:
+            continue
+        try:
+            tensors, meta = read_checkpoint(folder / state_name(step))
+            if meta.get("step") != step:
+                raise CorruptCheckpointError(f"{state_name(step)} of trial folder {folder.name} is of another step")
+        except FileNotFoundError:
+            continue
+        except CorruptCheckpointError as error:
+            log.warning("%s; the trial goes on from an earlier state", error)
+            continue
+        yield tensors, meta
+
+
+def write_checkpoint(
+    path: Place, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any], *, lasting: bool = False
+) -> None:
+    """Write tensors and JSON metadata to ``path``; readers see the old file or the new one, never a part.
+
+    Args:
+        path: The file.
+        tensors: By name.
+        meta: Anything that JSON holds.
+        lasting: Return only when it is on the disk, for files that others are deleted after.
+
+    Raises:
+        StorageError: As `persist`.
+    """
+    host = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    described = _described(host, json.loads(json.dumps(meta)))
+    payload = json.dumps({"meta": meta, "checksum": _checksum(host), "described": described})
+    persist(path, lambda: _write(path, host, payload, lasting))
+
+
+def persist(path: Place, write: Callable[[], None]) -> None:
+    """Write one of a trial's files; where that fails, try again after pauses (`WRITE_PAUSES`).
+
+    Raises:
+        StorageError: The disk is full, the folder cannot be written, or the object store cannot be reached.
+    """
+    for pause in (*WRITE_PAUSES, None):
+        try:
+            write()
+            return
+        except OSError as error:
+            if pause is None:
+                raise StorageError(f"cannot write to {path.parent.parent}: {reason(error)}") from error
+            log.warning("cannot write %s: %s; trying again in %g s", path, reason(error), pause)
+            time.sleep(pause)
+
+
+def _write(path: Place, tensors: dict[str, torch.Tensor], payload: str, lasting: bool) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    host = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    payload = json.dumps({"meta": meta, "checksum": _checksum(host)})
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        save_file(host, temporary, metadata={_META: payload})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={_META: payload})
+        except SafetensorError as error:
+            # It wraps what the system says: "I/O error: No space left on device (os error 28)".
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, _without_number(str(error))) from None
+        if lasting and is_local(path):
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _without_number(text: str) -> str:
+    return re.sub(r"\s*\(os error \d+\)", "", text).rpartition("I/O error: ")[2]
+
+
+def read_checkpoint(path: Place) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read what `write_checkpoint` wrote, onto the CPU.
 
     Raises:
         FileNotFoundError: There is none.
         CorruptCheckpointError: It was cut short or altered.
+        OSError: The storage cannot be read.
     """
     from safetensors import SafetensorError, safe_open
 
-    if not path.exists():
-        raise FileNotFoundError(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})[_META])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise CorruptCheckpointError(f"{path.name} of trial folder {path.parent.name} is damaged: {error}") from None
-    if _checksum(tensors) != header["checksum"]:
-        raise CorruptCheckpointError(f"{path.name} of trial folder {path.parent.name} is damaged: checksum mismatch")
-    return tensors, header["meta"]
+    damaged = f"{path.name} of trial folder {path.parent.name} is damaged"
+    with reading(path) as file:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                header = json.loads((opened.metadata() or {})[_META])
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+            meta = header["meta"]
+            # Checkpoints of earlier versions know no "described".
+            sound = header["checksum"] == _checksum(tensors) and (
+                "described" not in header or header["described"] == _described(tensors, meta)
+            )
+        except (SafetensorError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise CorruptCheckpointError(f"{damaged}: {reason(error)}") from None
+        except OSError as error:
+            # An empty file cannot be mapped.
+            if is_local(path) and file.stat().st_size > 0:
+                raise
+            raise CorruptCheckpointError(f"{damaged}: {reason(error)}") from None
+    if not sound:
+        raise CorruptCheckpointError(f"{damaged}: checksum mismatch")
+    return tensors, meta
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor]) -> int:
@@ -89,3 +227,9 @@ def _checksum(tensors: Mapping[str, torch.Tensor]) -> int:
         if flat.numel():
             value = zlib.crc32(flat.view(torch.uint8).numpy().data, value)
     return value
+
+
+def _described(tensors: Mapping[str, torch.Tensor], meta: Any) -> int:
+    """Checksum of what is not in the tensors' bytes: their types and shapes, and the metadata."""
+    kinds = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
+    return zlib.crc32(json.dumps([kinds, meta], sort_keys=True).encode())

@@ -52,7 +52,6 @@ from peftsearch.training.precision import training_autocast, trains_bf16
 from peftsearch.training.segment import SegmentResult, TestReading, TrialPlan
 from peftsearch.training.sharding import part_like
 
-
 _STEPS_BETWEEN_QUESTIONS = 8
 """Several workers ask one another so often whether one of them has to leave."""
 

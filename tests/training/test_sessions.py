@@ -17,7 +17,7 @@ from tiny_models import SAMPLES
 from peftsearch.methods import METHODS
 from peftsearch.search.plan import StudyPlan, plan_study
 from peftsearch.spec import StudyFile
-from peftsearch.training.checkpoint import STATE, WEIGHTS, read_checkpoint, trial_folder
+from peftsearch.training.checkpoint import WEIGHTS, read_checkpoint, state_name, trial_folder
 from peftsearch.training.distributed import WorkerGroup
 from peftsearch.training.segment import Failure, Probe, ProbeResult, Segment, SegmentResult, TrialPlan
 from peftsearch.training.worker import Worker
@@ -193,25 +193,6 @@ def test_trials_may_take_turns_on_one_worker(plan: StudyPlan, tmp_path: Path) ->
     assert [numbers(results) for results in taken] == alone
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut"])
-def test_a_damaged_checkpoint_is_noticed_and_the_trial_begins_anew(
-    damage: str, plan: StudyPlan, tmp_path: Path
-) -> None:
-    whole = train(new_worker(plan, tmp_path / "a"), plan, trial(plan, "lora"))
-    steps = plan.budgets["topics", "lora"].evaluation_steps
-    new_worker(plan, tmp_path / "b").do(Segment(trial(plan, "lora"), steps[0]))
-    state = trial_folder(tmp_path / "b", "00000") / STATE
-    data = bytearray(state.read_bytes())
-    if damage == "flip":
-        data[-100] ^= 1
-    else:
-        del data[len(data) // 2 :]
-    state.write_bytes(bytes(data))
-    outcome = new_worker(plan, tmp_path / "b").do(Segment(trial(plan, "lora"), steps[1]))
-    assert isinstance(outcome, SegmentResult)
-    assert (outcome.loss, outcome.scores) == (whole[1].loss, whole[1].scores)
-
-
 def test_a_loss_that_is_not_a_number_fails_the_trial_and_leaves_the_worker_usable(
     plan: StudyPlan, tmp_path: Path
 ) -> None:
@@ -262,10 +243,26 @@ def test_baselines_are_scored_by_the_worker(plan: StudyPlan, tmp_path: Path) -> 
     assert outcome.parameters["linear_probe"] == 33 * 3
 
 
-def test_only_the_last_state_of_a_trial_is_on_disk(plan: StudyPlan, tmp_path: Path) -> None:
-    worker = new_worker(plan, tmp_path)
+def test_baselines_are_scored_on_the_test_split_where_asked_for(plan: StudyPlan, tmp_path: Path) -> None:
+    worker, model = new_worker(plan, tmp_path), next(iter(plan.models))
+    found = worker.do(Probe(model, "topics", read_test=True))
+    assert isinstance(found, ProbeResult)
+    data = plan.prepared[model, "topics"]
+    train, test = data.split("train")[:]["labels"], data.split("test")[:]["labels"]
+    majority = max(set(train), key=lambda label: (train.count(label), -label))
+    assert found.scores["majority"]["accuracy"] == pytest.approx(test.count(majority) / len(test))
+    # What is chosen (the regularisation) is chosen on validation, whichever split is scored.
+    on_validation = worker.do(Probe(model, "topics"))
+    assert isinstance(on_validation, ProbeResult)
+    assert found.details["linear_probe"] == on_validation.details["linear_probe"]
+    assert found.scores["linear_probe"] != on_validation.scores["linear_probe"]
+
+
+def test_only_the_two_latest_states_of_a_trial_are_on_disk(plan: StudyPlan, tmp_path: Path) -> None:
+    worker, folder = new_worker(plan, tmp_path), trial_folder(tmp_path, "00000")
     steps = plan.budgets["topics", "lora"].evaluation_steps
-    worker.do(Segment(trial(plan, "lora"), steps[0]))
-    assert [item.name for item in trial_folder(tmp_path, "00000").iterdir()] == [STATE]
+    for step in steps[:3]:
+        worker.do(Segment(trial(plan, "lora"), step))
+    assert sorted(item.name for item in folder.iterdir()) == [state_name(step) for step in steps[1:3]]
     worker.do(Segment(trial(plan, "lora"), steps[-1], final=True))
-    assert [item.name for item in trial_folder(tmp_path, "00000").iterdir()] == [WEIGHTS]
+    assert [item.name for item in folder.iterdir()] == [WEIGHTS]

@@ -19,7 +19,7 @@ from peftsearch.domains.tasks import LossOptions
 from peftsearch.methods import METHODS, AttachContext
 from peftsearch.search.plan import StudyPlan, plan_study
 from peftsearch.spec import StudyFile, TrainingSpec
-from peftsearch.training.checkpoint import STATE, WEIGHTS, read_checkpoint, trial_folder
+from peftsearch.training.checkpoint import WEIGHTS, delete_states, read_checkpoint, trial_folder
 from peftsearch.training.distributed import WorkerGroup
 from peftsearch.training.optimizer import make_optimizer, master_weights, step_optimizer
 from peftsearch.training.segment import Segment, SegmentResult, TrialPlan
@@ -141,7 +141,7 @@ def test_early_stopping_does_not_depend_on_a_lost_checkpoint(write_study: Make, 
     steps = plan.budgets["topics", "lora"].evaluation_steps
     for step in steps[:2]:
         worker(plan, tmp_path / "b").do(Segment(what, step))
-    (trial_folder(tmp_path / "b", what.key) / STATE).write_bytes(b"cut short")
+    delete_states(trial_folder(tmp_path / "b", what.key))
     found = worker(plan, tmp_path / "b").do(Segment(what, steps[2]))
     assert isinstance(found, SegmentResult)
     assert (found.stopped, found.loss, found.scores) == (True, expected[-1].loss, expected[-1].scores)
