@@ -1,28 +1,68 @@
-"""Where a study's files are: one folder per study inside a storage folder."""
+"""Where a study's files are: one folder per study inside a storage, which is a folder or in an object store."""
 
 from __future__ import annotations
 
-import fcntl
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
-from peftsearch.files import read_json, write_json
+from peftsearch.files import (
+    Place,
+    RemotePath,
+    delete,
+    exists,
+    local_cache,
+    names,
+    place,
+    read_json,
+    reason,
+    write_bytes,
+    write_json,
+)
 from peftsearch.spec import StudyError, check_name
 
-__all__ = ["StudyFolder", "list_studies", "read_json", "storage_folder", "study_folder", "write_json"]
+__all__ = [
+    "StudyFolder",
+    "cache_folder",
+    "list_studies",
+    "mlflow_folder",
+    "reaching",
+    "read_json",
+    "storage_folder",
+    "study_folder",
+    "write_json",
+]
 
 ENVIRONMENT_VARIABLE = "PEFTSEARCH_STORAGE"
 
 
-def storage_folder(given: str | os.PathLike[str] | None = None) -> Path:
-    """The storage: as given, or ``PEFTSEARCH_STORAGE``, or ``~/peftsearch``."""
-    chosen = given or os.environ.get(ENVIRONMENT_VARIABLE) or Path.home() / "peftsearch"
-    return Path(chosen).expanduser().absolute()
+def storage_folder(given: str | os.PathLike[str] | RemotePath | None = None) -> Place:
+    """The storage: as given, or ``PEFTSEARCH_STORAGE``, or ``~/peftsearch``; a folder, or a URI (`peftsearch.files`).
+
+    Raises:
+        StudyError: The URI is none of a storage.
+    """
+    if isinstance(given, RemotePath):
+        return given
+    return place(given or os.environ.get(ENVIRONMENT_VARIABLE) or Path.home() / "peftsearch")
+
+
+@contextmanager
+def reaching(storage: Place) -> Iterator[None]:
+    """Around what reads a storage.
+
+    Raises:
+        StudyError: An object store cannot be reached, or a folder cannot be read.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StudyError(
+            f"cannot read the storage {storage}: {reason(error)} (choose another with --storage or "
+            f"{ENVIRONMENT_VARIABLE})"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -30,51 +70,66 @@ class StudyFolder:
     """The files of one study.
 
     Attributes:
-        storage: The storage folder.
+        storage: The storage.
         name: The study's name.
     """
 
-    storage: Path
+    storage: Place
     name: str
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Place:
         """The study's own folder."""
         return self.storage / "studies" / self.name
 
     @property
-    def spec(self) -> Path:
+    def spec(self) -> Place:
         """The checked specification, as JSON."""
         return self.path / "study.json"
 
     @property
-    def study_file(self) -> Path:
+    def study_file(self) -> Place:
         """The study file as it was given."""
         return self.path / "study.yaml"
 
     @property
-    def facts(self) -> Path:
+    def facts(self) -> Place:
         """`peftsearch.spec.StudyFacts` as JSON."""
         return self.path / "facts.json"
 
     @property
-    def driver(self) -> Path:
-        """Who runs or last ran the study."""
-        return self.path / "driver.json"
-
-    @property
     def cache(self) -> Path:
-        """Tokenised data, shared by all studies of the storage."""
-        return self.storage / "cache"
+        """Tokenised data, shared by all studies of the storage; libraries read it from this machine's disk."""
+        return cache_folder(self.storage)
 
     @property
     def ledger_url(self) -> str:
-        """Default ledger: SQLite in the study's folder."""
+        """Default ledger: SQLite in the study's folder.
+
+        Raises:
+            StudyError: The storage is an object store, which holds no database.
+        """
+        if not isinstance(self.path, Path):
+            raise StudyError(
+                f"SQLite cannot write to an object store such as {self.storage}: set tracking.ledger to a database, "
+                "postgresql://...",
+                ("tracking", "ledger"),
+            )
         return f"sqlite:///{self.path / 'ledger.db'}"
 
+    @property
+    def mlflow_folder(self) -> Path:
+        """Where the default MLflow store is; errors as `mlflow_folder`."""
+        return mlflow_folder(self.storage)
+
     def exists(self) -> bool:
-        """Whether a study of this name was ever started."""
-        return self.spec.exists()
+        """Whether a study of this name was ever started.
+
+        Raises:
+            StudyError: The storage cannot be reached.
+        """
+        with reaching(self.storage):
+            return exists(self.spec)
 
     def require(self) -> StudyFolder:
         """This folder, if the study exists.
@@ -95,59 +150,37 @@ class StudyFolder:
             StudyError: The storage cannot be written.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
-            probe.touch()
-            probe.unlink()
+            write_bytes(probe, b"")
+            delete(probe)
         except OSError as error:
             raise StudyError(
-                f"cannot write to the storage {self.storage}: {error.strerror or error} "
+                f"cannot write to the storage {self.storage}: {reason(error)} "
                 f"(choose another with --storage or {ENVIRONMENT_VARIABLE})"
             ) from None
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the study as its only driver.
 
-        Raises:
-            StudyError: Another process holds it; says which.
-        """
-        with (self.path / "driver.lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                holder = read_json(self.driver) or {}
-                raise StudyError(
-                    f"the study {self.name!r} is being run by process {holder.get('pid', '?')} on "
-                    f"{holder.get('host', 'another machine')} since {holder.get('since', '?')}: "
-                    "wait for it, stop it, or give this run another --name"
-                ) from None
-            yield
-            _release(file)
+def mlflow_folder(storage: Place) -> Path:
+    """Where the default MLflow store of a storage is.
 
-    def is_held(self) -> bool:
-        """Whether a driver is running the study at this moment."""
-        try:
-            with (self.path / "driver.lock").open("a+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _release(file)
-        except FileNotFoundError:
-            return False
-        except OSError:
-            return True
-        return False
-
-    def note_driver(self, **fields: Any) -> None:
-        """Update what is known of the driver."""
-        known = read_json(self.driver) or {}
-        write_json(self.driver, {**known, "pid": os.getpid(), "host": socket.gethostname(), **fields})
+    Raises:
+        StudyError: The storage is an object store, which holds no database.
+    """
+    if not isinstance(storage, Path):
+        raise StudyError(
+            f"MLflow's SQLite store cannot be in an object store such as {storage}: set tracking.mlflow to the "
+            "address of an MLflow server, or to off",
+            ("tracking", "mlflow"),
+        )
+    return storage
 
 
-def _release(file: IO[str]) -> None:
-    fcntl.flock(file, fcntl.LOCK_UN)
+def cache_folder(storage: Place) -> Path:
+    """Where this machine keeps a storage's tokenised data."""
+    return storage / "cache" if isinstance(storage, Path) else local_cache()
 
 
-def study_folder(name: str, storage: str | os.PathLike[str] | None = None) -> StudyFolder:
+def study_folder(name: str, storage: str | os.PathLike[str] | RemotePath | None = None) -> StudyFolder:
     """The folder of a study by name.
 
     Raises:
@@ -159,9 +192,12 @@ def study_folder(name: str, storage: str | os.PathLike[str] | None = None) -> St
         raise StudyError(str(error)) from None
 
 
-def list_studies(storage: Path) -> list[str]:
-    """Names of the studies in a storage."""
+def list_studies(storage: Place) -> list[str]:
+    """Names of the studies in a storage.
+
+    Raises:
+        StudyError: The storage cannot be reached.
+    """
     folder = storage / "studies"
-    if not folder.is_dir():
-        return []
-    return sorted(item.name for item in folder.iterdir() if (item / "study.json").exists())
+    with reaching(storage):
+        return [name for name in names(folder) if exists(folder / name / "study.json")]

@@ -9,18 +9,36 @@ Example:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import socket
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftsearch.spec import THREADS, StudyError, StudyFacts, StudyFile, StudySpec, TrialRecord, TrialState
-from peftsearch.storage import StudyFolder, read_json, study_folder, write_json
-from peftsearch.tracking.ledger import Ledger, LedgerCell, hide_password
+from peftsearch.files import RemotePath, check_bucket, delete_tree, reason, write_bytes
+from peftsearch.fork import Origin, shared_cells, take_over
+from peftsearch.holder import Lease, hold, is_held, last_driver
+from peftsearch.spec import (
+    THREADS,
+    StudyError,
+    StudyFacts,
+    StudyFile,
+    StudySpec,
+    TrialRecord,
+    TrialState,
+    hide_secrets,
+    note_secrets,
+    without_passwords,
+)
+from peftsearch.spec.changes import compare
+from peftsearch.storage import StudyFolder, reaching, read_json, study_folder, write_json
+from peftsearch.tracking.ledger import Ledger, LedgerCell, Owner, hide_password
 
 if TYPE_CHECKING:
     from peftsearch.events import StudyEvents
@@ -30,6 +48,13 @@ if TYPE_CHECKING:
     from peftsearch.tracking.mlflow_tracker import MlflowTracker
 
 log = logging.getLogger(__name__)
+
+LEDGER_PATIENCE = 600.0
+"""Seconds that a running study waits for its ledger's database: long enough for a server to be moved elsewhere."""
+
+
+SUBMITTED_FROM = "PEFTSEARCH_SUBMITTED_FROM"
+"""Environment variable of a job: the study file's folder on the machine that has submitted it."""
 
 
 class Study:
@@ -47,6 +72,8 @@ class Study:
         self.spec = spec
         self.folder = folder
         self.file = file
+        self._id: str | None = None
+        note_secrets(spec.tracking.ledger, spec.tracking.mlflow)
 
     @classmethod
     def from_file(
@@ -54,7 +81,7 @@ class Study:
         path: str | os.PathLike[str],
         *,
         name: str | None = None,
-        storage: str | os.PathLike[str] | None = None,
+        storage: str | os.PathLike[str] | RemotePath | None = None,
         overrides: Iterable[str] = (),
     ) -> Study:
         """A study from its file.
@@ -62,7 +89,7 @@ class Study:
         Args:
             path: The YAML file.
             name: Another name than the file's.
-            storage: Storage folder; ``PEFTSEARCH_STORAGE`` or ``~/peftsearch`` where absent.
+            storage: Folder or URI (``s3://bucket/prefix``); ``PEFTSEARCH_STORAGE`` or ``~/peftsearch`` where absent.
             overrides: ``key=value`` settings, as with ``--set``.
 
         Raises:
@@ -74,14 +101,16 @@ class Study:
         return cls(file.spec, study_folder(file.spec.name, storage), file)
 
     @classmethod
-    def open(cls, name: str, storage: str | os.PathLike[str] | None = None) -> Study:
+    def open(cls, name: str, storage: str | os.PathLike[str] | RemotePath | None = None) -> Study:
         """A study that was started before.
 
         Raises:
             StudyError: There is none of this name.
         """
         folder = study_folder(name, storage).require()
-        return cls(StudySpec.model_validate(read_json(folder.spec)["study"]), folder)
+        with reaching(folder.storage):
+            saved = read_json(folder.spec)
+        return cls(StudySpec.model_validate(saved["study"]), folder)
 
     @property
     def name(self) -> str:
@@ -101,7 +130,13 @@ class Study:
         wanted = self.spec.tracking.mlflow
         if wanted == "off":
             return None
-        return default_tracking_uri(self.folder.storage) if wanted == "auto" else wanted
+        return default_tracking_uri(self.folder.mlflow_folder) if wanted == "auto" else wanted
+
+    @property
+    def public_tracking_uri(self) -> str | None:
+        """Where MLflow is, without a login."""
+        uri = self.mlflow_tracking_uri
+        return uri if uri is None else without_passwords(uri)
 
     # --- before and while it runs ---
 
@@ -112,57 +147,93 @@ class Study:
             The plan. What could not be checked here, because a model or data is not at hand, is its ``unchecked``.
 
         Raises:
-            StudyError: The first thing that is wrong.
+            StudyError: The first thing that is wrong; or the storage has a study of this name that was begun with
+                other settings or other data.
         """
-        return self._plan(partial=True)
+        self._check_unchanged()
+        plan = self._plan(partial=True)
+        self._check_same_data(plan)
+        return plan
+
+    def extending(self) -> tuple[str, ...] | None:
+        """What the study, which exists, gets more of with this file, in words; None where there is none yet."""
+        if not self.folder.exists():
+            return None
+        return compare(
+            _saved(StudySpec.model_validate(read_json(self.folder.spec)["study"])), _saved(self.spec)
+        ).extending
 
     def _plan(self, *, partial: bool) -> StudyPlan:
         from peftsearch.search.plan import plan_study
 
         if self.file is None:
             raise StudyError("this study was opened by name: load it from its file to validate or run it")
-        _check_storage(self.folder)
         try:
             self._guesses()
             return plan_study(self.file, self.folder.cache, partial=partial)
         except StudyError as error:
             raise StudyError(self.file.explain(error)) from None
 
-    def run(self, *, address: str | None = None, events: StudyEvents | None = None) -> dict[str, DomainFront]:
+    def run(
+        self, *, address: str | None = None, events: StudyEvents | None = None, fork: str | None = None
+    ) -> dict[str, DomainFront]:
         """Run the study, or continue it where it stands; what has finished is not run again.
 
         Args:
             address: Address of a Ray cluster; a cluster of this machine is started where absent.
+            fork: Another study of the same storage. Before this one begins, it takes over that one's trials, in the
+                cells whose model, data, method, training and search are the same in both (`peftsearch.fork`).
             events: Told of progress.
 
         Returns:
             The front of every domain.
 
         Raises:
-            StudyError: The study file is wrong, has changed since the study began, or another driver runs it.
+            StudyError: The study file is wrong, has changed since the study began, or another driver runs it, or has
+                taken it over from this one.
             StudyInterrupted: Ctrl-C or SIGTERM; the same call continues the study.
+            RuntimeError: The ledger's database or the workers stayed away for long.
         """
-        from peftsearch.driver import StopRequest, run_study, stop_on_signals
+        from peftsearch.driver import run_study
         from peftsearch.events import SilentEvents
+        from peftsearch.stopping import StopRequest, stop_on_signals
 
         events = events or SilentEvents()
         stopped = StopRequest()
         with stop_on_signals(stopped, events.stopping):
             events.phase("checking the study and preparing its data")
             self._check_unchanged()
+            origin = self._origin(fork)
             plan = self._plan(partial=False)
+            self._check_same_data(plan)
+            for warning in plan.warnings:
+                events.warning(warning)
             guesses, found_in = self._guesses()
+            if origin is not None:
+                # Refused before the study has a folder.
+                shared_cells(origin, _saved(self.spec), self._facts(plan))
             self._check_ledger()
             self.folder.create()
-            with self.folder.held():
+            with hold(self.folder.path, self.name, lost=stopped.set, waiting=events.phase, stopped=stopped) as lease:
                 facts = self._facts(plan)
                 if found_in:
                     facts.provenance["warm_start"] = found_in
-                self._write_files()
+                if origin is not None:
+                    facts.provenance["forked_from"] = f"{origin.name} ({origin.id})"
+                self._write_files(origin)
                 self._save_facts(facts)
-                with closing(self._ledger(plan)) as ledger:
-                    self.folder.note_driver(state="running", since=_now(), error=None)
+
+                def save_facts(known: StudyFacts) -> None:
+                    if lease.lost is None:
+                        self._save_facts(known)
+
+                with closing(self._ledger(plan, lease)) as ledger:
+                    lease.note(state="running", since=_now(), error=None)
+                    if origin is not None:
+                        events.phase(f"taking over the trials of {origin.name}")
+                        self._take_over(origin, facts, ledger)
                     tracker = self._tracker(facts, ledger)
+                    at_once = False
                     try:
                         if tracker is not None:
                             for record in ledger.records:
@@ -177,30 +248,40 @@ class Study:
                                 address,
                                 events,
                                 observers,
-                                self._save_facts,
+                                save_facts,
                                 stopped,
                                 guesses,
                             )
                         except StudyError as error:
                             assert self.file is not None
                             raise StudyError(self.file.explain(error)) from None
+                        lease.check()
                         if not stopped():
                             self._discard_dominated_weights(ledger.records, facts)
                     except BaseException as error:
-                        self.folder.note_driver(state="interrupted", until=_now(), error=str(error) or None)
+                        at_once = isinstance(error, KeyboardInterrupt) or lease.lost is not None
+                        # Where the ledger could not be written, Ray Tune has wrapped that up in a traceback.
+                        why = ledger.failure or error
+                        with contextlib.suppress(OSError):
+                            lease.note(state="interrupted", until=_now(), error=hide_secrets(str(why)) or None)
+                        if why is not error:
+                            raise why from error
                         raise
                     finally:
                         if tracker is not None:
                             events.phase("writing MLflow")
-                            # The last runs' ids first: the reports hold them.
-                            tracker.flush(60.0)
-                            self._report(tracker, ledger.records, facts)
-                            if not tracker.close(timeout=120.0):
+                            # Somebody who wants to stop does not wait long: the next run, or sync, writes the rest.
+                            patience = 0.0 if at_once else 15.0 if stopped() else 120.0
+                            if not at_once:
+                                # The last runs' ids first: the reports hold them.
+                                tracker.flush(patience / 2)
+                                self._report(tracker, ledger.records, facts)
+                            if not tracker.close(timeout=patience):
                                 events.warning(
-                                    f"MLflow at {self.mlflow_tracking_uri} could not be brought up to date; "
+                                    f"MLflow at {self.public_tracking_uri} could not be brought up to date; "
                                     f"run 'peftsearch sync {self.name}' when it is back"
                                 )
-                    self.folder.note_driver(state="interrupted" if stopped() else "finished", until=_now())
+                    lease.note(state="interrupted" if stopped() else "finished", until=_now())
         if stopped():
             raise StudyInterrupted(self.name)
         return self.frontier()
@@ -209,7 +290,7 @@ class Study:
 
     def trials(self) -> list[TrialRecord]:
         """Every trial of the ledger, whatever its state."""
-        with closing(Ledger(self.ledger_url, self.name)) as ledger:
+        with closing(self._reader()) as ledger:
             return ledger.records
 
     def facts(self) -> StudyFacts:
@@ -238,13 +319,13 @@ class Study:
         """
         from peftsearch.search.cells import planned_trials
 
-        driver = read_json(self.folder.driver) or {}
-        with closing(Ledger(self.ledger_url, self.name)) as ledger:
+        driver = last_driver(self.folder.path)
+        with closing(self._reader()) as ledger:
             records = ledger.records
             planned = planned_trials(self.spec) - _left_out(self.spec, ledger)
             confirmations = self._confirmations(ledger, planned)
         counts = {state.value.lower(): sum(r.state is state for r in records) for state in TrialState}
-        held = self.folder.is_held()
+        held = is_held(self.folder.path)
         state = "running" if held else ("finished" if driver.get("state") == "finished" else "interrupted")
         return {
             "study": self.name,
@@ -254,7 +335,7 @@ class Study:
             "confirmations": confirmations,
             "elapsed_seconds": _elapsed(driver, held),
             "ledger": hide_password(self.ledger_url),
-            "mlflow_tracking_uri": self.mlflow_tracking_uri,
+            "mlflow_tracking_uri": self.public_tracking_uri,
             "mlflow_experiment": self.name,
             "storage": str(self.folder.storage),
             "folder": str(self.folder.path),
@@ -268,13 +349,16 @@ class Study:
         Raises:
             StudyError: Tracking is off, or the server cannot be reached.
         """
-        from peftsearch.tracking.ledger import Ledger
+        from peftsearch.tracking.mlflow_tracker import sync
 
-        if self.mlflow_tracking_uri is None:
+        uri = self.mlflow_tracking_uri
+        if uri is None:
             raise StudyError(f"the study {self.name!r} has tracking.mlflow: off: there is nothing to bring up to date")
         facts = self.facts()
         # A running study brings MLflow up to date itself, and its driver is the ledger's only writer.
-        with self.folder.held(), closing(Ledger(self.ledger_url, self.name)) as ledger:
+        with hold(self.folder.path, self.name) as lease, closing(self._reader(lease)) as ledger:
+            # Whoever asked wants to know at once, and why, where the server does not answer.
+            sync(uri, [], facts, artifact_location=self._artifact_location)
             tracker = self._tracker(facts, ledger)
             assert tracker is not None
             for record in ledger.records:
@@ -282,7 +366,7 @@ class Study:
             tracker.flush(60.0)
             self._report(tracker, ledger.records, facts)
             if not tracker.close(timeout=600.0):
-                raise StudyError(f"MLflow at {self.mlflow_tracking_uri} could not be reached: try again when it is up")
+                raise StudyError(f"MLflow at {self.public_tracking_uri} could not be reached: try again when it is up")
             return len(ledger.records)
 
     def export(
@@ -299,13 +383,15 @@ class Study:
         """Pareto-optimal trials as verified PEFT folders; arguments and errors as `peftsearch.export.export_trials`."""
         from peftsearch.export import StudyToExport, export_trials
 
-        saved = read_json(self.folder.require().spec)
+        folder = self.folder.require()
+        with reaching(folder.storage):
+            saved = read_json(folder.spec)
         study = StudyToExport(
             spec=StudySpec.model_validate(saved["study"]),
             facts=self.facts(),
             records=self.trials(),
             folder=self.folder.path,
-            data_folder=Path(saved["folder"]),
+            data_folder=_data_folder(saved),
             cache=self.folder.cache,
             ledger=hide_password(self.ledger_url),
         )
@@ -399,68 +485,135 @@ class Study:
         before = read_json(self.folder.facts)
         facts = StudyFacts(
             study=self.name,
-            description=self.spec.description,
+            description=self.spec.description and hide_secrets(self.spec.description),
             trials_per_cell=self.spec.search.trials,
             methods=tuple(self.spec.methods),
             domains={name: domain.facts() for name, domain in plan.domains.items()},
             models=dict(plan.model_facts),
             provenance=provenance(self.file.folder),
         )
+        if trusted := [path for path, place in plan.models.items() if place.trust_remote_code]:
+            facts.provenance["trust_remote_code"] = ", ".join(trusted)
         if before is not None:
             known = StudyFacts.model_validate(before)
             if THREADS in known.provenance:
                 facts.provenance[THREADS] = known.provenance[THREADS]
             for name, domain in facts.domains.items():
-                old = known.domains.get(name)
-                if old is not None and old.fingerprint != domain.fingerprint:
-                    raise StudyError(
-                        f"the data of domain {name!r} has changed since the study {self.name!r} began: "
-                        "restore it, or start a new study with --name"
-                    )
-                if old is not None:
-                    domain.baselines.update(old.baselines)
-            for path, model in facts.models.items():
-                before_model = known.models.get(path)
-                if before_model is not None and before_model.fingerprint != model.fingerprint:
-                    raise StudyError(
-                        f"the model {path!r} has changed since the study {self.name!r} began: restore it, or start a "
-                        "new study with --name"
-                    )
+                if name in known.domains:
+                    domain.baselines.update(known.domains[name].baselines)
         return facts
+
+    def _check_same_data(self, plan: StudyPlan) -> None:
+        """The study goes on with the texts and weights that it began with.
+
+        Raises:
+            StudyError: A file has changed; says which.
+        """
+        from peftsearch.domains.expected import UNCHECKED
+
+        before = read_json(self.folder.facts)
+        if before is None:
+            return
+        known = StudyFacts.model_validate(before)
+        advice = "restore it, or start a new study with --name"
+        for name, domain in ((name, item.facts()) for name, item in plan.domains.items()):
+            old = known.domains.get(name)
+            # What is not at hand here was not read: a run does not get this far.
+            if old is not None and domain.fingerprint not in (old.fingerprint, UNCHECKED):
+                rows = [split for split in old.rows if old.rows[split] != domain.rows.get(split)]
+                others = f"; other numbers of examples in {', '.join(rows)}" if rows else ""
+                raise StudyError(
+                    f"the data of domain {name!r} ({domain.source}) has changed since the study {self.name!r} began"
+                    f"{others}: {advice}"
+                )
+        for path, model in plan.model_facts.items():
+            old_model = known.models.get(path)
+            if old_model is not None and old_model.fingerprint != model.fingerprint:
+                raise StudyError(f"the model {path!r} has changed since the study {self.name!r} began: {advice}")
 
     def _save_facts(self, facts: StudyFacts) -> None:
         write_json(self.folder.facts, facts.model_dump(mode="json"))
 
-    def _write_files(self) -> None:
+    @property
+    def id(self) -> str:
+        """Tells this study from others of its name, in other storages; made when it is begun."""
+        if self._id is None:
+            self._id = (read_json(self.folder.spec) or {}).get("id") or str(uuid.uuid4())
+        return self._id
+
+    def _owner(self) -> Owner:
+        return Owner(self.id, f"{socket.gethostname()}:{self.folder.storage}")
+
+    def _write_files(self, origin: Origin | None = None) -> None:
         assert self.file is not None
-        write_json(
-            self.folder.spec,
-            {"study": self.spec.model_dump(mode="json"), "folder": str(self.file.folder), "file": self.file.where},
-        )
+        known = read_json(self.folder.spec) or {"begun": _now()}
+        if origin is not None:
+            known["forked_from"] = {"study": origin.name, "id": origin.id, "done": False}
+        written = {
+            "study": _saved(self.spec),
+            "folder": str(self.file.folder),
+            "file": self.file.where,
+            "submitted_from": os.environ.get(SUBMITTED_FROM),
+        }
+        write_json(self.folder.spec, {**known, "id": self.id, **written})
         if self.file.text is not None:
-            self.folder.study_file.write_text(self.file.text, encoding="utf-8")
+            write_bytes(self.folder.study_file, hide_secrets(without_passwords(self.file.text)).encode())
 
     def _check_unchanged(self) -> None:
         """A study goes on only with the question that it began with.
 
         Raises:
-            StudyError: Names the first difference, and what to do.
+            StudyError: Shows what has changed, and says what to do; or the storage cannot be used.
         """
-        if not self.folder.exists():
-            return
-        before = _flat(StudySpec.model_validate(read_json(self.folder.spec)["study"]).model_dump(mode="json"))
-        now = _flat(self.spec.model_dump(mode="json"))
-        for key in sorted(before.keys() | now.keys()):
-            old, new = before.get(key), now.get(key)
-            if old == new or key.startswith(("resources.", "description")) or key == "tracking.mlflow":
-                continue
-            more = isinstance(old, int) and isinstance(new, int) and new > old
-            if more and key in ("search.trials", "confirm.seeds"):
-                continue
-            raise StudyError(
-                f"the study {self.name!r} was begun with {key} = {old!r} and the file now says {new!r}: "
-                "put it back, or start a new study with --name"
-            )
+        self._check_databases()
+        _check_storage(self.folder)
+        if self.folder.exists():
+            before = StudySpec.model_validate(read_json(self.folder.spec)["study"])
+            compare(_saved(before), _saved(self.spec)).check(self.name)
+
+    def _origin(self, fork: str | None) -> Origin | None:
+        """The study whose trials are to be taken over; None where that was done already, too.
+
+        Raises:
+            StudyError: There is none of that name, or this study was begun otherwise.
+        """
+        forked = (read_json(self.folder.spec) or {}).get("forked_from")
+        if fork is not None:
+            if fork == self.name:
+                raise StudyError("--fork names the study to take trials from: give this one another name with --name")
+            if self.folder.exists() and (forked is None or forked["study"] != fork):
+                raise StudyError(
+                    f"the study {self.name!r} was begun without --fork {fork}: leave that away to continue it, or give "
+                    "the fork another --name"
+                )
+        if forked is not None and (forked["done"] or fork is None):
+            if forked["done"]:
+                return None
+            fork = forked["study"]
+        if fork is None:
+            return None
+        other = Study.open(fork, self.folder.storage)
+        spec = _saved(other.spec)
+        return Origin(other.name, other.id, other.folder.path, other.ledger_url, spec, other.facts())
+
+    def _take_over(self, origin: Origin, facts: StudyFacts, ledger: Ledger) -> None:
+        cells = shared_cells(origin, _saved(self.spec), facts)
+        seeds = range(self.spec.search.seed + 1, self.spec.search.seed + 1 + self.spec.confirm.seeds)
+        take_over(origin, ledger, cells, self.spec.search.trials, seeds, self.folder.path)
+        saved = read_json(self.folder.spec)
+        write_json(self.folder.spec, {**saved, "forked_from": {**saved["forked_from"], "done": True}})
+
+    def _check_databases(self) -> None:
+        """See that the storage can hold what is to be in it.
+
+        Raises:
+            StudyError: It is an object store, and ledger or MLflow would be SQLite in it.
+        """
+        try:
+            assert self.ledger_url
+            assert self.mlflow_tracking_uri != ""
+        except StudyError as error:
+            raise StudyError(self.file.explain(error) if self.file else str(error)) from None
 
     def _check_ledger(self) -> None:
         """See that a database elsewhere answers, before the study has a folder that remembers its address.
@@ -471,11 +624,14 @@ class Study:
         if self.spec.tracking.ledger == "auto":
             return
         try:
-            Ledger(self.ledger_url, self.name).close()
+            self._reader().close()
         except StudyError as error:
             raise StudyError(self.file.explain(error) if self.file else str(error)) from None
 
-    def _ledger(self, plan: StudyPlan) -> Ledger:
+    def _reader(self, lease: Lease | None = None) -> Ledger:
+        return Ledger(self.ledger_url, self.name, owner=self._owner(), guard=lease.check if lease else None)
+
+    def _ledger(self, plan: StudyPlan, lease: Lease | None = None) -> Ledger:
         cells = [
             LedgerCell(
                 key=item.cell.key,
@@ -487,16 +643,27 @@ class Study:
             )
             for item in plan.cells
         ]
-        return Ledger(self.ledger_url, self.name, cells)
+        return Ledger(
+            self.ledger_url,
+            self.name,
+            cells,
+            owner=self._owner(),
+            patience=LEDGER_PATIENCE,
+            guard=lease.check if lease else None,
+        )
 
     def _tracker(self, facts: StudyFacts, ledger: Ledger) -> MlflowTracker | None:
-        from peftsearch.tracking.mlflow_tracker import MlflowTracker, default_artifacts
+        from peftsearch.tracking.mlflow_tracker import MlflowTracker
 
         uri = self.mlflow_tracking_uri
-        if uri is None:
-            return None
-        artifacts = default_artifacts(self.folder.storage) if self.spec.tracking.mlflow == "auto" else None
-        return MlflowTracker(uri, artifacts, facts, ledger.set_run_id)
+        return None if uri is None else MlflowTracker(uri, self._artifact_location, facts, ledger.set_run_id)
+
+    @property
+    def _artifact_location(self) -> str | None:
+        """Where a new MLflow experiment keeps its artifacts; the server's choice where None."""
+        from peftsearch.tracking.mlflow_tracker import default_artifacts
+
+        return default_artifacts(self.folder.mlflow_folder) if self.spec.tracking.mlflow == "auto" else None
 
     def _report(self, tracker: MlflowTracker, records: list[TrialRecord], facts: StudyFacts) -> None:
         from peftsearch.frontier import domain_report
@@ -510,8 +677,6 @@ class Study:
 
         A trial that is dominated stays so, whatever is tried later; full fine-tuning would otherwise fill the disk.
         """
-        import shutil
-
         from peftsearch.frontier import front
 
         kept: set[int] = set()
@@ -522,7 +687,7 @@ class Study:
                 kept |= {record.number for record in own if record.confirmed}
         for record in records:
             if record.state is not TrialState.RUNNING and record.number not in kept:
-                shutil.rmtree(self.folder.path / "trials" / f"{record.number:05d}", ignore_errors=True)
+                delete_tree(self.folder.path / "trials" / f"{record.number:05d}")
 
 
 class StudyInterrupted(KeyboardInterrupt):
@@ -545,6 +710,12 @@ class _ToMlflow:
         self._tracker.update(record)
 
 
+def _data_folder(saved: Mapping[str, Any]) -> Path:
+    """Where relative paths of a study start; of one that ran as a job, the machine that has submitted it knows."""
+    places = [Path(saved[key]) for key in ("folder", "submitted_from") if saved.get(key)]
+    return next((place for place in places if place.is_dir()), places[0])
+
+
 def _check_storage(folder: StudyFolder) -> None:
     """The storage can be written, or made; nothing is created in it yet.
 
@@ -552,6 +723,14 @@ def _check_storage(folder: StudyFolder) -> None:
         StudyError: It cannot.
     """
     place = folder.storage
+    if not isinstance(place, Path):
+        try:
+            check_bucket(place)
+        except OSError as error:
+            raise StudyError(
+                f"cannot use the storage {place}: {reason(error)} (choose another with --storage or PEFTSEARCH_STORAGE)"
+            ) from None
+        return
     while not place.exists() and place != place.parent:
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
@@ -574,13 +753,12 @@ def _left_out(spec: StudySpec, ledger: Ledger) -> int:
     return left_out
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
-    return flat or {prefix: {}}
+def _saved(spec: StudySpec) -> dict[str, Any]:
+    """The specification as it is written: without passwords, which whoever opens the study brings along."""
+    saved = spec.model_dump(mode="json")
+    saved["tracking"] = {key: without_passwords(value) for key, value in saved["tracking"].items()}
+    saved["description"] = saved["description"] and hide_secrets(saved["description"])
+    return saved
 
 
 def _now() -> str:

@@ -24,7 +24,8 @@ app = typer.Typer(
 )
 
 StorageOption = Annotated[
-    Path | None, typer.Option(help="Storage folder (default: $PEFTSEARCH_STORAGE or ~/peftsearch)")
+    str | None,
+    typer.Option(help="Folder, or s3://BUCKET/PREFIX, gs://... (default: $PEFTSEARCH_STORAGE or ~/peftsearch)"),
 ]
 StudyFileArgument = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The study file")]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of a study in the storage")]
@@ -45,25 +46,37 @@ def run(
     name: NameOption = None,
     storage: StorageOption = None,
     address: Annotated[str | None, typer.Option(help="Address of a Ray cluster (default: this machine)")] = None,
+    fork: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OLD", help="A new study that takes over the trials of OLD, where their cells are the same"
+        ),
+    ] = None,
     settings: SetOption = None,
 ) -> None:
     """Run a study, or continue it; ends with the fronts.
 
     Ctrl-C stops it after the running segment; the same command continues it, and nothing that has finished runs again.
 
+    A file with more trials or seeds, further domains, models or methods, or other resources extends its study; any
+    other change is refused with a diff, and wants another --name, with or without --fork.
+
     Example: `peftsearch run studies/quickstart.yaml --set search.trials=4`
     """
     from peftsearch.cli.progress import Progress
     from peftsearch.study import Study, StudyInterrupted
+    from peftsearch.submit import check_arrival
 
     chosen = Study.from_file(study, name=name, storage=storage, overrides=settings or ())
+    check_arrival(chosen)
     option = f" --storage {storage}" if storage else ""
     try:
         with Progress(err, chosen) as progress:
-            fronts = chosen.run(address=address, events=progress)
+            fronts = chosen.run(address=address, events=progress, fork=fork)
     except StudyInterrupted:
         again = ["peftsearch", "run", str(study)]
-        for flag, value in (("--name", name), ("--storage", storage), ("--address", address)):
+        given = (("--name", name), ("--storage", storage), ("--address", address), ("--fork", fork))
+        for flag, value in given:
             again += [flag, str(value)] if value else []
         for setting in settings or ():
             again += ["--set", hide_secrets(setting)]
@@ -321,11 +334,11 @@ def evaluate(
     """
     from peftsearch.export import evaluate_adapter
     from peftsearch.spec import StudyFile
-    from peftsearch.storage import storage_folder
+    from peftsearch.storage import cache_folder, storage_folder
 
     file = StudyFile.load(study, settings or ())
     try:
-        result = evaluate_adapter(adapter, file, domain, split, storage_folder(storage) / "cache")
+        result = evaluate_adapter(adapter, file, domain, split, cache_folder(storage_folder(storage)))
     except StudyError as error:
         raise StudyError(file.explain(error)) from None
     if as_json:
@@ -349,10 +362,57 @@ def ui(
 
     Example: `peftsearch ui --port 5001`
     """
-    from peftsearch.storage import storage_folder
+    from peftsearch.storage import mlflow_folder, storage_folder
     from peftsearch.tracking.ui import serve_ui
 
-    raise typer.Exit(serve_ui(storage_folder(storage), host=host, port=port, names=names or ()))
+    raise typer.Exit(serve_ui(mlflow_folder(storage_folder(storage)), host=host, port=port, names=names or ()))
+
+
+@app.command()
+def submit(
+    study: StudyFileArgument,
+    address: Annotated[str, typer.Option(help="The Ray dashboard's URL, such as http://127.0.0.1:8265")],
+    name: NameOption = None,
+    storage: StorageOption = None,
+    settings: SetOption = None,
+    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Pass on the job's output until it ends")] = True,
+    stop: Annotated[bool, typer.Option("--stop", help="Stop the study's job instead; what it has is kept")] = False,
+) -> None:
+    """Run a study as a job of a Ray cluster, and follow it.
+
+    The job goes on without this command: after Ctrl-C or a lost terminal, the same command follows it again. The
+    storage must be one that the cluster sees too.
+
+    Example: `peftsearch submit study.yaml --address http://127.0.0.1:8265 --storage /shared/peftsearch`
+    """
+    from peftsearch.study import Study
+    from peftsearch.submit import run_as_job, stop_job
+
+    def told(text: str) -> None:
+        err.print(text, markup=False)
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    chosen = Study.from_file(study, name=name, storage=storage, overrides=settings or ())
+    if stop:
+        stop_job(chosen, address, told)
+        return
+    again = ["peftsearch", "submit", str(study), "--address", address]
+    for flag, value in (("--name", name), ("--storage", storage)):
+        again += [flag, str(value)] if value else []
+    for setting in settings or ():
+        again += ["--set", setting]
+    how = f"Follow it with:  {shlex.join(again)}\nStop it with:    {shlex.join([*again, '--stop'])}"
+    try:
+        status = run_as_job(chosen, address, settings or (), following=follow, write=write, told=told)
+    except KeyboardInterrupt:
+        told(f"The job goes on. {how}")
+        raise typer.Exit(130) from None
+    if not follow:
+        told(how)
+    raise typer.Exit(status)
 
 
 @app.command()

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from peftsearch.cli.fitting import Fitted
 from peftsearch.cli.words import duration, size
-from peftsearch.spec import Range, Space
+from peftsearch.spec import Range, Space, hide_secrets
 
 if TYPE_CHECKING:
     from peftsearch.search.estimate import Estimate
@@ -32,8 +32,13 @@ def print_plan(console: Console, study: Study, plan: StudyPlan) -> None:
     spec = plan.spec
     far = ", as far as it can be checked here" if plan.unchecked else ""
     console.print(f"{study.name} is a valid study{far}.", markup=False, style="bold")
+    adding = study.extending()
+    if adding is not None:
+        what = f"extends the study {study.name} of this storage with {'; '.join(adding)}" if adding else ""
+        what = what or f"continues the study {study.name} of this storage"
+        console.print(f"Running it {what}.", markup=False)
     if spec.description:
-        console.print(spec.description.strip(), markup=False)
+        console.print(hide_secrets(spec.description.strip()), markup=False)
     console.print()
     console.print(Fitted(_domains(plan)))
     for warning in plan.warnings:

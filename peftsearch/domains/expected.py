@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 UNKNOWN = ExpectedSpec(train=1000)
 """What a study file that says nothing is planned with: rather a plan for a thousand rows than none."""
 
+UNCHECKED = "unchecked"
+"""The fingerprint of data that is not at hand."""
+
 
 @dataclass(frozen=True)
 class ExpectedDomain(PreparedDomain):
@@ -91,7 +94,7 @@ def expected_domain(
         parts=tuple(data.join or ()),
         rows={split: rows[split] for split in SPLITS if split in rows},
         max_length=longest,
-        fingerprint=raw.fingerprint if raw is not None else "unchecked",
+        fingerprint=raw.fingerprint if raw is not None else UNCHECKED,
         source=describe_source(data),
         warnings=raw.warnings if raw is not None else (),
         pad_token_id=0,

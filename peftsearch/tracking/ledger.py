@@ -30,6 +30,7 @@ _RUN_ID = "mlflow_run_id"
 _INFEASIBLE = "infeasible"
 _READING = "reading"
 _UNCONFIRMED = "confirmation_failed"
+_TAKEN = "taken_from"
 _CONFIRMING = "confirming"
 
 
@@ -305,6 +306,55 @@ class Ledger:
 
     def _note(self, number: int, kind: str, seed: int, value: Any) -> None:
         self._studies[self._trials[number].cell].set_user_attr(f"{kind}:{number}:{seed}", value)
+
+    # --- trials of another study ---
+
+    def finished(self, cell: str) -> list[int]:
+        """Numbers of a cell's finished trials, in order."""
+        return sorted(
+            number
+            for number, entry in self._trials.items()
+            if entry.cell == cell and entry.record.state is not TrialState.RUNNING
+        )
+
+    def take_over(self, cell: str, source: Ledger, numbers: Sequence[int], seeds: Sequence[int]) -> None:
+        """Copy a cell's trials from another study's ledger; those that were copied before are left as they are.
+
+        With them go what was proposed outside the limits (samplers learn from it) and what was enqueued. Of unfinished
+        trials the hyperparameters are enqueued.
+
+        Args:
+            cell: Key of the cell, in both.
+            source: The other ledger.
+            numbers: Finished trials to copy.
+            seeds: Confirmations to copy.
+        """
+        import copy
+
+        import optuna
+
+        ours, theirs = self._studies[cell], source._studies[cell]
+        known = {trial.user_attrs.get(_TAKEN) for trial in ours.get_trials(deepcopy=False)}
+        for trial in theirs.get_trials():
+            started = trial.user_attrs.get(_TRIAL)
+            finished = trial.state.is_finished()
+            if trial.number in known or (finished and started is not None and started["number"] not in numbers):
+                continue
+            if finished or trial.state is optuna.trial.TrialState.WAITING:
+                taken = copy.deepcopy(trial)
+                taken.user_attrs = {**trial.user_attrs, _TAKEN: trial.number}
+            else:
+                taken = optuna.trial.create_trial(
+                    state=optuna.trial.TrialState.WAITING,
+                    user_attrs={_TAKEN: trial.number},
+                    system_attrs={"fixed_params": {**trial.system_attrs.get("fixed_params", {}), **trial.params}},
+                )
+            ours.add_trial(taken)
+        self._read()
+        for number in numbers:
+            for seed, reading in sorted(source._readings.get(number, {}).items()):
+                if seed in seeds:
+                    self.add_reading(number, reading)
 
     def close(self) -> None:
         """Release the connections."""

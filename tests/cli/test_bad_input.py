@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 from cli_study import Result, rows, small_study, tree, write_rows, write_study
 
+from peftsearch.holder import hold
 from peftsearch.study import Study
 
 Cli = Callable[..., Result]
@@ -429,24 +429,77 @@ def test_study_that_was_begun_differently(
 ) -> None:
     before = tree(storage)
     path = write_study(project, {**small_study(base), "training": {"epochs": 7, "max_length": 16}})
-    check(peftsearch("run", path, "--storage", storage), "'small' was begun with training.", "--name")
-    assert tree(storage) == before
+    for command in ("run", "validate"):
+        result = peftsearch(command, path, "--storage", storage)
+        assert (result.status, result.out) == (2, "")
+        assert result.err.splitlines() == [
+            "Error: the study 'small' was begun with other settings than the file has now:",
+            "  - training.epochs: 1.0",
+            "  + training.epochs: 7.0",
+            "  - training.evaluations: 2",
+            "  + training.evaluations: 9",
+            "  - training.batch_size: 4",
+            "  + training.batch_size: 16",
+            "Put them back, or start a new study with --name NEW; --name NEW --fork small takes over the trials of "
+            "cells that have not changed",
+        ]
+        assert tree(storage) == before
+        assert peftsearch("validate", path, "--storage", storage, "--name", "other").status == 0
+
+
+def test_fewer_trials_than_before(peftsearch: Cli, base: Path, project: Path, storage: Path, started: Study) -> None:
+    path = write_study(project, {**small_study(base), "search": {"trials": 1}})
+    for command in ("run", "validate"):
+        result = peftsearch(command, path, "--storage", storage)
+        assert (result.status, result.out) == (2, "")
+        assert "search.trials can grow but not shrink: what was run stays in the ledger" in result.err
+
+
+def test_validate_says_what_a_file_adds_to_its_study(
+    peftsearch: Cli, base: Path, project: Path, storage: Path, started: Study
+) -> None:
+    wider = {**small_study(base), "search": {"trials": 5}, "resources": {"slots": 1}, "description": "more"}
+    wider["methods"] = {**wider["methods"], "prompt": {"tokens": [2]}}
+    before = tree(storage / "studies")
+    done = peftsearch("validate", write_study(project, wider), "--storage", storage)
+    assert done.status == 0
+    assert "extends the study small" in done.out
+    assert "the method prompt; trials per cell: 5 instead of 2" in done.out
+    done = peftsearch("validate", write_study(project, small_study(base)), "--storage", storage)
+    assert "continues the study small" in done.out
+    assert tree(storage / "studies") == before
+
+
+def test_fork_of_itself_or_of_nothing(
+    peftsearch: Cli, base: Path, project: Path, storage: Path, started: Study
+) -> None:
+    path = write_study(project, small_study(base))
+    run = ("run", path, "--storage", storage)
+    check(peftsearch(*run, "--fork", "small"), "give this one another name with --name")
+    check(peftsearch(*run, "--name", "new", "--fork", "smal"), "no study 'smal'", "there are: small")
+    changed = write_study(project, {**small_study(base), "training": {"epochs": 7, "max_length": 16}})
+    check(
+        peftsearch("run", changed, "--storage", storage, "--name", "new", "--fork", "small"),
+        "no cell of the study 'small' can be taken over",
+        "training.epochs",
+    )
+    assert [item.name for item in (storage / "studies").iterdir()] == ["small"]
+    assert no_ray()
 
 
 def test_data_that_has_changed(peftsearch: Cli, base: Path, project: Path, storage: Path, started: Study) -> None:
     before = tree(storage / "studies" / "small")
     write_rows(project / "notes.csv", rows(44, "patient"))
     path = write_study(project, {**small_study(base), "search": {"trials": 3}})
-    check(peftsearch("run", path, "--storage", storage), "the data of domain 'clinical' has changed", "--name")
-    after = tree(storage / "studies" / "small")
-    after.pop("driver.lock")
-    assert after == before
+    for command in ("run", "validate"):
+        result = peftsearch(command, path, "--storage", storage)
+        wanted = "the data of domain 'clinical' (notes.csv) has changed since the study 'small' began; other numbers of"
+        check(result, wanted, "--name")
+    assert tree(storage / "studies" / "small") == before
 
 
 def test_study_that_is_running(peftsearch: Cli, base: Path, project: Path, storage: Path, started: Study) -> None:
-    started.folder.note_driver(since="yesterday")
-    with (started.folder.path / "driver.lock").open("a+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with hold(started.folder.path, "small"):
         path = write_study(project, small_study(base))
         wanted = ("'small' is being run by process", str(os.getpid()), "another --name")
         check(peftsearch("run", path, "--storage", storage), *wanted)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from study_runs import command, ledger, run
 
+from peftsearch.holder import hold
 from peftsearch.spec import TrialState
 from peftsearch.study import Study
 
@@ -211,7 +212,7 @@ def test_a_driver_killed_outright_is_continued_too(finished: tuple[Path, Path], 
 
 def test_a_second_driver_is_told_who_holds_the_study(finished: tuple[Path, Path]) -> None:
     storage, path = finished
-    with Study.open("tiny", storage).folder.held():
+    with hold(Study.open("tiny", storage).folder.path, "tiny"):
         done = command("run", path, "--storage", storage)
     assert done.returncode == 2
     assert "is being run by process" in done.stderr
