@@ -20,7 +20,7 @@ import pyarrow as pa
 from peftsearch.domains.hub import hub_reachable, out_of_reach
 from peftsearch.domains.iob import read_iob
 from peftsearch.domains.squad_file import is_squad, squad_records
-from peftsearch.spec import DataSpec, StudyError, UnreachableError, package_path, suggest
+from peftsearch.spec import DataSpec, StudyError, UnreachableError, hide_secrets, package_path, suggest
 from peftsearch.spec.locations import PACKAGE_PREFIX
 from peftsearch.spec.yaml_file import Loc
 
@@ -62,9 +62,13 @@ class RawSplit:
 
 
 def describe_source(data: DataSpec) -> str:
-    """The source as the study file says, in one line for provenance."""
+    """The source as the study file says, in one line for provenance; without passwords."""
+    return hide_secrets(_described(data))
+
+
+def _described(data: DataSpec) -> str:
     if data.join is not None:
-        return "; ".join(f"{name}: {describe_source(part)}" for name, part in data.join.items())
+        return "; ".join(f"{name}: {_described(part)}" for name, part in data.join.items())
     if data.source is None:
         return ", ".join(
             f"{split}: {path}"

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from peftsearch.export.card import SPLIT, CardFacts, model_card
 from peftsearch.export.folder import CARD, LABELS, PROVENANCE
+from peftsearch.files import Place
 from peftsearch.methods import METHODS
-from peftsearch.spec import StudyError, TrialRecord
-from peftsearch.tracking.ledger import hide_password
+from peftsearch.spec import StudyError, TrialRecord, without_passwords
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,7 +39,7 @@ def load_tokenizer(location: str, revision: str | None) -> Any:
     return tokenizer
 
 
-def trained_model(base: FrozenBase, domain: PreparedDomain, record: TrialRecord, weights: Path) -> nn.Module:
+def trained_model(base: FrozenBase, domain: PreparedDomain, record: TrialRecord, weights: Place) -> nn.Module:
     """A finished trial's model, in evaluation mode, ready for ``save_pretrained``.
 
     Raises:
@@ -70,7 +70,7 @@ def trained_model(base: FrozenBase, domain: PreparedDomain, record: TrialRecord,
     return model.eval()
 
 
-def missing_weights(record: TrialRecord, weights: Path) -> str:
+def missing_weights(record: TrialRecord, weights: Place) -> str:
     """The sentence about weights that are not there."""
     return (
         f"the weights of trial {record.number} ({record.method}) are not there: restore {str(weights)!r} from a copy, "
@@ -182,10 +182,7 @@ def _provenance(folder: Path, card: CardFacts, ledger: str) -> dict[str, Any]:
 
 
 def _without_passwords(specification: dict[str, Any]) -> dict[str, Any]:
-    tracking = {
-        key: hide_password(value) if isinstance(value, str) and "@" in value else value
-        for key, value in specification["tracking"].items()
-    }
+    tracking = {key: without_passwords(value) for key, value in specification["tracking"].items()}
     return {**specification, "tracking": tracking}
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 MAJORITY = "majority"
 LINEAR_PROBE = "linear_probe"
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", *"\uff1d\uff0b\uff0d\uff20")
+
 
 # --- JSON: the shapes that other people's scripts read ---
 
@@ -134,8 +136,18 @@ def trials_csv(records: Iterable[TrialRecord]) -> bytes:
     writer.writerow(table.column_names)
     for row in table.to_pylist():
         row["rungs"] = json.dumps(_finite(row["rungs"]))
-        writer.writerow(["" if value is None else value for value in row.values()])
+        writer.writerow([csv_cell(value) for value in row.values()])
     return out.getvalue().encode("utf-8", "replace")
+
+
+def csv_cell(value: Any) -> Any:
+    """A value as a CSV file holds it: nothing for what is missing or no number, and no text that a spreadsheet takes
+    for a formula (https://owasp.org/www-community/attacks/CSV_Injection)."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return ""
+    if isinstance(value, str) and value.startswith(_FORMULA):
+        return f"'{value}"
+    return value
 
 
 def trials_parquet(records: Iterable[TrialRecord]) -> bytes:
@@ -401,7 +413,9 @@ def front_markdown(front: DomainFront, facts: StudyFacts, limit: int | None = No
 def escape_markdown(text: str) -> str:
     """Text that Markdown (and the HTML inside it) shows as it is, on one line."""
     text = _one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|#~$!])", r"\\\1", text)
+    text = re.sub(r"([\\`*_\[\]|#~$!])", r"\\\1", text)
+    # At the beginning of a line these make lists and rules.
+    return re.sub(r"^(\d{1,9}(?=[.)](?:\s|$))|(?=[-+](?:\s|$))|(?=[-=]+$))", r"\1\\", text)
 
 
 # --- inside ---

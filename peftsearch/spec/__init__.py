@@ -3,6 +3,7 @@
 from peftsearch.spec.errors import StudyError, UnreachableError
 from peftsearch.spec.facts import THREADS, Baseline, Direction, DomainFacts, ModelFacts, StudyFacts
 from peftsearch.spec.locations import model_location, package_path
+from peftsearch.spec.secrets import hide_secrets, note_secrets, without_passwords
 from peftsearch.spec.space import Range, Scalar, Space
 from peftsearch.spec.study import (
     ColumnsSpec,
@@ -59,8 +60,11 @@ __all__ = [
     "TrialState",
     "UnreachableError",
     "check_name",
+    "hide_secrets",
     "model_location",
+    "note_secrets",
     "package_path",
     "problem",
     "suggest",
+    "without_passwords",
 ]

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Self
 
+from peftsearch.spec.secrets import hide_secrets
+
 
 class StudyError(ValueError):
     """A study file, option or data set is wrong: one sentence that says what, where, and what to do.
+
+    Passwords and tokens do not appear in it, whatever it quotes (`hide_secrets`).
 
     Args:
         message: The sentence.
@@ -15,6 +19,8 @@ class StudyError(ValueError):
     """
 
     def __init__(self, message: str, loc: tuple[str | int, ...] = ()) -> None:
+        # What it quotes must not command the terminal, either.
+        message = "".join(c if c.isprintable() or c == "\n" else " " for c in hide_secrets(message))
         super().__init__(message)
         self.message = message
         self.loc = loc

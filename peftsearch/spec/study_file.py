@@ -15,6 +15,9 @@ from peftsearch.spec.space import Range
 from peftsearch.spec.study import MethodTraining, StudySpec
 from peftsearch.spec.yaml_file import Loc, parse_yaml
 
+MOST_BYTES = 10_000_000
+"""No study file is larger; a device file such as /dev/zero has no end."""
+
 
 class StudyFile:
     """A study as it was written: the specification, and where each part of it stands.
@@ -59,12 +62,19 @@ class StudyFile:
         """
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
+            with path.open("rb") as file:
+                data = file.read(MOST_BYTES + 1)
+            if len(data) > MOST_BYTES:
+                raise StudyError(f"{str(path)!r} is larger than {MOST_BYTES // 10**6} MB: no study file is")
+            # As text files are read: a line may end in \r\n.
+            text = data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
         except FileNotFoundError:
             raise StudyError(f"no study file {str(path)!r}: check the path") from None
         except IsADirectoryError:
             raise StudyError(f"{str(path)!r} is a folder: name the study's YAML file in it") from None
-        except (OSError, UnicodeDecodeError) as error:
+        except StudyError:
+            raise
+        except (OSError, ValueError) as error:
             raise StudyError(f"cannot read the study file {str(path)!r}: {error}") from None
         return cls.parse(text, where=path.name, folder=path.resolve().parent, overrides=overrides)
 
@@ -234,7 +244,8 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     path = key.strip().split(".")
     if not equals or not all(path):
         raise StudyError(f"--set {override!r}: write key=value, for example --set search.trials=4")
-    value, _ = parse_yaml(text, f"--set {override}")
+    shown = " ".join(override.split())
+    value, _ = parse_yaml(text, f"--set {shown}" if len(shown) <= 80 else f"--set {shown[:77]}...")
     place = data
     for part in path[:-1]:
         child = place.setdefault(part, {})

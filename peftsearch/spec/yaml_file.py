@@ -96,6 +96,10 @@ def _index(loader: _Loader, node: yaml.Node, loc: Loc, lines: dict[Loc, int], wh
                 raise StudyError(
                     f"{where}, line {key_node.start_mark.line + 1}: {key_node.value!r} stands twice; keep one of them"
                 )
+            if not _is_unicode(key_node.value):
+                raise StudyError(
+                    f"{where}, line {key_node.start_mark.line + 1}: broken Unicode (half of a surrogate pair)"
+                )
             lines[key_loc] = key_node.start_mark.line + 1
             if key_node.tag != MERGE:
                 # A key is a name, also where it looks like a number or a truth value: a domain may be called 2024.
@@ -105,6 +109,8 @@ def _index(loader: _Loader, node: yaml.Node, loc: Loc, lines: dict[Loc, int], wh
         for position, item in enumerate(node.value):
             _index(loader, item, (*loc, position), lines, where, open_nodes)
     elif isinstance(node, yaml.ScalarNode):
+        if not _is_unicode(node.value):
+            raise StudyError(f"{where}, line {node.start_mark.line + 1}: broken Unicode (half of a surrogate pair)")
         try:
             loader.construct_object(node)
         except yaml.YAMLError:
@@ -114,3 +120,8 @@ def _index(loader: _Loader, node: yaml.Node, loc: Loc, lines: dict[Loc, int], wh
             kind, place = node.tag.rpartition(":")[2], f"{where}, line {node.start_mark.line + 1}"
             raise StudyError(f"{place}: not valid YAML: {node.value[:60]!r} is not a value of type {kind}") from None
     open_nodes.discard(id(node))
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether the text can be written to a file: YAML's escapes can make what no encoding has."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

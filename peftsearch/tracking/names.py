@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -31,6 +32,13 @@ def configuration_text(hyperparameters: Mapping[str, Any], only: Iterable[str] |
     """
     names = set(hyperparameters if only is None else only)
     return " ".join(hyperparameter_text(name, value) for name, value in hyperparameters.items() if name in names)
+
+
+def description_note(description: str) -> str:
+    """A study's description as a note, which MLflow shows as Markdown: its paragraphs, lists and emphasis stay; HTML,
+    links and pictures are shown as they were written."""
+    text = "".join(c if c.isprintable() or c == "\n" else " " for c in description)
+    return re.sub(r"([\[\]])", r"\\\1", html.escape(text, quote=False))
 
 
 def run_name(record: TrialRecord) -> str:

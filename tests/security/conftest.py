@@ -10,7 +10,7 @@ import pytest
 # The made-up studies of other folders are used here too.
 sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("cli", "frontier", "export", "study")]
 
-from security_files import Outcome, run_here, write_project
+from security_files import Outcome, run_here, write_project  # noqa: E402 (the path above must be there first)
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from peftsearch.frontier.tables import csv_cell
 
 
 @dataclass(frozen=True)
@@ -112,16 +113,7 @@ def csv_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
     out = io.StringIO(newline="")
     names = list(dict.fromkeys(name for row in rows for name in row))
     writer = csv.writer(out)
-    writer.writerow(names)
+    writer.writerow([csv_cell(name) for name in names])
     for row in rows:
-        writer.writerow([_plain(row.get(name)) for name in names])
+        writer.writerow([csv_cell(row.get(name)) for name in names])
     return out.getvalue().encode("utf-8", "replace")
-
-
-def _plain(value: Any) -> Any:
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return ""
-    # A spreadsheet takes a text that begins so for a formula.
-    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
-        return f"'{value}"
-    return value
