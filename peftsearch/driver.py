@@ -7,94 +7,136 @@ import logging
 import multiprocessing
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from peftsearch.events import StudyEvents
+from peftsearch.files import Place, is_local
 from peftsearch.frontier.front import finalists
+from peftsearch.ray_access import HOW_TO_SWITCH_ON, check_access, token_of_our_own, token_of_the_user
 from peftsearch.search.cells import Cell
 from peftsearch.search.confirmation import Confirmations
 from peftsearch.search.counts import ParameterCount
 from peftsearch.search.estimate import Format, TrialCosts, measured_speeds, number_formats
 from peftsearch.search.plan import StudyPlan
 from peftsearch.search.run import Observer, StudyRun, TrialCost
-from peftsearch.spec import THREADS, Baseline, StudyFacts
+from peftsearch.spec import THREADS, Baseline, DomainFacts, StudyError, StudyFacts
+from peftsearch.stopping import StopRequest
 from peftsearch.tracking import Ledger
 from peftsearch.training.segment import Segment
-from peftsearch.workers import SlotPlan, SlotPool, quiet_ray_environment
+from peftsearch.training.shared_data import publish
+from peftsearch.workers import SlotPlan, SlotPool, nodes_to_come, quiet_ray_environment
 
 log = logging.getLogger(__name__)
 
 
-class StopRequest:
-    """Set by the first Ctrl-C; a second one interrupts at once."""
-
-    def __init__(self) -> None:
-        self._event = threading.Event()
-
-    def __call__(self) -> bool:
-        return self._event.is_set()
-
-    def set(self) -> None:
-        """Ask the study to stop."""
-        self._event.set()
-
-
 @contextlib.contextmanager
-def stop_on_signals(request: StopRequest, told: Callable[[], None]) -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into a request to stop; only possible in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        if request():
-            raise KeyboardInterrupt
-        request.set()
-        told()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def ray_cluster(address: str | None) -> Iterator[list[dict[str, float]]]:
+def ray_cluster(address: str | None, warn: Callable[[str], None] = log.warning) -> Iterator[list[dict[str, float]]]:
     """Connect to a Ray cluster, or start one on this machine; yields the resources of its nodes.
+
+    A cluster that is started here listens on loopback alone, and only to those who show its token.
 
     Args:
         address: A cluster's address; None starts a cluster of this machine's cores that ends with the study.
+        warn: Told of a cluster that anybody may use.
+
+    Raises:
+        StudyError: The cluster cannot be reached, or refuses us.
     """
     quiet_ray_environment()
     import ray
 
-    started = not ray.is_initialized()
-    if started:
-        local = address in (None, "local")
-        ray.init(
-            # "local" and not None: a stale address file would otherwise have us join somebody else's cluster.
-            address="local" if local else address,
-            include_dashboard=False if local else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    try:
-        yield [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    finally:
-        if started:
+    if ray.is_initialized():
+        yield _live_nodes()
+        return
+    local = address in (None, "local")
+    with token_of_our_own() if local else token_of_the_user():
+        with _handlers_kept():
+            if local:
+                _start_ray()
+            else:
+                _join_ray(str(address), warn)
+        try:
+            yield _live_nodes()
+        finally:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Give signals their handlers back afterwards: ``ray.init`` puts handlers of its own in their place (for SIGTERM
+    one in Python and then one in C++), which end the driver where it is instead of asking the study to stop."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _join_ray(address: str, warn: Callable[[str], None]) -> None:
+    """Connect to a cluster that somebody else has started; arguments and errors as `ray_cluster`."""
+    import ray
+
+    # Ray's own client, ray://, is another protocol, and says itself what is wrong.
+    if not address.startswith("ray://") and check_access(address):
+        warn(f"anybody who reaches the Ray cluster at {address} can run code on it: {HOW_TO_SWITCH_ON}")
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        reason = " ".join(str(error).split())
+        raise StudyError(f"cannot connect to the Ray cluster at {address!r}: {reason}") from None
+
+
+def _start_ray() -> None:
+    """Start Ray on this machine's loopback.
+
+    Raises:
+        RuntimeError: It does not come up.
+    """
+    import psutil
+    import ray
+
+    for attempts_left in (2, 1, 0):
+        before = {child.pid for child in psutil.Process().children(recursive=True)}
+        try:
+            ray.init(
+                # "local" and not None: a stale address file would otherwise have us join somebody else's cluster.
+                address="local",
+                _node_ip_address="127.0.0.1",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+            return
+        except Exception as error:
+            # Ray gives its processes 30 seconds, whatever else the machine does (`ray._private.node.Node`), and leaves
+            # those behind that have come up too late.
+            for child in psutil.Process().children(recursive=True):
+                if child.pid not in before:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
+            if "timed out during startup" not in str(error):
+                raise
+            if not attempts_left:
+                raise RuntimeError("Ray does not start: this machine is too busy, or short of memory") from None
+            log.warning("Ray has not started within its 30 seconds; trying again")
+
+
+def _live_nodes() -> list[dict[str, float]]:
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def run_study(
     plan: StudyPlan,
     ledger: Ledger,
     facts: StudyFacts,
-    folder: Path,
+    folder: Place,
     address: str | None,
     events: StudyEvents,
     observers: Sequence[Observer],
@@ -139,7 +181,12 @@ def run_study(
         chosen = finalists(ledger.records, facts, spec.confirm)
         return Confirmations(chosen, seeds, run.domains, ledger, folder, listeners, events.warning)
 
-    if run.finished() and confirmations().finished and not _missing_baselines(plan, facts):
+    if (
+        run.finished()
+        and (confirming := confirmations()).finished
+        and not _missing_baselines(plan, facts)
+        and not (confirming.planned and _missing_baselines(plan, facts, read_test=True))
+    ):
         events.planned(run)
         return
     if stopped():
@@ -147,14 +194,18 @@ def run_study(
     if not run.finished():
         costs.measure()
     events.phase("starting Ray")
-    with ray_cluster(address) as nodes:
-        slots = SlotPlan.fit(spec.resources, nodes)
+    with ray_cluster(address, events.warning) as nodes:
+        embedded = address in (None, "local")
+        slots = SlotPlan.fit(spec.resources, nodes, [] if embedded else nodes_to_come(), grows=not embedded)
         costs.slot(slots)
         workers = plan.for_workers(folder, slots.cpus)
+        if not is_local(folder):
+            events.phase("copying the prepared data to the storage")
+            workers = publish(workers, folder.parent.parent)
         # Another number of threads adds numbers in another order: exports are verified with this one.
         facts.provenance[THREADS] = str(slots.cpus)
         save_facts(facts)
-        pool = SlotPool(workers, slots, spec.resources.max_retries, folder / "ray")
+        pool = SlotPool(workers, slots, spec.resources.max_retries, folder / "ray", events.warning)
         events.phase(f"warming up {slots.slots} slot{'s' if slots.slots > 1 else ''}")
         pool.start()
         try:
@@ -163,15 +214,20 @@ def run_study(
             pool.wait_ready(stopped)
 
             def over() -> bool:
-                return stopped() or pool.lost()
+                return stopped() or pool.lost() or run.broken is not None
 
-            probes = _start_probes(pool, plan, facts, save_facts, events)
+            probes = [_start_probes(pool, plan, facts, save_facts, events)]
             events.planned(run)
-            run_trials(run, pool.dispatcher, slots.slots, over)
+            run_trials(run, pool.dispatcher, pool.concurrency, over)
             if spec.confirm.seeds and not over():
-                _confirm(confirmations(), pool, slots.slots, over, events)
-            while probes.is_alive() and not over():
-                probes.join(0.2)
+                confirming = confirmations()
+                if confirming.planned:
+                    probes.append(_start_probes(pool, plan, facts, save_facts, events, read_test=True))
+                _confirm(confirming, pool, over, events)
+            while any(thread.is_alive() for thread in probes) and not over():
+                time.sleep(0.2)
+            if run.broken is not None:
+                raise StudyError(run.broken)
             if pool.lost() and not stopped():
                 raise RuntimeError(pool.why_lost())
         finally:
@@ -213,9 +269,7 @@ class _Costs:
         return self._costs(cell, hyperparameters, count)
 
 
-def _confirm(
-    confirmations: Confirmations, pool: SlotPool, concurrency: int, over: Callable[[], bool], events: StudyEvents
-) -> None:
+def _confirm(confirmations: Confirmations, pool: SlotPool, over: Callable[[], bool], events: StudyEvents) -> None:
     """Train the finalists again, as many at once as there are slots; the same slots that ran the trials."""
     import ray
 
@@ -231,7 +285,7 @@ def _confirm(
     tell()
     pending: dict[Any, Segment] = {}
     while not over():
-        while len(pending) < concurrency and (first := confirmations.next()) is not None:
+        while len(pending) < pool.concurrency() and (first := confirmations.next()) is not None:
             submit(first)
         if not pending:
             return
@@ -247,13 +301,14 @@ def _confirm(
                 tell()
 
 
-def _missing_baselines(plan: StudyPlan, facts: StudyFacts) -> list[tuple[str, str]]:
-    return [
-        (domain, model)
-        for domain, item in facts.domains.items()
-        for model in plan.models
-        if model not in item.baselines
-    ]
+def _missing_baselines(plan: StudyPlan, facts: StudyFacts, *, read_test: bool = False) -> list[tuple[str, str]]:
+    def missing(item: DomainFacts, model: str) -> bool:
+        known = item.baselines.get(model)
+        if not read_test or known is None:
+            return known is None
+        return "test" in item.rows and not all(baseline.test_scores for baseline in known.values())
+
+    return [(domain, model) for domain, item in facts.domains.items() for model in plan.models if missing(item, model)]
 
 
 def _start_probes(
@@ -262,15 +317,21 @@ def _start_probes(
     facts: StudyFacts,
     save_facts: Callable[[StudyFacts], None],
     events: StudyEvents,
+    *,
+    read_test: bool = False,
 ) -> threading.Thread:
-    """Have the slots score the baselines, ahead of the first trials, and record them as they come."""
+    """Have the slots score the baselines, and record them as they come.
+
+    Args:
+        read_test: Whether on the test split, as confirmations are; else on validation, ahead of the first trials.
+    """
     import ray
 
     from peftsearch.training.segment import Failure, Probe, ProbeResult
 
     pending = [
-        (domain, model, pool.dispatcher.submit.remote(Probe(model, domain)))
-        for domain, model in _missing_baselines(plan, facts)
+        (domain, model, pool.dispatcher.submit.remote(Probe(model, domain, read_test)))
+        for domain, model in _missing_baselines(plan, facts, read_test=read_test)
     ]
 
     def collect() -> None:
@@ -285,6 +346,13 @@ def _start_probes(
                 continue
             assert isinstance(outcome, ProbeResult)
             metric = facts.domains[domain].metric
+            if read_test:
+                known = facts.domains[domain].baselines.get(model, {})
+                for name in known.keys() & outcome.scores.keys():
+                    scores = outcome.scores[name]
+                    known[name] = known[name].model_copy(update={"test_value": scores[metric], "test_scores": scores})
+                save_facts(facts)
+                continue
             found = {
                 name: Baseline(
                     title=outcome.titles[name],

@@ -339,7 +339,7 @@ class ResourcesSpec(_Section):
         default=None, ge=1, description="Threads per worker; the machine's cores, shared, where absent"
     )
     slots: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        default="auto", description="Worker groups; auto fills the cluster"
+        default="auto", description="Worker groups; auto fills the machines that are there, also later ones"
     )
     pack: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto", description="Trials trained at once per slot"

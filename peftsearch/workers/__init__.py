@@ -1,5 +1,7 @@
 """Warm slots on Ray Train, and the dispatcher that hands them segments."""
 
-from peftsearch.workers.pool import SlotPlan, SlotPool, quiet_ray_environment
+from peftsearch.workers.cluster_state import nodes_to_come
+from peftsearch.workers.pool import SlotPool, quiet_ray_environment
+from peftsearch.workers.slot_plan import SlotPlan
 
-__all__ = ["SlotPlan", "SlotPool", "quiet_ray_environment"]
+__all__ = ["SlotPlan", "SlotPool", "nodes_to_come", "quiet_ray_environment"]

@@ -1,6 +1,9 @@
 """The dispatcher: one async Ray actor that hands segments to slots and answers back to whoever asked.
 
 It holds the only queue of the study. Slots come and take; nobody is ever killed to end a trial.
+
+Nothing in it needs to survive it: when its process dies, Ray starts it again and repeats the calls that were not
+answered, so trials queue their segments again and slots join again, with what they hold and what they are doing.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ import asyncio
 import itertools
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +20,12 @@ from peftsearch.training.segment import Failure, Outcome, Segment, Work
 
 _POLL_SECONDS = 5.0
 """A slot's call returns after this long without work, so that a group never waits in a collective for minutes."""
+
+BEAT_SECONDS = 2.0
+"""A slot says this often that it is alive."""
+
+_SETTLE_SECONDS = 2.5 * BEAT_SECONDS
+"""A restarted dispatcher hears within this time what the slots are doing, and hands none of it to another slot."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +35,10 @@ class Order:
     lease: int | None = None
     work: Work | None = None
     ended: tuple[str, ...] = ()
-    """Keys of the trials that have ended since the slot last asked: their state can be dropped."""
+    """Keys of the trials that have ended since the slot last asked, or go on elsewhere: their state can be dropped."""
     stop: bool = False
+    rejoin: bool = False
+    """The dispatcher was started anew and does not know the slot: it must `join` first."""
 
 
 @dataclass
@@ -46,6 +58,8 @@ class _Slot:
     leased: dict[int, _Job] = field(default_factory=dict)
     holds: set[str] = field(default_factory=set)
     ended: list[str] = field(default_factory=list)
+    doing: Work | None = None
+    """Work that it was handed by a dispatcher that died since."""
     info: dict[str, Any] = field(default_factory=dict)
 
 
@@ -55,17 +69,20 @@ class Dispatcher:
     Args:
         max_retries: How often work is handed out again after a slot broke over it.
         lease_seconds: A slot that is silent for longer has lost its work.
+        restarted: Whether an earlier dispatcher of this study died, and slots may be at work already.
     """
 
-    def __init__(self, max_retries: int, lease_seconds: float = 60.0) -> None:
+    def __init__(self, max_retries: int, lease_seconds: float = 60.0, *, restarted: bool = False) -> None:
         self.max_retries = max_retries
         self.lease_seconds = lease_seconds
+        self._settled = time.monotonic() + (_SETTLE_SECONDS if restarted else 0.0)
         self._queue: deque[_Job] = deque()
         self._slots: dict[int, _Slot] = {}
         self._leases = itertools.count()
         self._changed = asyncio.Event()
         self._stopping = False
         self._unusable: dict[int, str] = {}
+        self._unclaimed: list[tuple[Work, Outcome]] = []
         self._watch: asyncio.Task[None] | None = None
 
     # --- asked by trial actors and the driver ---
@@ -74,6 +91,9 @@ class Dispatcher:
         """Queue work and wait for its outcome, and how often it had to be handed out again."""
         if self._watch is None:
             self._watch = asyncio.create_task(self._watch_leases())
+        found = next((answer for done, answer in self._unclaimed if done == work), None)
+        if found is not None and time.monotonic() < self._settled:
+            return found, 0
         job = _Job(work, asyncio.get_running_loop().create_future())
         self._queue.append(job)
         self._wake()
@@ -99,7 +119,8 @@ class Dispatcher:
             "ready": sum(slot.ready for slot in self._slots.values()),
             "busy": sum(bool(slot.leased) for slot in self._slots.values()),
             "queued": len(self._queue),
-            "unusable": list(self._unusable.values()),
+            "unusable": dict(self._unusable),
+            "warm": sorted(number for number, slot in self._slots.items() if slot.ready),
             "slots": {number: slot.info for number, slot in self._slots.items()},
         }
 
@@ -108,14 +129,47 @@ class Dispatcher:
         self._stopping = True
         self._wake()
 
+    async def slot_ended(self, slot: int) -> None:
+        """A slot's Train run has ended: its work is handed out again. No trial is to blame."""
+        if (mine := self._slots.pop(slot, None)) is not None:
+            self._requeue(mine, "its slot was lost", blame=False)
+
+    async def nodes_left(self, nodes: Sequence[str]) -> None:
+        """Machines have left the cluster: what their slots had leased is handed out again. No trial is to blame."""
+        for mine in self._slots.values():
+            if not set(nodes).isdisjoint(mine.info.get("nodes", ())):
+                mine.ready, mine.doing = False, None
+                self._requeue(mine, "its machine was lost", blame=False)
+
     # --- asked by slots ---
 
-    async def join(self, slot: int, incarnation: str) -> None:
-        """A slot's worker group has started, or started anew: what it had leased before is handed out again."""
+    async def join(
+        self,
+        slot: int,
+        incarnation: str,
+        *,
+        info: Mapping[str, Any] | None = None,
+        holds: Sequence[str] = (),
+        doing: Work | None = None,
+    ) -> None:
+        """A slot's worker group has started, or started anew: what it had leased before is handed out again.
+
+        Args:
+            slot: Its number.
+            incarnation: Unique to this worker group.
+            info: As for `warm`, where the group is warm already and joins a dispatcher that was started anew.
+            holds: Keys of the trials whose state it holds in memory.
+            doing: What it is working on.
+        """
         before = self._slots.get(slot)
-        self._slots[slot] = _Slot(incarnation)
+        if before is not None and before.incarnation == incarnation:
+            return
+        mine = self._slots[slot] = _Slot(incarnation, ready=info is not None, holds=set(holds), doing=doing)
+        mine.info.update(info or {})
+        self._unusable.pop(slot, None)
         if before is not None:
             self._requeue(before, "its worker died")
+        self._wake()
 
     async def warm(self, slot: int, incarnation: str, info: dict[str, Any]) -> None:
         """The slot has loaded model and data."""
@@ -129,19 +183,24 @@ class Dispatcher:
             self._unusable[slot] = reason
             del self._slots[slot]
 
-    async def beat(self, slot: int, incarnation: str) -> None:
-        """The slot is alive."""
+    async def beat(self, slot: int, incarnation: str) -> bool:
+        """The slot is alive; returns whether it is known here (False: it must `join` again)."""
         if (mine := self._mine(slot, incarnation)) is not None:
             mine.seen = time.monotonic()
+        return slot in self._slots
 
     async def take(self, slot: int, incarnation: str) -> Order:
         """Wait for work. Trials whose state the slot holds come first, then whatever waits longest."""
         deadline = time.monotonic() + _POLL_SECONDS
         while True:
-            mine = self._mine(slot, incarnation)
-            if mine is None or self._stopping:
+            if self._stopping:
                 return Order(stop=True)
-            mine.seen, mine.ready = time.monotonic(), True
+            if slot not in self._slots:
+                return Order(rejoin=True)
+            mine = self._mine(slot, incarnation)
+            if mine is None:
+                return Order(stop=True)
+            mine.seen, mine.ready, mine.doing = time.monotonic(), True, None
             job = self._choose(mine)
             if job is not None:
                 return self._lease(mine, job)
@@ -149,14 +208,35 @@ class Dispatcher:
             if remaining <= 0:
                 ended, mine.ended = tuple(mine.ended), []
                 return Order(ended=ended)
-            await self._wait(remaining)
+            settling = self._settled - time.monotonic()
+            await self._wait(min(remaining, settling) if settling > 0 else remaining)
 
-    async def finish(self, slot: int, incarnation: str, lease: int, outcome: Outcome) -> None:
-        """The outcome of leased work. An answer to a lease that was given up is dropped: another slot has the work."""
+    async def finish(self, slot: int, incarnation: str, lease: int, outcome: Outcome, work: Work | None = None) -> None:
+        """The outcome of leased work.
+
+        An answer to a lease that was given up is dropped where another slot has the work; where the work still waits
+        (its lease was given by a dispatcher that died since), the answer is as good as any.
+        """
         mine = self._mine(slot, incarnation)
         job = mine.leased.pop(lease, None) if mine is not None else None
+        if job is None and work is not None:
+            job = next((queued for queued in self._queue if queued.work == work), None)
+            if job is not None:
+                self._queue.remove(job)
+            elif time.monotonic() < self._settled:
+                # Whoever asked the dispatcher that died is about to ask again.
+                self._unclaimed.append((work, outcome))
+        if mine is not None:
+            mine.doing = None
         if job is not None and not job.answer.done():
             job.answer.set_result((outcome, job.attempts))
+
+    async def hand_back(self, slot: int, incarnation: str, lease: int) -> None:
+        """The slot leaves with its work's state written: others go on with it. No trial is to blame."""
+        mine = self._mine(slot, incarnation)
+        if mine is not None and lease in mine.leased:
+            mine.ready, mine.doing = False, None
+            self._requeue(mine, "its machine was taken away", blame=False)
 
     async def crashed(self, slot: int, incarnation: str, lease: int, error: str) -> None:
         """The worker group is about to break over its work, and why; it will `join` again."""
@@ -174,13 +254,16 @@ class Dispatcher:
         for job in self._queue:
             if isinstance(job.work, Segment) and job.work.trial.key in slot.holds:
                 return job
-        alive = time.monotonic() - 3 * _POLL_SECONDS
-        held_elsewhere = {
-            key for other in self._slots.values() if not other.leased and other.seen > alive for key in other.holds
-        }
+        if time.monotonic() < self._settled:
+            return None
+        now = time.monotonic()
+        others = [other for other in self._slots.values() if other is not slot]
+        done_elsewhere = [o.doing for o in others if o.doing is not None and o.seen > now - self.lease_seconds]
+        held_elsewhere = {key for o in others if not o.leased and o.seen > now - 3 * _POLL_SECONDS for key in o.holds}
         for job in self._queue:
             # A free slot that holds the trial's state in memory is about to ask for it.
-            if not (isinstance(job.work, Segment) and job.work.trial.key in held_elsewhere):
+            held = isinstance(job.work, Segment) and job.work.trial.key in held_elsewhere
+            if not held and job.work not in done_elsewhere:
                 return job
         return None
 
@@ -190,16 +273,18 @@ class Dispatcher:
         slot.leased[lease] = job
         if isinstance(job.work, Segment):
             for other in self._slots.values():
-                other.holds.discard(job.work.trial.key)
+                if other is not slot and job.work.trial.key in other.holds:
+                    other.holds.discard(job.work.trial.key)
+                    other.ended.append(job.work.trial.key)
             slot.holds.add(job.work.trial.key)
         ended, slot.ended = tuple(slot.ended), []
         return Order(lease=lease, work=job.work, ended=ended)
 
-    def _requeue(self, slot: _Slot, reason: str) -> None:
+    def _requeue(self, slot: _Slot, reason: str, *, blame: bool = True) -> None:
         for job in slot.leased.values():
             if job.answer.done():
                 continue
-            job.attempts += 1
+            job.attempts += blame
             if job.attempts > self.max_retries:
                 error = f"{reason} {job.attempts} times over it"
                 job.answer.set_result(

@@ -1,83 +1,80 @@
-"""Starting and stopping the slots of a study: one Ray Train run each, beside one dispatcher."""
+"""The slots of a study: one Ray Train run each, beside one dispatcher; as many as the machines hold by now.
+
+Ray Train starts a slot's workers again when they die. Everything else is decided here: a slot whose controller died is
+started anew; one that finds no room is given up, and started when there is room; one that cannot load the model is not.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from peftsearch.spec import ResourcesSpec, StudyError
+from peftsearch.files import Place, filesystem, is_local
 from peftsearch.training.segment import WorkerPlan
+from peftsearch.workers.cluster_state import (
+    coordinator,
+    end_coordinator,
+    live_nodes,
+    remove_orphaned_groups,
+    without_cleaner,
+)
 from peftsearch.workers.dispatcher import Dispatcher
 from peftsearch.workers.slot import slot_loop
+from peftsearch.workers.slot_plan import Node, SlotPlan
 
 log = logging.getLogger(__name__)
 
+_LOOK_SECONDS = 2.0
+"""How often the machines and slots are looked at."""
 
-@dataclass(frozen=True)
-class SlotPlan:
-    """How many slots there are, and what each of their workers takes.
+_START_FAILURES = 5
+"""A slot that ends so often before it was ever warm is not started again."""
 
-    Attributes:
-        slots: Number of worker groups.
-        workers: Workers per group.
-        cpus: CPUs (and threads) per worker.
-        gpus: GPUs per worker.
-    """
+_ROOM_SECONDS = 30
+"""A slot that finds no room for so long is given up until the machines that are there hold it."""
 
-    slots: int
-    workers: int
-    cpus: int
-    gpus: float
+_TIDY_SECONDS = 20.0
+"""For so long after a slot's end it is looked after what its controller has left; Ray notices its death a bit later."""
 
-    @classmethod
-    def fit(cls, resources: ResourcesSpec, nodes: list[dict[str, float]]) -> SlotPlan:
-        """Choose what the study file leaves open, so that the slots fill the cluster.
+_HEAD_SECONDS = 30.0
+"""The Ray head may be away for so long; half of what Ray's own processes wait before they end themselves."""
 
-        Args:
-            resources: The study file's section.
-            nodes: Ray's resources of every live node.
 
-        Raises:
-            StudyError: The cluster cannot hold a single slot.
-        """
-        workers, gpus = resources.workers_per_trial, resources.gpus_per_worker
-        node_cpus = [int(node.get("CPU", 0)) for node in nodes]
-        node_gpus = [node.get("GPU", 0.0) for node in nodes]
-        if gpus and sum(node_gpus) < gpus * workers:
-            raise StudyError(
-                f"a trial needs {gpus * workers:g} GPUs and the cluster has {sum(node_gpus):g}: "
-                "lower resources.gpus_per_worker or resources.workers_per_trial",
-                ("resources", "gpus_per_worker"),
-            )
-        cpus = resources.cpus_per_worker
-        if cpus is None:
-            if gpus:
-                shares = [c / (g / gpus) for c, g in zip(node_cpus, node_gpus, strict=True) if g >= gpus]
-                cpus = max(1, min(8, int(min(shares, default=1))))
-            else:
-                cpus = max(1, max(node_cpus, default=1) // workers)
-        fitting = sum(
-            int(min(c // cpus, g // gpus if gpus else c // cpus)) for c, g in zip(node_cpus, node_gpus, strict=True)
-        )
-        if fitting < workers:
-            raise StudyError(
-                f"a trial needs {workers} workers with {cpus} CPUs each and the cluster has {sum(node_cpus)} CPUs: "
-                "lower resources.cpus_per_worker or resources.workers_per_trial",
-                ("resources", "cpus_per_worker"),
-            )
-        slots = fitting // workers if resources.slots == "auto" else resources.slots
-        if slots * workers > fitting:
-            raise StudyError(
-                f"{slots} slots do not fit: the cluster holds {fitting // workers} of them (or write slots: auto)",
-                ("resources", "slots"),
-            )
-        return cls(slots=slots, workers=workers, cpus=cpus, gpus=gpus)
+@dataclass
+class _Run:
+    """A slot's Ray Train run, or what is left of it."""
+
+    thread: threading.Thread | None = None
+    error: Exception | None = None
+    """What ended it."""
+    warm: bool = False
+    """Whether it has worked since it was started."""
+    failures: int = 0
+    """How often it ended before it was warm, one after the other."""
+    again: float = 0.0
+    """When it may be started again."""
+    broken: str = ""
+    """Why it is not started again."""
+
+    @property
+    def alive(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
+
+
+@dataclass
+class _Cluster:
+    """The machines, as last seen."""
+
+    nodes: dict[str, Node] = field(default_factory=dict)
+    address: str = ""
+    unseen_since: float | None = None
+    """Since when the head has not answered."""
 
 
 class SlotPool:
@@ -88,17 +85,32 @@ class SlotPool:
         slots: Their number and size.
         max_retries: See `Dispatcher`.
         folder: Where Ray Train keeps its run's state; on shared storage where there are several machines.
+        tell: Told, in a sentence, of what a person should know: no machine holds a slot, say.
     """
 
-    def __init__(self, plan: WorkerPlan, slots: SlotPlan, max_retries: int, folder: Path) -> None:
+    def __init__(
+        self,
+        plan: WorkerPlan,
+        slots: SlotPlan,
+        max_retries: int,
+        folder: Place,
+        tell: Callable[[str], None] = log.warning,
+    ) -> None:
         self.plan = plan
         self.slots = slots
         self.max_retries = max_retries
         self.folder = folder
         self.dispatcher: Any = None
-        self.errors: list[str] = []
-        self._threads: list[threading.Thread] = []
-        self._stopping = False
+        self._tell = tell
+        self._runs: dict[int, _Run] = {}
+        self._cluster = _Cluster()
+        self._wanted = slots.slots
+        self._stop = threading.Event()
+        self._waiting = False
+        self._head_lost = ""
+        self._supervisor: threading.Thread | None = None
+        self._coordinator_was_there = True
+        self._untidy_until = 0.0
 
     def start(self) -> None:
         """Start the dispatcher and all slots; returns at once, while they warm up."""
@@ -107,21 +119,35 @@ class SlotPool:
         # Imported here, in the caller's thread: two threads that import parts of Ray at once trip over its cycles.
         import ray.train.torch
 
-        # The dispatcher lives with the driver: on the head node, which outlives spot workers.
-        here = ray.get_runtime_context().get_node_id()
+        # A fixed number of slots is asked for with patience, which is what an autoscaler needs to see.
+        room_seconds = _ROOM_SECONDS if self.slots.follows else 10 * _ROOM_SECONDS
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(room_seconds))
+        context = ray.get_runtime_context()
+        self._cluster = _Cluster(live_nodes(), context.gcs_address)
+        self._coordinator_was_there = coordinator() is not None
         self.dispatcher = (
-            ray.remote(Dispatcher)
+            ray.remote(_DispatcherActor)
             .options(
                 num_cpus=0,
                 max_concurrency=10_000,
-                scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=False),
+                # Calls that a dead dispatcher has not answered are made again to the one that follows it.
+                max_restarts=-1,
+                max_task_retries=-1,
+                # It lives with the driver: on a machine that outlives spot workers, and without which nothing goes on.
+                scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+                    context.get_node_id(), soft=False
+                ),
             )
             .remote(self.max_retries)
         )
-        for slot in range(self.slots.slots):
-            thread = threading.Thread(target=self._run_slot, args=(slot,), name=f"slot-{slot}", daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        self._start_slots()
+        self._supervisor = threading.Thread(target=self._supervise, name="slots", daemon=True)
+        self._supervisor.start()
+
+    def concurrency(self) -> int:
+        """How many trials can be trained at once: the slots that there is room for and that are not broken."""
+        broken = sum(bool(run.broken) for run in list(self._runs.values()))
+        return max(1, self._wanted - broken)
 
     def wait_ready(self, stopped: Callable[[], bool]) -> None:
         """Wait until a first slot is warm (the others join when they are), none can be, or somebody asked to stop."""
@@ -134,60 +160,220 @@ class SlotPool:
                 return
 
     def lost(self) -> bool:
-        """Whether every slot has left for good though nobody told it to: nothing would ever be trained again."""
-        return not self._stopping and not any(thread.is_alive() for thread in self._threads)
+        """Whether nothing would ever be trained again: no slot can work though there is room, or the head has died."""
+        if self._stop.is_set():
+            return False
+        if self._head_lost:
+            return True
+        runs = list(self._runs.values())
+        return bool(runs) and all(run.broken for run in runs)
+
+    @property
+    def head_lost(self) -> bool:
+        """Whether the Ray head has died."""
+        return bool(self._head_lost)
 
     def why_lost(self) -> str:
         """The reason, in one sentence."""
-        import ray
-
-        try:
-            reasons = ray.get(self.dispatcher.status.remote(), timeout=10)["unusable"]
-        except Exception:  # the cluster is gone, and the dispatcher with it
-            reasons = []
-        return f"no slot can work: {([*self.errors, *reasons] or ['their Ray Train runs ended'])[-1]}"
+        if self._head_lost:
+            return self._head_lost
+        reasons = [run.broken for run in self._runs.values() if run.broken]
+        return f"no slot can work: {(reasons or ['their Ray Train runs ended'])[-1]}"
 
     def stop(self, timeout: float = 30.0) -> None:
         """Tell the slots to leave, and wait for them."""
         import ray
 
-        self._stopping = True
+        self._stop.set()
         if self.dispatcher is None:
             return
+        if self._supervisor is not None:
+            self._supervisor.join(_LOOK_SECONDS)
+        if self._head_lost:
+            # Nothing that is asked of the cluster is sure to return; its processes end themselves in a while.
+            self.dispatcher.stop.remote()
+            return
+        at_work: set[int] = set()
         try:
+            at_work = set(ray.get(self.dispatcher.status.remote(), timeout=timeout)["slots"])
             ray.get(self.dispatcher.stop.remote(), timeout=timeout)
         except Exception as error:  # the dispatcher may be gone; then the slots fail and leave by themselves
             log.warning("the dispatcher did not answer: %s", error)
         deadline = time.monotonic() + timeout
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        ray.kill(self.dispatcher)
+        for number, run in self._runs.items():
+            # One that waits for room hears of nothing; it ends with the driver, or when it gives up.
+            if run.thread is not None and number in at_work:
+                run.thread.join(max(0.0, deadline - time.monotonic()))
+        try:
+            ray.kill(self.dispatcher)
+            remove_orphaned_groups()
+            if not self._coordinator_was_there:
+                end_coordinator()
+        except Exception as error:  # the cluster is going down
+            log.warning("the cluster could not be tidied up: %s", error)
 
-    def _run_slot(self, slot: int) -> None:
+    # --- inside ---
+
+    def _supervise(self) -> None:
+        while not self._stop.wait(_LOOK_SECONDS):
+            try:
+                if self._head_answers():
+                    self._look()
+            except Exception as error:  # a call that the cluster did not answer: looked at again
+                log.warning("the slots could not be looked at: %s", error)
+
+    def _head_answers(self) -> bool:
+        """Whether the Ray head accepts connections; gives the cluster up where it has not for a while.
+
+        Asked without Ray, whose calls would wait for the head, and end this process after a minute.
+        """
+        host, _, port = self._cluster.address.rpartition(":")
+        if not port:
+            return True
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=5.0):
+                self._cluster.unseen_since = None
+                return True
+        except OSError:
+            now = time.monotonic()
+            since = self._cluster.unseen_since = self._cluster.unseen_since or now
+            if now - since > _head_patience() and not self._head_lost:
+                self._head_lost = (
+                    f"the Ray head at {self._cluster.address} has not answered for {now - since:.0f} s: "
+                    "nothing is lost, and the same command continues the study"
+                )
+            return False
+
+    def _look(self) -> None:
+        import ray
+
+        nodes = live_nodes()
+        left, joined = self._cluster.nodes.keys() - nodes.keys(), nodes.keys() - self._cluster.nodes.keys()
+        self._cluster.nodes = nodes
+        if left:
+            ray.get(self.dispatcher.nodes_left.remote(sorted(left)), timeout=_HEAD_SECONDS)
+        if joined:
+            # What a slot lacked (a mount, a driver of a GPU) another machine may have.
+            for run in self._runs.values():
+                run.broken, run.failures = "", 0
+        status = ray.get(self.dispatcher.status.remote(), timeout=_HEAD_SECONDS)
+        for number in status["warm"]:
+            self._runs[number].warm, self._runs[number].failures = True, 0
+        for number, run in self._runs.items():
+            if run.thread is not None and not run.thread.is_alive():
+                self._ended(number, run, status["unusable"].get(number, ""))
+        if self.slots.follows:
+            # One at least: its request for room is what makes an autoscaler bring a machine.
+            self._wanted = max(1, self.slots.room(list(nodes.values())))
+        if self._stop.is_set():
+            return
+        if time.monotonic() < self._untidy_until:
+            remove_orphaned_groups()
+        self._start_slots()
+        self._say_whether_waiting(bool(status["warm"]))
+
+    def _start_slots(self) -> None:
+        """Start slots until there are as many as wanted."""
+        held = sum(run.alive or bool(run.broken) for run in self._runs.values())
+        number = 0
+        while held < self._wanted:
+            run = self._runs.setdefault(number, _Run())
+            if not (run.alive or run.broken):
+                held += 1
+                if time.monotonic() >= run.again:
+                    run.error, run.warm = None, False
+                    run.thread = threading.Thread(
+                        target=self._run_slot, args=(number, run), name=f"slot-{number}", daemon=True
+                    )
+                    run.thread.start()
+            number += 1
+
+    def _ended(self, number: int, run: _Run, unusable: str) -> None:
+        """A slot's Train run has ended though nobody told it to."""
+        import ray
+        from ray.train import ControllerError
+
+        run.thread = None
+        ray.get(self.dispatcher.slot_ended.remote(number), timeout=_HEAD_SECONDS)
+        self._untidy_until = time.monotonic() + _TIDY_SECONDS
+        if unusable:
+            run.broken = unusable
+            return
+        no_room = isinstance(run.error, ControllerError) and "Timeout" in type(run.error.controller_failure).__name__
+        if not (run.warm or no_room):
+            run.failures += 1
+        if run.failures >= _START_FAILURES:
+            run.broken = str(run.error or "its Ray Train run ended").strip().splitlines()[0]
+            self._tell(f"slot {number} could not be started {run.failures} times and is given up: {run.broken}")
+            return
+        run.again = time.monotonic() + (2.0**run.failures - 1.0)
+        log.warning("slot %d ended and is started again: %s", number, run.error)
+
+    def _say_whether_waiting(self, warm: bool) -> None:
+        """One sentence when the last machine with room has gone, and one when there is room again."""
+        waits = not warm and self.slots.room(list(self._cluster.nodes.values())) == 0
+        if waits and not self._waiting:
+            gpus = f" and {self.slots.gpus:g} GPUs" if self.slots.gpus else ""
+            workers = f"{self.slots.workers} workers with " if self.slots.workers > 1 else ""
+            self._tell(
+                f"no machine of the cluster has room for a slot ({workers}{self.slots.cpus} CPUs{gpus}): the study "
+                "waits until one joins; Ctrl-C stops it, and the same command continues it"
+            )
+        elif self._waiting and not waits:
+            self._tell("the cluster has room again: the study goes on")
+        self._waiting = waits
+
+    def _run_slot(self, slot: int, run: _Run) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
+
+        from peftsearch.workers.process_group import SlotTorchConfig
+
+        class SlotTrainer(TorchTrainer):  # type: ignore[misc]
+            def _create_default_callbacks(self) -> list[Any]:
+                return without_cleaner(super()._create_default_callbacks())
 
         resources: dict[str, float] = {"CPU": self.slots.cpus}
         if self.slots.gpus:
             resources["GPU"] = self.slots.gpus
-        trainer = TorchTrainer(
+        system, path = filesystem(self.folder)
+        trainer = SlotTrainer(
             slot_loop,
             train_loop_config={"plan": self.plan, "slot": slot, "dispatcher": self.dispatcher},
+            torch_config=SlotTorchConfig(),
             scaling_config=ScalingConfig(
                 num_workers=self.slots.workers, use_gpu=self.slots.gpus > 0, resources_per_worker=resources
             ),
             run_config=RunConfig(
                 name=f"slot-{slot}",
-                storage_path=str(self.folder),
-                failure_config=FailureConfig(max_failures=-1),
+                storage_path=path,
+                storage_filesystem=None if is_local(self.folder) else system,
+                # Workers that die are Ray Train's to start again; a group that finds no room is ours.
+                failure_config=FailureConfig(max_failures=-1, controller_failure_limit=0),
             ),
         )
         try:
             trainer.fit()
         except Exception as error:
-            if not self._stopping:
-                log.exception("slot %d ended", slot)
-                self.errors.append(str(error))
+            run.error = error
+
+
+_RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
+
+
+class _DispatcherActor(Dispatcher):
+    """The dispatcher as a Ray actor, which knows whether it follows one that died."""
+
+    def __init__(self, max_retries: int) -> None:
+        import ray
+
+        restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        super().__init__(max_retries, restarted=restarted)
+
+
+def _head_patience() -> float:
+    """Seconds; a cluster whose head is started again after a fault sets Ray's own patience, and ours is half of it."""
+    return float(os.environ.get(_RECONNECT, 2 * _HEAD_SECONDS)) / 2
 
 
 def quiet_ray_environment() -> None:

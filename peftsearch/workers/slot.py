@@ -8,15 +8,19 @@ import os
 import socket
 import threading
 import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peftsearch.training.segment import Outcome, SegmentResult, WorkerPlan
-from peftsearch.workers.dispatcher import Order
+from peftsearch.training.segment import HandedBack, Outcome, SegmentResult, Work, WorkerPlan
+from peftsearch.workers.departure import departure
+from peftsearch.workers.dispatcher import BEAT_SECONDS, Order
+
+if TYPE_CHECKING:
+    from peftsearch.training.distributed import WorkerGroup
+    from peftsearch.training.worker import Worker
 
 log = logging.getLogger(__name__)
-
-_BEAT_SECONDS = 5.0
 
 
 def slot_loop(config: dict[str, Any]) -> None:
@@ -33,71 +37,145 @@ def slot_loop(config: dict[str, Any]) -> None:
     from peftsearch.training.worker import Worker
 
     plan: WorkerPlan = config["plan"]
-    slot: int = config["slot"]
-    dispatcher = config["dispatcher"]
     context = ray.train.get_context()
-    group = WorkerGroup(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    group = WorkerGroup(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device(), plan.strategy)
+    link = _Link(config["dispatcher"], config["slot"])
+    me = f"slot {link.slot}, {socket.gethostname()}, process {os.getpid()}"
+    # Every rank speaks for the slot where it fails alone.
+    link.incarnation = group.from_first(link.incarnation)
     leads = group.rank == 0
-    incarnation = uuid.uuid4().hex
-    me = f"slot {slot}, {socket.gethostname()}, process {os.getpid()}"
     if leads:
-        ray.get(dispatcher.join.remote(slot, incarnation))
+        with contextlib.suppress(ray.exceptions.ActorDiedError):
+            link.tell("join")
     worker = Worker(plan, group)
+    worker.must_leave = departure()
+    error = ""
     try:
         worker.warm_up()
-    except Exception as error:
-        ray.get(
-            dispatcher.unusable.remote(
-                slot, incarnation, f"{me} cannot load model or data: {type(error).__name__}: {error}"
-            )
-        )
-        return
-    if not leads:
-        _follow(worker, group)
-        return
-    ray.get(dispatcher.warm.remote(slot, incarnation, {"host": socket.gethostname(), "pid": os.getpid()}))
-    with _heartbeat(dispatcher, slot, incarnation):
-        while True:
-            order: Order = ray.get(dispatcher.take.remote(slot, incarnation))
-            group.from_first(order)
-            if order.stop:
-                return
-            worker.forget(order.ended)
-            if order.work is None:
-                continue
-            try:
-                outcome: Outcome = worker.do(order.work)
-            except Exception as error:
-                ray.get(dispatcher.crashed.remote(slot, incarnation, order.lease, f"{type(error).__name__}: {error}"))
-                raise
-            if isinstance(outcome, SegmentResult):
-                outcome = replace(outcome, worker=me)
-            ray.get(dispatcher.finish.remote(slot, incarnation, order.lease, outcome))
+    except Exception as problem:
+        error = f"{type(problem).__name__}: {problem}"
+    # One rank that cannot load model or data is enough, and all must leave: the others would wait for it for ever.
+    error = next((found for found in group.gather(error) if found), "")
+    nodes = group.gather(ray.get_runtime_context().get_node_id())
+    try:
+        if error:
+            if leads:
+                link.tell("unusable", f"{me} cannot load model or data: {error}")
+        elif leads:
+            link.info = {"host": socket.gethostname(), "pid": os.getpid(), "nodes": nodes}
+            link.tell("warm", link.info)
+            link.holds = worker.held
+            with link.beating():
+                _lead(worker, group, link, me)
+        else:
+            _follow(worker, group, link)
+    except ray.exceptions.ActorDiedError:
+        # The study is over: a dispatcher that died before that would have been started again.
+        if not error:
+            group.from_first(Order(stop=True))
 
 
-def _follow(worker: Any, group: Any) -> None:
-    """The other ranks do what rank 0 was handed."""
+def _lead(worker: Worker, group: WorkerGroup, link: _Link, me: str) -> None:
+    """Rank 0 asks for work, and hands it to the other ranks."""
     while True:
-        order: Order = group.from_first(None)
+        if worker.must_leave():
+            group.from_first(Order(stop=True))
+            return
+        order: Order = link.ask("take")
+        if order.rejoin:
+            link.rejoin()
+            continue
+        group.from_first(order)
         if order.stop:
             return
         worker.forget(order.ended)
-        if order.work is not None:
-            worker.do(order.work)
+        if order.work is None:
+            continue
+        link.doing = order.work
+        outcome = _do(worker, link, order, order.work)
+        if isinstance(outcome, HandedBack):
+            link.tell("hand_back", order.lease)
+            return
+        if isinstance(outcome, SegmentResult):
+            outcome = replace(outcome, worker=me)
+        link.tell("finish", order.lease, outcome, order.work)
+        link.doing = None
 
 
-@contextlib.contextmanager
-def _heartbeat(dispatcher: Any, slot: int, incarnation: str) -> Any:
-    """Tell the dispatcher that this slot lives, also while a long segment trains."""
-    done = threading.Event()
+def _do(worker: Worker, link: _Link, order: Order, work: Work) -> Outcome:
+    """Do the work; what breaks this worker is told to the dispatcher, which may never hear of it otherwise."""
+    from peftsearch.training.worker import LoneFailureError
 
-    def beat() -> None:
-        while not done.wait(_BEAT_SECONDS):
-            dispatcher.beat.remote(slot, incarnation)
-
-    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
-    thread.start()
     try:
-        yield
-    finally:
-        done.set()
+        return worker.do(work)
+    except LoneFailureError as error:
+        # The group starts anew, for the other ranks wait for this one; the trial has failed all the same.
+        link.tell("finish", order.lease, error.failure, work)
+        raise
+    except Exception as error:
+        link.tell("crashed", order.lease, f"{type(error).__name__}: {error}")
+        raise
+
+
+def _follow(worker: Worker, group: WorkerGroup, link: _Link) -> None:
+    """The other ranks do what rank 0 was handed."""
+    while True:
+        order = group.from_first(None)
+        assert isinstance(order, Order)
+        if order.stop:
+            return
+        worker.forget(order.ended)
+        if order.work is not None and isinstance(_do(worker, link, order, order.work), HandedBack):
+            return
+
+
+class _Link:
+    """A slot's line to the dispatcher.
+
+    Every call waits for its answer. Where the dispatcher's process dies meanwhile, Ray starts it again and repeats the
+    call; the new one may not know the slot yet.
+
+    Args:
+        dispatcher: Handle of the actor.
+        slot: The slot's number.
+    """
+
+    def __init__(self, dispatcher: Any, slot: int) -> None:
+        self.slot = slot
+        self.info: dict[str, Any] = {}
+        self.doing: Work | None = None
+        self.holds: Callable[[], list[str]] = list
+        self._dispatcher = dispatcher
+        self.incarnation = uuid.uuid4().hex
+
+    def ask(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """Call one of the dispatcher's methods in this slot's name."""
+        import ray
+
+        call = getattr(self._dispatcher, method).remote
+        return ray.get(call(self.slot, self.incarnation, *arguments, **options))
+
+    tell = ask
+
+    def rejoin(self) -> None:
+        """Join a dispatcher that was started anew; to one that knows this slot already, it changes nothing."""
+        self.ask("join", info=self.info, holds=self.holds(), doing=self.doing)
+
+    @contextlib.contextmanager
+    def beating(self) -> Iterator[None]:
+        """Tell the dispatcher that this slot lives, also while a long segment trains."""
+        done = threading.Event()
+
+        def beat() -> None:
+            import ray
+
+            while not done.wait(BEAT_SECONDS):
+                with contextlib.suppress(ray.exceptions.RayError):
+                    if not self.ask("beat"):
+                        self.rejoin()
+
+        threading.Thread(target=beat, name="heartbeat", daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()

@@ -182,7 +182,7 @@ def test_an_unusable_slot_is_reported_and_its_work_waits_for_another() -> None:
         await asyncio.sleep(0)
         await dispatcher.join(0, "life-0")
         await dispatcher.unusable(0, "life-0", "cannot load the model")
-        assert (await dispatcher.status())["unusable"] == ["cannot load the model"]
+        assert (await dispatcher.status())["unusable"] == {0: "cannot load the model"}
         assert not task.done()
         await started(dispatcher, 1)
         assert (await take(dispatcher, 1)).work == segment(1)
@@ -229,5 +229,121 @@ def test_a_replaced_worker_group_is_told_to_leave(life: str) -> None:
         await started(dispatcher, 0)
         await dispatcher.join(0, "second life")
         assert (await dispatcher.take(0, life)).stop
+
+    run(scenario)
+
+
+def test_a_dispatcher_that_was_started_anew_knows_again_what_its_slots_hold_and_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Calls are made again to it: trials queue their segments, slots join with what they are at."""
+    monkeypatch.setattr("peftsearch.workers.dispatcher._SETTLE_SECONDS", 0.3)
+
+    async def scenario() -> None:
+        dispatcher = Dispatcher(max_retries=1, restarted=True)
+        tasks = [asyncio.create_task(dispatcher.submit(segment(number))) for number in range(3)]
+        assert (await dispatcher.take(0, "life-0")).rejoin
+        await dispatcher.join(0, "life-0", info={}, holds=["00001"])
+        # What a slot holds is handed to it at once, the rest when all slots had time to say what they are at.
+        assert (await take(dispatcher, 0)).work == segment(1)
+        assert not await dispatcher.beat(1, "life-1")
+        await dispatcher.join(1, "life-1", info={}, doing=segment(0))
+        assert await dispatcher.beat(1, "life-1")
+        await dispatcher.join(2, "life-2", info={})
+        await dispatcher.join(2, "life-2", info={})
+        waiting = asyncio.create_task(take(dispatcher, 2))
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        assert (await asyncio.wait_for(waiting, 2)).work == segment(2)
+        # The lease was given by the one that died; the answer counts.
+        await dispatcher.finish(1, "life-1", 17, outcome("0"), segment(0))
+        assert (await tasks[0])[0].details["text"] == "0"  # type: ignore[union-attr]
+        for task in tasks[1:]:
+            task.cancel()
+
+    run(scenario)
+
+
+def test_an_answer_that_comes_before_the_question_is_repeated_is_kept() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(max_retries=1, restarted=True)
+        await dispatcher.join(0, "life-0", info={}, doing=segment(0))
+        await dispatcher.finish(0, "life-0", 17, outcome("0"), segment(0))
+        assert (await dispatcher.submit(segment(0)))[0].details["text"] == "0"  # type: ignore[union-attr]
+
+    run(scenario)
+
+
+def test_what_a_slot_is_at_is_handed_out_again_when_it_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peftsearch.workers.dispatcher._SETTLE_SECONDS", 0.0)
+
+    async def scenario() -> None:
+        dispatcher = Dispatcher(max_retries=1, restarted=True)
+        task = asyncio.create_task(dispatcher.submit(segment(0)))
+        await dispatcher.join(0, "life-0", info={}, doing=segment(0))
+        await dispatcher.join(0, "second life")
+        order = await dispatcher.take(0, "second life")
+        assert order.work == segment(0)
+        task.cancel()
+
+    run(scenario)
+
+
+def test_lost_machines_and_slots_are_no_trials_fault() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(max_retries=0)
+        task = asyncio.create_task(dispatcher.submit(segment(1)))
+        await asyncio.sleep(0)
+        await dispatcher.join(0, "life-0")
+        await dispatcher.warm(0, "life-0", {"nodes": ["here", "there"]})
+        await take(dispatcher, 0)
+        await dispatcher.nodes_left(["there"])
+        assert (await dispatcher.status())["warm"] == []
+        await dispatcher.join(0, "second life")
+        order = await dispatcher.take(0, "second life")
+        assert order.work == segment(1)
+        await dispatcher.slot_ended(0)
+        await dispatcher.join(1, "life-1")
+        order = await take(dispatcher, 1)
+        await dispatcher.finish(1, "life-1", order.lease or 0, outcome("done"))
+        assert (await task)[1] == 0
+
+    run(scenario)
+
+
+def test_a_slot_forgets_a_trial_that_goes_on_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would train the steps again that the other slot has done since."""
+    monkeypatch.setattr("peftsearch.workers.dispatcher._POLL_SECONDS", 0.05)
+
+    async def scenario() -> None:
+        dispatcher = Dispatcher(max_retries=1)
+        await started(dispatcher, 0, 1)
+        tasks = [asyncio.create_task(dispatcher.submit(segment(1)))]
+        await asyncio.sleep(0)
+        order = await take(dispatcher, 0)
+        await dispatcher.finish(0, "life-0", order.lease or 0, outcome("first"))
+        await asyncio.sleep(0.2)
+        tasks.append(asyncio.create_task(dispatcher.submit(segment(1, 2))))
+        await asyncio.sleep(0)
+        assert (await take(dispatcher, 1)).work == segment(1, 2)
+        assert (await dispatcher.take(0, "life-0")).ended == ("00001",)
+        for task in tasks:
+            task.cancel()
+
+    run(scenario)
+
+
+def test_work_that_a_leaving_slot_hands_back_goes_to_another_one_and_counts_as_no_retry() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(max_retries=0)
+        await started(dispatcher, 0, 1)
+        asked = asyncio.create_task(dispatcher.submit(segment(0)))
+        await asyncio.sleep(0)
+        order = await take(dispatcher, 0)
+        await dispatcher.hand_back(0, "life-0", order.lease or 0)
+        again = await take(dispatcher, 1)
+        assert again.work == segment(0)
+        await dispatcher.finish(1, "life-1", again.lease or 0, outcome("done"))
+        assert await asked == (outcome("done"), 0)
 
     run(scenario)

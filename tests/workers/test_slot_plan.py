@@ -33,6 +33,39 @@ def test_trials_over_several_gpus() -> None:
     assert fit([{"CPU": 32, "GPU": 8}], gpus_per_worker=1, workers_per_trial=4)[:2] == (2, 4)
 
 
+def test_slots_are_as_large_as_leaves_few_cores_of_different_machines_unused() -> None:
+    assert fit([{"CPU": 2}, {"CPU": 4}, {"CPU": 8}]) == (3, 1, 4, 0)
+    assert fit([{"CPU": 1}, {"CPU": 8}]) == (1, 1, 8, 0)
+    assert fit([{}, {"CPU": 1}, {"CPU": 2}]) == (3, 1, 1, 0)
+    assert fit([{"CPU": 8}, {"CPU": 8}], workers_per_trial=2) == (2, 2, 4, 0)
+
+
+def test_workers_of_a_slot_may_be_on_several_machines() -> None:
+    assert fit([{"CPU": 2}, {"CPU": 2}, {"CPU": 1}], workers_per_trial=5, cpus_per_worker=1)[:2] == (1, 5)
+
+
+def test_no_worker_gets_halves_of_two_gpus() -> None:
+    assert fit([{"CPU": 8, "GPU": 2}], gpus_per_worker=0.75)[0] == 2
+    assert fit([{"CPU": 8, "GPU": 2}], gpus_per_worker=0.5)[0] == 4
+
+
+def test_the_number_of_slots_follows_the_machines() -> None:
+    plan = SlotPlan.fit(ResourcesSpec(cpus_per_worker=2), [{"CPU": 4}])
+    assert plan.follows
+    assert [plan.room(nodes) for nodes in ([], [{"CPU": 1}], [{"CPU": 5}], [{"CPU": 4}, {"CPU": 2}])] == [0, 0, 2, 3]
+    assert not SlotPlan.fit(ResourcesSpec(cpus_per_worker=2, slots=1), [{"CPU": 4}]).follows
+
+
+def test_a_cluster_that_grows_is_asked_for_what_it_has_not_yet() -> None:
+    resources = ResourcesSpec(gpus_per_worker=1, slots=6)
+    plan = SlotPlan.fit(resources, [{"CPU": 2}], [{"CPU": 16, "GPU": 4}] * 3)
+    assert (plan.slots, plan.cpus, plan.gpus) == (6, 4, 1)
+    assert SlotPlan.fit(ResourcesSpec(slots=4, cpus_per_worker=1), [{"CPU": 2}], grows=True).slots == 4
+    assert SlotPlan.fit(ResourcesSpec(gpus_per_worker=1), [{"CPU": 2}], [{"CPU": 16, "GPU": 4}]).slots == 1
+    with pytest.raises(StudyError, match="needs 1 GPUs and the cluster has 0"):
+        SlotPlan.fit(resources, [{"CPU": 2}], grows=True)
+
+
 @pytest.mark.parametrize(
     ("resources", "sentence"),
     [
