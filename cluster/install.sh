@@ -18,7 +18,7 @@ environment=${3:-$HOME/peftsearch-env}
 
 python=python3
 for candidate in python3.12 python3.11; do
-  if command -v "$candidate" >/dev/null; then
+  if "$candidate" -c "" 2>/dev/null; then
     python=$candidate
     break
   fi

@@ -1,4 +1,4 @@
-"""Every file of cluster/ is what the program that reads it expects: checked against that program's own schema or linter."""
+"""Every file of cluster/ is what the program that reads it expects: checked against its own schema or linter."""
 
 from __future__ import annotations
 
