@@ -142,7 +142,7 @@ class Lease:
         while not self._over.wait(BEAT):
             try:
                 self._beat()
-            except (OSError, ValueError) as error:
+            except (OSError, StudyError) as error:
                 log.warning("the lease of %s could not be renewed: %s", self._name, error)
             if self.lost is not None:
                 self._tell()
@@ -171,7 +171,7 @@ class Lease:
         while True:
             try:
                 return self._beat()
-            except (OSError, ValueError) as error:
+            except (OSError, StudyError) as error:
                 if clock() - began > 20 * SILENCE:
                     raise RuntimeError(
                         f"the storage of the study {self._name!r} does not answer ({error}): run the study again when "
@@ -253,10 +253,16 @@ def latest(folder: Place) -> tuple[int, Holder | None]:
 
     Raises:
         OSError: The storage cannot be read.
+        StudyError: The lease is damaged.
     """
     number = max(_numbers(folder), default=0)
-    written = read_json(_file(folder, number)) if number else None
-    return number, Holder(**written) if written else None
+    if not number:
+        return 0, None
+    where = _file(folder, number)
+    try:
+        return number, Holder(**read_json(where))
+    except (ValueError, TypeError):
+        raise StudyError(f"the lease {where} cannot be read: delete it where no driver runs that study") from None
 
 
 def clock() -> float:
