@@ -157,6 +157,28 @@ def reason(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
+def local_cache() -> Path:
+    """Where this machine keeps copies of what is in object stores: ``PEFTSEARCH_CACHE``, or the user's cache folder."""
+    chosen = os.environ.get("PEFTSEARCH_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftsearch"
+
+
+def check_bucket(where: RemotePath) -> None:
+    """See that an object store answers, and has the bucket.
+
+    Raises:
+        OSError: It does not.
+    """
+    from pyarrow.fs import FileType
+
+    connection, path = filesystem(where)
+    bucket = path.partition("/")[0]
+    if connection.get_file_info(bucket).type is FileType.NotFound:
+        raise FileNotFoundError(f"there is no bucket {bucket!r}")
+
+
 # --- whole files ---
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from peftsearch import files
 from peftsearch.files import (
     Place,
     RemotePath,
@@ -16,7 +17,6 @@ from peftsearch.files import (
     local_cache,
     names,
     place,
-    read_json,
     reason,
     write_bytes,
     write_json,
@@ -26,6 +26,7 @@ from peftsearch.spec import StudyError, check_name
 __all__ = [
     "StudyFolder",
     "cache_folder",
+    "damaged",
     "list_studies",
     "mlflow_folder",
     "reaching",
@@ -190,6 +191,33 @@ def study_folder(name: str, storage: str | os.PathLike[str] | RemotePath | None 
         return StudyFolder(storage_folder(storage), check_name(name))
     except ValueError as error:
         raise StudyError(str(error)) from None
+
+
+def read_json(where: Place) -> dict[str, Any] | None:
+    """What one of a study's files holds; None where there is none.
+
+    Raises:
+        StudyError: The file is damaged, or cannot be read.
+        OSError: The object store cannot be reached.
+    """
+    try:
+        found = files.read_json(where)
+    except (ValueError, RecursionError) as error:
+        raise damaged(where, reason(error)) from None
+    except OSError as error:
+        if not isinstance(where, Path):
+            raise
+        raise StudyError(f"cannot read {str(where)!r}: {reason(error)}") from None
+    if found is not None and not isinstance(found, dict):
+        raise damaged(where, "it holds no JSON object")
+    return found
+
+
+def damaged(where: Place, why: str) -> StudyError:
+    """The sentence about a file of a study that is not as it was written."""
+    return StudyError(
+        f"{str(where)!r} is damaged ({why}): restore it from a copy, or start the study anew under another --name"
+    )
 
 
 def list_studies(storage: Place) -> list[str]:

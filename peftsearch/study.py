@@ -21,6 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from peftsearch.files import RemotePath, check_bucket, delete_tree, reason, write_bytes
 from peftsearch.fork import Origin, shared_cells, take_over
 from peftsearch.holder import Lease, hold, is_held, last_driver
@@ -37,7 +39,7 @@ from peftsearch.spec import (
     without_passwords,
 )
 from peftsearch.spec.changes import compare
-from peftsearch.storage import StudyFolder, reaching, read_json, study_folder, write_json
+from peftsearch.storage import StudyFolder, damaged, reaching, read_json, study_folder, write_json
 from peftsearch.tracking.ledger import Ledger, LedgerCell, Owner, hide_password
 
 if TYPE_CHECKING:
@@ -110,7 +112,7 @@ class Study:
         folder = study_folder(name, storage).require()
         with reaching(folder.storage):
             saved = read_json(folder.spec)
-        return cls(StudySpec.model_validate(saved["study"]), folder)
+        return cls(_specification(saved, folder), folder)
 
     @property
     def name(self) -> str:
@@ -160,7 +162,7 @@ class Study:
         if not self.folder.exists():
             return None
         return compare(
-            _saved(StudySpec.model_validate(read_json(self.folder.spec)["study"])), _saved(self.spec)
+            _saved(_specification(read_json(self.folder.spec), self.folder)), _saved(self.spec)
         ).extending
 
     def _plan(self, *, partial: bool) -> StudyPlan:
@@ -295,7 +297,7 @@ class Study:
 
     def facts(self) -> StudyFacts:
         """What is known beside the trials."""
-        return StudyFacts.model_validate(read_json(self.folder.facts))
+        return _facts_of(read_json(self.folder.facts), self.folder)
 
     def frontier(self, domain: str | None = None) -> dict[str, DomainFront]:
         """The front of each domain, or of one.
@@ -387,7 +389,7 @@ class Study:
         with reaching(folder.storage):
             saved = read_json(folder.spec)
         study = StudyToExport(
-            spec=StudySpec.model_validate(saved["study"]),
+            spec=_specification(saved, folder),
             facts=self.facts(),
             records=self.trials(),
             folder=self.folder.path,
@@ -495,7 +497,7 @@ class Study:
         if trusted := [path for path, place in plan.models.items() if place.trust_remote_code]:
             facts.provenance["trust_remote_code"] = ", ".join(trusted)
         if before is not None:
-            known = StudyFacts.model_validate(before)
+            known = _facts_of(before, self.folder)
             if THREADS in known.provenance:
                 facts.provenance[THREADS] = known.provenance[THREADS]
             for name, domain in facts.domains.items():
@@ -514,7 +516,7 @@ class Study:
         before = read_json(self.folder.facts)
         if before is None:
             return
-        known = StudyFacts.model_validate(before)
+        known = _facts_of(before, self.folder)
         advice = "restore it, or start a new study with --name"
         for name, domain in ((name, item.facts()) for name, item in plan.domains.items()):
             old = known.domains.get(name)
@@ -568,7 +570,7 @@ class Study:
         self._check_databases()
         _check_storage(self.folder)
         if self.folder.exists():
-            before = StudySpec.model_validate(read_json(self.folder.spec)["study"])
+            before = _specification(read_json(self.folder.spec), self.folder)
             compare(_saved(before), _saved(self.spec)).check(self.name)
 
     def _origin(self, fork: str | None) -> Origin | None:
@@ -753,6 +755,32 @@ def _left_out(spec: StudySpec, ledger: Ledger) -> int:
     return left_out
 
 
+def _specification(saved: Mapping[str, Any] | None, folder: StudyFolder) -> StudySpec:
+    """The specification in a study's folder.
+
+    Raises:
+        StudyError: The file is damaged.
+    """
+    try:
+        return StudySpec.model_validate((saved or {})["study"])
+    except (KeyError, ValidationError, RecursionError) as error:
+        raise damaged(folder.spec, f"{type(error).__name__}: it holds no study") from None
+
+
+def _facts_of(saved: Mapping[str, Any] | None, folder: StudyFolder) -> StudyFacts:
+    """The facts in a study's folder.
+
+    Raises:
+        StudyError: There are none yet, or the file is damaged.
+    """
+    if saved is None:
+        raise StudyError(f"the study {folder.name!r} has no {folder.facts.name} yet: run it first")
+    try:
+        return StudyFacts.model_validate(saved)
+    except (ValidationError, RecursionError) as error:
+        raise damaged(folder.facts, f"{type(error).__name__}: it holds no facts of a study") from None
+
+
 def _saved(spec: StudySpec) -> dict[str, Any]:
     """The specification as it is written: without passwords, which whoever opens the study brings along."""
     saved = spec.model_dump(mode="json")
@@ -769,5 +797,9 @@ def _elapsed(driver: dict[str, Any], held: bool) -> float:
     """Seconds of the last (or present) run."""
     if "since" not in driver:
         return 0.0
-    end = datetime.now(UTC) if held or "until" not in driver else datetime.fromisoformat(driver["until"])
-    return max(0.0, (end - datetime.fromisoformat(driver["since"])).total_seconds())
+    try:
+        end = datetime.now(UTC) if held or "until" not in driver else datetime.fromisoformat(driver["until"])
+        return max(0.0, (end - datetime.fromisoformat(driver["since"])).total_seconds())
+    except (ValueError, TypeError):
+        # The notes about a driver are for people: a damaged one costs no more than itself.
+        return 0.0

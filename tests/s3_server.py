@@ -1,6 +1,6 @@
 """A real S3-compatible server on loopback, in a process of its own: moto's, which speaks S3's protocol over HTTP.
 
-Test modules take it by ``from s3_server import s3_server``; storages in it are ``s3_server.storage(name)``.
+Every test can ask for it; storages in it are ``s3_server.storage(name)``.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from peftsearch.cli.words import size
+from peftsearch.files import Place, check_bucket, reason
 
 HUB_TIMEOUT = 3.0
 """Seconds that the Hub has for an answer."""
@@ -42,11 +43,11 @@ class Finding:
     optional: bool = False
 
 
-def examine(storage: Path) -> list[Finding]:
+def examine(storage: Place) -> list[Finding]:
     """Look at everything that a study needs; starts no cluster and leaves nothing behind.
 
     Args:
-        storage: The storage folder; need not exist yet.
+        storage: The storage; a folder need not exist yet.
     """
     looks: list[tuple[str, Callable[[], Finding | list[Finding]]]] = [
         ("Python", _python),
@@ -165,7 +166,13 @@ def _peft() -> list[Finding]:
     return [found, Finding("bottleneck adapter", False, detail)]
 
 
-def _storage(storage: Path) -> Finding:
+def _storage(storage: Place) -> Finding:
+    if not isinstance(storage, Path):
+        try:
+            check_bucket(storage)
+        except OSError as error:
+            return Finding("storage", False, f"cannot use {storage} ({reason(error)}): name another with --storage")
+        return Finding("storage", True, f"{storage}, the bucket answers")
     place = storage
     while not place.exists() and place != place.parent:
         place = place.parent

@@ -23,6 +23,7 @@ from peftsearch.export.contents import (
 from peftsearch.export.folder import scoring_device
 from peftsearch.export.usage import Use
 from peftsearch.export.verify import Job, Score, score_folders
+from peftsearch.files import Place, exists
 from peftsearch.frontier.front import Pick, domain_fronts, pick
 from peftsearch.spec import THREADS, StudyError, StudyFacts, StudySpec, TrialRecord, model_location, suggest
 from peftsearch.tracking.provenance import provenance
@@ -55,7 +56,7 @@ class StudyToExport:
     spec: StudySpec
     facts: StudyFacts
     records: Sequence[TrialRecord]
-    folder: Path
+    folder: Place
     data_folder: Path
     cache: Path
     ledger: str
@@ -118,7 +119,7 @@ def export_trials(
     targets = [to / record.domain / f"{record.number:05d}-{record.method}" for record in chosen]
     _check_targets(to, targets, chosen, study.facts.study)
     for record in chosen:
-        if not _weights(study, record).is_file():
+        if not exists(_weights(study, record)):
             raise StudyError(missing_weights(record, _weights(study, record)))
 
     with _staging(to) as staging:
@@ -170,7 +171,7 @@ def _choose(
     return chosen
 
 
-def _weights(study: StudyToExport, record: TrialRecord) -> Path:
+def _weights(study: StudyToExport, record: TrialRecord) -> Place:
     from peftsearch.training.checkpoint import WEIGHTS, trial_folder
 
     folder = (

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from peftsearch.domains import CheckedDomain, ExpectedDomain, PreparedDomain, check_domain, expected_domain, load_domain
+from peftsearch.files import Place
 from peftsearch.search.cells import Cell, corners, study_cells, trials_of
 from peftsearch.search.counts import ParameterCount, ParameterCounter
 from peftsearch.search.estimate import MemoryCosts, model_shapes
 from peftsearch.search.run import DomainSearch, TrialCost, excesses
+from peftsearch.search.strategy import check_strategy
 from peftsearch.search.unchecked import Unchecked, planned_place
 from peftsearch.spec import (
     ModelFacts,
@@ -92,7 +94,7 @@ class StudyPlan:
             for name, domain in self.domains.items()
         }
 
-    def for_workers(self, study_folder: Path, threads: int) -> WorkerPlan:
+    def for_workers(self, study_folder: Place, threads: int) -> WorkerPlan:
         """What the workers need to know."""
         return WorkerPlan(
             study_folder=study_folder,
@@ -102,6 +104,7 @@ class StudyPlan:
             training={method: self.spec.training_of(method) for method in self.spec.methods},
             threads=threads,
             general_texts=self.general_texts,
+            strategy=self.spec.resources.strategy,
         )
 
 
@@ -120,6 +123,7 @@ def plan_study(file: StudyFile, cache: Path, *, partial: bool = False) -> StudyP
     """
     spec = file.spec
     cells = study_cells(spec)
+    check_strategy(spec, cells)
     unchecked = Unchecked(allowed=partial)
     models = _places(spec, file.folder, cache, unchecked)
     cells = [cell for cell in cells if cell.model in models]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from s3_server import S3Server, s3_server  # noqa: F401
+from s3_server import S3Server
 
 from peftsearch import files
 from peftsearch.files import Place
@@ -234,7 +234,7 @@ def test_a_segment_before_the_latest_state_begins_at_the_state_before_it(plan: S
 def test_a_trial_in_an_object_store_is_trained_and_resumed_as_in_a_folder(
     plan: StudyPlan,
     tmp_path: Path,
-    s3_server: S3Server,  # noqa: F811
+    s3_server: S3Server,
 ) -> None:
     where = files.place(s3_server.storage("trial"))
     assert train(plan, where) == train(plan, tmp_path / "local")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from peftsearch.files import Place
 from peftsearch.spec import StudyError, StudyFacts, StudySpec, TrialRecord
 
 
@@ -30,7 +31,7 @@ def write_report(
     records: Iterable[TrialRecord],
     facts: StudyFacts,
     spec: StudySpec,
-    folder: Path,
+    folder: Place,
     state: str | None = None,
     planned: int | None = None,
 ) -> list[Path]:

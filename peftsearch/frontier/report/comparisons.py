@@ -7,9 +7,9 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from peftsearch.files import Place
 from peftsearch.frontier.front import complete
 from peftsearch.frontier.report.additive import Score
 from peftsearch.frontier.report.results import Result, better, ranked, seed_noise, tested
@@ -67,7 +67,7 @@ class DomainComparison:
 
 
 def compare_domain(
-    found: Sequence[Result], facts: DomainFacts, folder: Path, options: Mapping[str, Any] | None = None
+    found: Sequence[Result], facts: DomainFacts, folder: Place, options: Mapping[str, Any] | None = None
 ) -> DomainComparison:
     """Compare the methods of one domain, by the predictions of their confirmations.
 
@@ -122,7 +122,7 @@ def within_noise(
 class _Answers:
     """What the confirmed trials of a domain answered on the test split, read and scored once."""
 
-    def __init__(self, facts: DomainFacts, folder: Path, options: Mapping[str, Any] | None) -> None:
+    def __init__(self, facts: DomainFacts, folder: Place, options: Mapping[str, Any] | None) -> None:
         self.facts = facts
         self._folder = folder
         self._options = options

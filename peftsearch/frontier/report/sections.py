@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
+from peftsearch.files import Place
 from peftsearch.frontier.budget import cell_budgets
 from peftsearch.frontier.front import domain_fronts
 from peftsearch.frontier.report.answer import methods_by_domains, summary
@@ -25,7 +25,7 @@ def build(
     records: Sequence[TrialRecord],
     facts: StudyFacts,
     spec: StudySpec,
-    folder: Path,
+    folder: Place,
     state: str | None = None,
     planned: int | None = None,
 ) -> Document:

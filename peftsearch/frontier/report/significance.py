@@ -8,11 +8,11 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
+from peftsearch.files import Place, read_bytes
 from peftsearch.frontier.report.additive import Numbers, Score, additive, resampled
 
 Key = TypeVar("Key", int, str)
@@ -52,14 +52,14 @@ class Comparison:
     adjusted: float | None = None
 
 
-def read_predictions(path: Path) -> Predicted:
+def read_predictions(path: Place) -> Predicted:
     """One JSON object per line, ``{"prediction": ..., "reference": ...}``.
 
     Raises:
         ValueError: There is no such file, or it is broken; one sentence.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path).decode()
         # Not splitlines: a generated text may hold other line separators of Unicode.
         rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         return Predicted([row["prediction"] for row in rows], [row["reference"] for row in rows])

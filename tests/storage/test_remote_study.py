@@ -1,0 +1,112 @@
+"""Whole studies: one in an object store is the same as one in a folder; one on a full disk ends, and goes on later."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from postgres_server import PostgresServer
+from s3_server import SECRET, S3Server
+from study_runs import command, essence, ledger, run
+
+from peftsearch import files
+from peftsearch.study import Study
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
+
+SMALL = {
+    "methods": {"lora": {"rank": [2, 4]}, "prompt": {"tokens": [2, 4]}},
+    "search": {"trials": 2, "seed": 0},
+    "confirm": {"seeds": 1},
+}
+
+
+def test_a_study_in_an_object_store_is_that_in_a_folder(
+    write_study: Callable[..., Path],
+    tmp_path: Path,
+    s3_server: S3Server,
+    postgres_server: PostgresServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PEFTSEARCH_CACHE", str(tmp_path / "cache"))
+    uri = s3_server.storage("team")
+    run(write_study("tiny", **SMALL), tmp_path / "local")
+    database = postgres_server.create_database()
+    remote = write_study("tiny", **SMALL, tracking={"mlflow": "off", "ledger": database})
+    assert command("run", remote, "--storage", uri).returncode == 0
+    expected = ledger("tiny", tmp_path / "local")
+    assert [essence(record) for record in Study.open("tiny", uri).trials()] == expected
+    # Again, there is nothing to do.
+    again = command("run", remote, "--storage", uri)
+    assert again.returncode == 0, again.stderr[-2000:]
+
+    status = json.loads(command("status", "tiny", "--storage", uri, "--json").stdout)
+    assert (status["state"], status["storage"]) == ("finished", uri)
+    # All that was made is in the bucket, and no secret.
+    folder = files.place(uri) / "studies" / "tiny"
+    assert {"study.json", "study.yaml", "facts.json", "trials"} <= set(files.names(folder))
+    kept = [files.read_bytes(folder / name) for name in ("study.json", "study.yaml", "facts.json")]
+    assert not any(SECRET.encode() in content or postgres_server.password.encode() in content for content in kept)
+
+    fronts = [
+        json.loads(command("frontier", "tiny", "--storage", storage, "--json").stdout)
+        for storage in (uri, tmp_path / "local")
+    ]
+    points = [[(trial["number"], trial["value"]) for trial in front["domains"]["topics"]["front"]] for front in fronts]
+    assert points[0] == points[1] != []
+    exported = command("export", "tiny", "--storage", uri, "--to", tmp_path / "adapters", "--pick", "best")
+    assert exported.returncode == 0, exported.stderr[-2000:]
+    assert list((tmp_path / "adapters" / "topics").iterdir())
+    report = command("report", "tiny", "--storage", uri, "--to", tmp_path / "report")
+    assert report.returncode == 0, report.stderr[-2000:]
+    assert "cannot be read" not in (tmp_path / "report" / "report.md").read_text()
+
+    number = fronts[0]["domains"]["topics"]["front"][0]["number"]
+    weights = folder / "trials" / f"{number:05d}" / "weights.safetensors"
+    files.write_bytes(weights, files.read_bytes(weights)[:-64])
+    refused = command("export", "tiny", "--storage", uri, "--to", tmp_path / "again")
+    assert refused.returncode == 2
+    assert f"trial {number}" in refused.stderr
+    assert "is damaged" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("only root can make a small disk")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_study_on_a_full_disk_ends_with_one_sentence_and_goes_on_when_there_is_room(
+    write_study: Callable[..., Path], tmp_path: Path, small_disk: Path
+) -> None:
+    study = write_study("tiny", **SMALL)
+    run(study, tmp_path / "undisturbed")
+    assert command("validate", study, "--storage", small_disk).returncode == 0
+    # The trials' files have no room; what the driver writes, outside of their folder, has.
+    trials = small_disk / "studies" / "tiny" / "trials"
+    trials.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(trials)], check=True)
+    try:
+        done = command("run", study, "--storage", small_disk)
+        assert done.returncode != 0
+        assert "Traceback" not in done.stderr
+        last = done.stderr.strip().splitlines()[-1]
+        assert f"cannot write to {trials}: No space left on device" in last
+        assert "run the study again" in last
+        states = {record.state.value for record in Study.open("tiny", small_disk).trials()}
+        assert states == {"RUNNING"}
+    finally:
+        subprocess.run(["umount", "-l", str(trials)], check=True)
+    run(study, small_disk)
+    assert ledger("tiny", small_disk) == ledger("tiny", tmp_path / "undisturbed")
