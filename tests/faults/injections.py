@@ -164,7 +164,7 @@ class Driver:
         assert self._status is not None
         return self._status
 
-    def leftovers(self, seconds: float = 60) -> list[str]:
+    def leftovers(self, seconds: float = 120) -> list[str]:
         """What is alive of this run so many seconds after the driver's end; [] as soon as there is nothing."""
         self.wait()
         try:

@@ -439,6 +439,47 @@ def test_live(store: Store, study: str) -> None:
     assert store.everything(study) == before
 
 
+def test_followed_live_or_written_afterwards_it_is_the_same(sqlite_storage: Path, tmp_path: Path, study: str) -> None:
+    """To the millisecond, though a tracker that was there saw each trial grow, and learned of the study bit by bit."""
+    live = Store(default_tracking_uri(sqlite_storage), default_artifacts(sqlite_storage))
+    later = Store(default_tracking_uri(tmp_path), default_artifacts(tmp_path))
+    facts = study_facts(study)
+    tracker = live.tracker(facts)
+    for evaluations in (0, 1, 2, 3):
+        tracker.update(trial(0, evaluations, TrialState.RUNNING))
+        assert tracker.flush(60)
+    facts.provenance["threads per worker"] = "2"
+    records = [trial(0, confirmed=Confirmed.of([reading(1)])), trial(1, 2, TrialState.PRUNED)]
+    pages = reports(records, facts)
+    for record in records:
+        tracker.update(record)
+    for domain, page in pages.items():
+        tracker.report(domain, page)
+    assert tracker.close(60)
+    later.sync(records, facts, pages)
+    parents = {run.info.run_id: name for store in (live, later) for name, run in store.parents(study).items()}
+    trials = {run.info.run_id: str(number) for store in (live, later) for number, run in store.children(study).items()}
+
+    def seen(store: Store) -> dict[Any, Any]:
+        everything = store.everything(study)
+        keys = {**store.parents(study), **store.children(study), **store.confirmations(study)}
+        found: dict[Any, Any] = {}
+        for key, run in keys.items():
+            status, began, ended, params, tags, metrics = everything[run.info.run_id]
+            names = parents | trials
+            tags["mlflow.parentRunId"] = names.get(tags.get("mlflow.parentRunId", ""), "")
+            # A domain's run has no times of its own.
+            times = (
+                (began, ended, metrics)
+                if not isinstance(key, str)
+                else {name: m[-1][:2] for name, m in metrics.items()}
+            )
+            found[key] = (status, params, tags, times)
+        return found
+
+    assert seen(live) == seen(later)
+
+
 def test_a_trial_that_mlflow_refuses_blocks_nobody(sqlite_storage: Path, study: str, monkeypatch: Any) -> None:
     from peftsearch.tracking import mlflow_tracker
 

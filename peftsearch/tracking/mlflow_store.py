@@ -1,0 +1,63 @@
+"""Where MLflow's store is, what its client reads from the environment, and how its troubles are told."""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing
+from pathlib import Path
+
+from peftsearch.spec import hide_secrets, without_passwords
+from peftsearch.tracking.names import shorten
+
+
+def default_tracking_uri(storage: Path) -> str:
+    """The MLflow store of a storage folder: one SQLite file for all its studies."""
+    return f"sqlite:///{storage.expanduser().resolve() / 'mlflow.db'}"
+
+
+def default_artifacts(storage: Path) -> str:
+    """Where the default store keeps its artifacts."""
+    return str(storage.expanduser().resolve() / "mlflow-artifacts")
+
+
+def prepare_environment() -> None:
+    """Settings that MLflow reads from the environment, where the user has not set them.
+
+    - ``MLFLOW_HTTP_REQUEST_TIMEOUT`` = 10 (seconds; MLflow's 120 would hold up the end of a study),
+    - ``MLFLOW_HTTP_REQUEST_MAX_RETRIES`` = 0 (we try again ourselves, after looking at what is there: a request that is
+      blindly sent twice may create a run twice),
+    - ``MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT`` and ``MLFLOW_DISABLE_TELEMETRY`` = true.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+def prepare_sqlite(tracking_uri: str) -> None:
+    """Create a SQLite store's folder, and have the file use a write-ahead log.
+
+    It is remembered in the file. Writing a trial then takes a third of the time, and whoever looks at the UI neither
+    waits for the study nor stops it. https://www.sqlite.org/wal.html
+    """
+    prefix = "sqlite:///"
+    if not tracking_uri.startswith(prefix):
+        return
+    import sqlite3
+
+    path = Path(tracking_uri.removeprefix(prefix).partition("?")[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(path, timeout=10)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+
+
+def public_uri(tracking_uri: str) -> str:
+    """The address fit for people's eyes."""
+    return without_passwords(tracking_uri)
+
+
+def brief(error: Exception) -> str:
+    """An error of MLflow's, or of what it uses, in one line."""
+    # MLflow quotes the address that it asked, login included.
+    lines = hide_secrets(str(error)).strip().splitlines()
+    return shorten(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__, 300)
