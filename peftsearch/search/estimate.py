@@ -89,12 +89,20 @@ QUANTIZED_BYTES: Mapping[Quantization, float] = {"nf4": 0.5 + 0.127 / 8, "int8":
 int8 has one byte and a scale per row, which is next to nothing."""
 
 
-def frozen_bytes(shape: ModelShape, quantization: Quantization | None) -> int:
-    """The frozen base in memory; of a quantised one the embeddings keep their format."""
-    if quantization is None:
-        return shape.parameters * shape.weight_bytes
-    multiplied = shape.parameters - shape.embeddings
-    return round(multiplied * QUANTIZED_BYTES[quantization] + shape.embeddings * shape.weight_bytes)
+def frozen_bytes(shape: ModelShape, quantization: Quantization | None, parts: int = 1) -> int:
+    """The frozen base in memory; of a quantised one the embeddings keep their format.
+
+    Args:
+        shape: The model.
+        quantization: How it is stored.
+        parts: Among so many workers its layers are divided; each then has two layers whole, the one that computes and
+            the next one (`training.sharding`).
+    """
+    per_weight = shape.weight_bytes if quantization is None else QUANTIZED_BYTES[quantization]
+    multiplied = (shape.parameters - shape.embeddings) * per_weight
+    if parts > 1:
+        multiplied = min(multiplied, multiplied / parts + 2 * multiplied / max(1, shape.layers))
+    return round(multiplied + shape.embeddings * shape.weight_bytes)
 
 
 def activation_bytes(shape: ModelShape, batch: int, length: int, compute_bytes: int) -> int:
@@ -113,17 +121,17 @@ def activation_bytes(shape: ModelShape, batch: int, length: int, compute_bytes: 
     return 17 * compute_bytes * shape.layers * batch * length * shape.hidden
 
 
-def trial_bytes(shape: ModelShape, trainable: int, trains_copy: bool, activations: int) -> int:
+def trial_bytes(shape: ModelShape, trainable: int, trains_copy: bool, activations: int, parts: int = 1) -> int:
     """What a trial adds to the frozen weights.
 
     Adapter weights (4 bytes each), or a second copy of the model for methods that train it, and what the optimiser
     steps on where that is in half precision (4 bytes each); 4 bytes of gradient and 8 bytes of AdamW's two moments per
-    trainable parameter; and the activations.
+    trainable parameter; and the activations. Of a copy in so many parts, a worker trains one.
     """
     weights = shape.parameters * shape.weight_bytes if trains_copy else 4 * trainable
     if trains_copy and shape.weight_bytes < 4:
         weights += 4 * trainable
-    return weights + (4 + 8) * trainable + activations
+    return (weights + (4 + 8) * trainable) // (parts if trains_copy else 1) + activations
 
 
 def training_operations(shape: ModelShape, tokens: float, trains_copy: bool) -> float:
@@ -281,14 +289,15 @@ class MemoryCosts:
         self._lengths = lengths
         self._compute_bytes = 2 if _training_format(spec) == "bf16" else 4
         # A worker keeps every base of the study that it has seen, and of each its quantised forms.
-        self._bases = sum(frozen_bytes(shapes[model], form) for model, form in _bases(cells))
+        self._parts = spec.resources.workers_per_trial if spec.resources.strategy == "fsdp" else 1
+        self._bases = sum(frozen_bytes(shapes[model], form, self._parts) for model, form in _bases(cells))
 
     def __call__(self, cell: Cell, count: ParameterCount) -> int:
         """Peak of one worker, in bytes: of the GPU where it trains on one."""
         shape, training, resources = self._shapes[cell.model], self._spec.training_of(cell.method), self._spec.resources
         batch = -(-training.batch_size // (resources.workers_per_trial * training.gradient_accumulation))
         activations = activation_bytes(shape, batch, self._lengths[cell.domain], self._compute_bytes)
-        trial = trial_bytes(shape, count.trainable, cell.space.method.trains_copy, activations)
+        trial = trial_bytes(shape, count.trainable, cell.space.method.trains_copy, activations, self._parts)
         return (0 if resources.gpus_per_worker else PROCESS_BYTES) + self._bases + trial
 
 

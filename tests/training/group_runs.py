@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
 import subprocess
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from peftsearch.training.segment import Outcome, Work, WorkerPlan
+
+SECONDS = 600.0
+"""A group that takes longer hangs."""
 
 
 @dataclass
@@ -42,7 +46,7 @@ class GroupResult:
     fingerprints: list[list[dict[str, int]]]
 
 
-def run_group(run: GroupRun, timeout: float = 240) -> GroupResult:
+def run_group(run: GroupRun) -> GroupResult:
     """Start the processes and wait for them."""
     with tempfile.TemporaryDirectory() as scratch:
         handed = Path(scratch) / "run.pickle"
@@ -59,7 +63,7 @@ def run_group(run: GroupRun, timeout: float = 240) -> GroupResult:
             for rank in range(run.workers)
         ]
         try:
-            said = [process.communicate(timeout=timeout)[0] for process in processes]
+            said = [process.communicate(timeout=SECONDS + 30)[0] for process in processes]
         finally:
             for process in processes:
                 process.kill()
@@ -78,6 +82,8 @@ def _main(handed: Path, rank: int) -> None:
     from peftsearch.training.distributed import WorkerGroup
     from peftsearch.training.worker import Worker
 
+    # Where they wait for one another in vain, say where.
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
     run: GroupRun = pickle.loads(handed.read_bytes())
     torch.set_num_threads(1)
     store = distributed.FileStore(str(handed.parent / "store"), run.workers)

@@ -1,0 +1,127 @@
+"""Studies whose trials are trained by two workers each, on real Ray."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from study_faults import PATIENCE, running
+from study_runs import ledger, run
+
+from peftsearch.spec import TrialState
+from peftsearch.study import Study
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
+
+
+def without_dropout(base: Path, folder: Path) -> Path:
+    """The model, for which masks do not depend on the number of workers that draw them."""
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_study_on_parts_of_the_base_has_the_ledger_of_one_on_the_whole(
+    write_study: Callable[..., Path], tiny_base: Path, tmp_path: Path
+) -> None:
+    """Also where a trial does not fit into memory: it fails once, and the others go on."""
+    sections: dict[str, Any] = {
+        "model": str(without_dropout(tiny_base, tmp_path / "base")),
+        "methods": {
+            "lora": {"rank": [2, 4], "learning_rate": 5e-3},
+            "adapter": {"bottleneck": 4, "learning_rate": 5e-3},
+            "full": {"learning_rate": [1e-3, 10.0]},
+        },
+        "search": {"trials": 2, "sampler": "grid", "scheduler": "none"},
+        "training": {
+            "epochs": 1,
+            "evaluations": 2,
+            "batch_size": 16,
+            "max_length": 16,
+            "precision": "fp32",
+            "max_grad_norm": 1e9,
+        },
+    }
+    one = write_study("one", **sections)
+    resources = {"workers_per_trial": 2, "strategy": "fsdp", "cpus_per_worker": 1, "slots": 1}
+    two = write_study("two", **sections, resources=resources)
+    run(one, tmp_path)
+    run(two, tmp_path)
+    alone, together = Study.open("one", tmp_path).trials(), Study.open("two", tmp_path).trials()
+    assert len(alone) == len(together) == 5
+    for expected, found in zip(alone, together, strict=True):
+        assert found.hyperparameters == expected.hyperparameters
+        assert found.state is expected.state
+        assert found.retries == 0
+        assert found.trainable_parameters == expected.trainable_parameters
+        assert [rung.loss for rung in found.rungs] == pytest.approx([r.loss for r in expected.rungs], abs=1e-4)
+        assert [rung.train_loss for rung in found.rungs] == pytest.approx(
+            [rung.train_loss for rung in expected.rungs], abs=1e-4
+        )
+    states = [record.state for record in together]
+    assert states.count(TrialState.COMPLETE) == 4
+    diverged = next(record for record in together if record.state is TrialState.FAILED)
+    assert "loss" in (diverged.error or "")
+
+
+@pytest.fixture
+def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    for name, value in PATIENCE.items():
+        monkeypatch.setenv(name, value)
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}, shutdown_at_exit=False
+    )
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def test_a_machine_that_is_about_to_be_taken_away_hands_its_work_to_another(
+    machines: Any, write_study: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As an autoscaler drains a spot machine that is reclaimed; nothing counts as a retry, and no number changes."""
+    path = write_study(
+        "spot",
+        methods={"lora": {"rank": [1, 2, 4], "learning_rate": [1e-3, 5e-3]}},
+        search={"trials": 6, "sampler": "grid", "scheduler": "none"},
+        training={"epochs": 12, "evaluations": 2, "batch_size": 4, "max_length": 16},
+        resources={"cpus_per_worker": 1, "slots": 1},
+    )
+    quiet = tmp_path / "quiet"
+    quiet.mkdir()
+    run(path, quiet)
+    spot = machines.add_node(num_cpus=1, include_dashboard=False)
+    environment = {**PATIENCE, "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
+    with running(path, tmp_path, "--address", machines.address, environment=environment) as study:
+        study.wait_until(lambda: study.evaluations() >= 2)
+        machines.add_node(num_cpus=1, include_dashboard=False)
+        drain(machines.address, spot.node_id)
+        # It has been left, with all that it did, before it is gone.
+        drained = study.evaluations()
+        study.wait_until(lambda: study.evaluations() >= drained + 2)
+        machines.remove_node(spot, allow_graceful=False)
+        assert study.ended() == 0, study.said()[-3000:]
+    records = Study.open("spot", tmp_path).trials()
+    assert [record.state for record in records] == [TrialState.COMPLETE] * 6
+    assert [record.retries for record in records] == [0] * 6
+    assert ledger("spot", tmp_path) == ledger("spot", quiet)
+
+
+def drain(address: str, node: str) -> None:
+    """What the autoscaler says to Ray when a cloud takes a spot machine back."""
+    arguments = ["--address", address, "--node-id", node, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+    arguments += ["--reason-message", "reclaimed", "--deadline-remaining-seconds", "600"]
+    ray = Path(sys.executable).with_name("ray")
+    subprocess.run([ray, "drain-node", *arguments], check=True, timeout=120)

@@ -1,0 +1,85 @@
+"""A configuration that does not fit into memory fails with a sentence; its worker goes on as if nothing had been."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from group_runs import GroupRun, run_group
+from tiny_models import SAMPLES
+
+from peftsearch.search.plan import StudyPlan, plan_study
+from peftsearch.spec import StudyFile
+from peftsearch.training.memory import describe, out_of_memory
+from peftsearch.training.segment import Failure, Outcome, Segment, SegmentResult, TrialPlan
+
+ROOM = 700 * 2**20
+"""What the processes may still allocate once the base is loaded."""
+
+
+@pytest.fixture
+def plan(write_study: Callable[..., Path], tmp_path: Path) -> StudyPlan:
+    training = {"epochs": 1, "evaluations": 1, "batch_size": 16, "max_length": 16, "precision": "fp32"}
+    path = write_study(methods={"lora": {}, "adapter": {}}, training=training)
+    return plan_study(StudyFile.load(path), tmp_path / "cache")
+
+
+def segment(plan: StudyPlan, method: str, number: int, **changes: Any) -> Segment:
+    trial = TrialPlan(number, next(iter(plan.models)), "topics", method, SAMPLES[method] | changes, seed=0)
+    return Segment(trial, plan.budgets["topics", method].total_steps, final=True)
+
+
+def too_large_to_build(plan: StudyPlan) -> Segment:
+    return segment(plan, "adapter", 0, bottleneck=20_000_000)
+
+
+def too_large_to_run(plan: StudyPlan) -> Segment:
+    """Its weights take 190 MB, and the first layer's activations for the first batch some hundred MB each."""
+    return segment(plan, "adapter", 1, bottleneck=750_000)
+
+
+def numbers(outcome: Outcome) -> tuple[Any, ...]:
+    assert isinstance(outcome, SegmentResult), outcome
+    return outcome.step, outcome.loss, outcome.train_loss, outcome.scores
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_worker_stays_warm_and_the_next_trial_is_as_on_a_fresh_one(
+    workers: int, plan: StudyPlan, tmp_path: Path
+) -> None:
+    def do(name: str, limits: dict[int, int], *work: Segment) -> list[Outcome]:
+        handed = GroupRun(plan.for_workers(tmp_path / name, threads=1), [work], "ddp", workers, limits)
+        return run_group(handed).outcomes[0]
+
+    good = segment(plan, "lora", 2)
+    (expected,) = do("fresh", {}, good)
+    limits = dict.fromkeys(range(workers), ROOM)
+    first, second, found = do("limited", limits, too_large_to_build(plan), too_large_to_run(plan), good)
+    for failure in (first, second):
+        assert isinstance(failure, Failure), failure
+        assert "out of memory" in failure.error
+        assert "GiB more were wanted" in failure.error
+        assert "training.batch_size" in failure.error
+    assert numbers(found) == numbers(expected)
+
+
+def test_one_worker_that_cannot_build_its_model_tells_the_others(plan: StudyPlan, tmp_path: Path) -> None:
+    work = [too_large_to_build(plan), segment(plan, "lora", 2)]
+    found = run_group(GroupRun(plan.for_workers(tmp_path / "one", threads=1), [work], "ddp", 2, {1: ROOM}))
+    for failure, result in found.outcomes:
+        assert isinstance(failure, Failure)
+        assert "out of memory" in failure.error
+        assert isinstance(result, SegmentResult)
+    assert "worker 1: out of memory" in str(found.outcomes[0][0])
+
+
+def test_what_counts_as_out_of_memory() -> None:
+    on_gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of")
+    assert out_of_memory(on_gpu)
+    assert describe(on_gpu).startswith("out of GPU memory: 20.00 MiB more were wanted; lower training.batch_size")
+    assert out_of_memory(MemoryError())
+    assert describe(MemoryError()).startswith("out of memory; lower")
+    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
