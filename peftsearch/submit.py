@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 from peftsearch.ray_access import HOW_TO_SWITCH_ON, check_access, refused, token_of_the_user
 from peftsearch.spec import DataSpec, StudyError, StudyFile, model_location
+from peftsearch.storage import ENVIRONMENT_VARIABLE
 from peftsearch.study import SUBMITTED_FROM, Study
 
 SHIPPED_BYTES = 200 * 2**20
@@ -33,11 +34,14 @@ STOP_SECONDS = 180
 """How long a job that was asked to stop may take; Ray's 3 seconds cut off the driver while it writes."""
 STOPPED = 130
 """Exit status of a study that was asked to stop."""
+STORAGE_MARK = "PEFTSEARCH_STORAGE_MARK"
+"""Environment variable of a job: a file in the storage that the machine that has submitted it left there."""
 
-_REQUEST_SECONDS = 30.0
+_REQUEST_SECONDS = 60.0
 _HEARTBEAT_SECONDS = 20.0
 _MARK_SECONDS = 24 * 3600.0
 """A mark that a job has not found in so long is not looked for any more."""
+_NO_SUCH_COMMAND = 127
 _ENDED = {"SUCCEEDED", "FAILED", "STOPPED"}
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 
@@ -129,7 +133,8 @@ class JobServer:
                 runtime_env={"working_dir": str(package), "env_vars": environment},
                 metadata={"peftsearch_files": job.files},
             )
-        except StudyError:
+        except (StudyError, ConnectionError):
+            # Somebody was quicker, or the answer got lost.
             if not any(other.id == job.id for other in self.jobs(job.id.rpartition("-")[0] + "-")):
                 raise
         return job
@@ -252,8 +257,10 @@ def submit(study: Study, overrides: Sequence[str], server: JobServer, told: Told
         number = int(before[-1].id.removeprefix(prefix)) + 1 if before else 1
         job = Job(f"{prefix}{number}", files=digest)
         mark = _mark_storage(study, told)
-        entrypoint = _entrypoint(study, names[0], overrides, mark)
+        entrypoint = _entrypoint(study, names[0], overrides)
         environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), SUBMITTED_FROM: str(file.folder)}
+        if mark is not None:
+            environment[STORAGE_MARK] = str(mark)
         return server.submit(job, entrypoint, package, environment), False
 
 
@@ -424,26 +431,33 @@ def _mark_storage(study: Study, told: Told) -> Path | None:
     return mark
 
 
-def _entrypoint(study: Study, name: str, overrides: Sequence[str], mark: Path | None) -> str:
+def _entrypoint(study: Study, name: str, overrides: Sequence[str]) -> str:
     """The job's command, for a shell on the cluster's head."""
-    place = str(study.folder.storage)
-    command = ["peftsearch", "run", f"./{name}", "--name", study.name, "--address", "auto", "--storage", place]
+    command = ["peftsearch", "run", f"./{name}", "--name", study.name, "--address", "auto"]
+    command += ["--storage", str(study.folder.storage)]
     for setting in overrides:
         command += ["--set", setting]
-    missing = "Error: the cluster's head has no command 'peftsearch': install this package on every node"
-    steps = [f"command -v peftsearch >/dev/null || {{ echo {shlex.quote(missing)} >&2; exit 2; }}"]
-    if mark is not None:
-        unseen = (
-            f"Error: the cluster does not see the folder {place} of the machine that has submitted the study: name a "
-            "storage that both see with --storage, a shared folder or a URI such as s3://bucket/folder"
-        )
-        own = '"${PEFTSEARCH_STORAGE:+ (the cluster has its own in $PEFTSEARCH_STORAGE)}"'
-        steps.append(
-            f"test -e {shlex.quote(str(mark))} || {{ echo {shlex.quote(unseen)}{own} >&2; exit 2; }}; "
-            f"rm -f {shlex.quote(str(mark))}"
-        )
     # In the shell's place: a signal to stop is for the driver.
-    return "; ".join([*steps, f"exec {shlex.join(command)}"])
+    return f"exec {shlex.join(command)}"
+
+
+def check_arrival(study: Study) -> None:
+    """In a job, before its study runs: see that the storage is the one that the submitting machine means.
+
+    Raises:
+        StudyError: It is another folder of the same name.
+    """
+    if not (mark := os.environ.get(STORAGE_MARK)):
+        return
+    if not Path(mark).exists():
+        storage = os.environ.get(ENVIRONMENT_VARIABLE)
+        own = f" (the cluster's own is {storage})" if storage else ""
+        raise StudyError(
+            f"the cluster does not see the folder {study.folder.storage} of the machine that has submitted the study: "
+            f"name a storage that both see with --storage, a shared folder or a URI such as s3://bucket/folder{own}"
+        )
+    with contextlib.suppress(OSError):
+        Path(mark).unlink()
 
 
 def _job(details: Any) -> Job:
@@ -465,6 +479,9 @@ def _exit_status(job: Job, told: Told) -> int:
     if job.exit_status is None:
         told(f"the job {job.id} has failed: {_first_line(job.message)}")
         return 1
+    if job.exit_status == _NO_SUCH_COMMAND:
+        told("the cluster's head has no command 'peftsearch': install this package on all of its nodes")
+        return 2
     if job.exit_status < 0:
         told(f"the job {job.id} was killed (signal {-job.exit_status}); submitting again continues it")
     return job.exit_status if 0 < job.exit_status < 256 else 1

@@ -18,8 +18,9 @@ import torch
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 from torch import distributed
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-_stores: list[distributed.TCPStore] = []
+_stores: list[TCPStore] = []
 """Keeps the store of this worker's group open for as long as the worker lives."""
 
 
@@ -58,7 +59,7 @@ def _open_store(size: int, seconds: float) -> tuple[str, int]:
     listener.bind((address, 0))
     port = int(listener.getsockname()[1])
     _stores[:] = [
-        distributed.TCPStore(
+        TCPStore(
             address,
             port,
             size,
@@ -75,7 +76,7 @@ def _join(backend: str, rank: int, size: int, address: str, port: int, seconds: 
     """On every worker: become part of the group."""
     timeout = timedelta(seconds=seconds)
     if rank > 0:
-        _stores[:] = [distributed.TCPStore(address, port, size, is_master=False, timeout=timeout)]
+        _stores[:] = [TCPStore(address, port, size, is_master=False, timeout=timeout)]
     own = ray.util.get_node_ip_address()
     interface = _interface(own)
     if interface is not None:

@@ -134,6 +134,10 @@ def test_a_running_study_listens_on_loopback_and_admits_nobody_without_its_token
         assert "admitted" in friend.stdout
         # Neither on a command line, which everybody on the machine can read, nor in a file.
         assert not [process for process in processes if any(token in word for word in process.cmdline())]
+    # Asked by SIGTERM, the study has stopped by itself: Ray's own handler would have ended it where it was.
+    said = (tmp_path / "driver.log").read_text()
+    assert "Stopped. Everything so far is recorded" in said
+    assert "SIGTERM received" not in said
     assert not list(home.rglob("*auth*"))
     told = subprocess.run(["grep", "-rlF", token, str(tmp_path)], capture_output=True, text=True).stdout
     assert not told
