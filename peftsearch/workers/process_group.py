@@ -14,7 +14,6 @@ from typing import Any
 
 import psutil
 import ray
-import torch
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 from torch import distributed
@@ -84,10 +83,6 @@ def _join(backend: str, rank: int, size: int, address: str, port: int, seconds: 
         if own in ("127.0.0.1", "::1"):
             # NCCL never takes loopback by itself. Between machines it knows better than Ray what network is fast.
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
-    if backend == "nccl":
-        from ray.train.torch import get_device
-
-        torch.cuda.set_device(get_device())
     distributed.init_process_group(backend, store=_stores[0], rank=rank, world_size=size, timeout=timeout)
 
 
