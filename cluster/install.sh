@@ -30,7 +30,7 @@ pinned=()
 if [ -n "$constraints" ] && [ -s "$constraints" ]; then
   pinned=(--constraint "$constraints")
 fi
-"$environment/bin/pip" install --quiet --disable-pip-version-check "${pinned[@]}" "${wheel}[postgres]"
+"$environment/bin/pip" install --quiet --disable-pip-version-check "${pinned[@]}" "${wheel}[cluster,postgres]"
 
 if [ -n "$constraints" ] && [ ! -s "$constraints" ]; then
   mkdir -p "$(dirname "$constraints")"

@@ -4,12 +4,14 @@
 #
 #   sbatch --nodes=4 --gpus-per-node=4 --time=24:00:00 cluster/slurm.sh study.yaml /shared/peftsearch [OPTIONS of run]
 #
-# Where time runs out or a node is lost, the job is put back into the queue (--requeue) and the study continues; the same
-# sbatch line, given again, continues it as well.
+# Where time runs out or a node is lost, the job goes back into the queue and the study continues; the same sbatch line,
+# given again, continues it as well.
 #SBATCH --job-name=peftsearch
 #SBATCH --ntasks-per-node=1
+# Whole nodes: when the study ends, Ray stops all of your Ray processes on them, also those of other jobs.
 #SBATCH --exclusive
 #SBATCH --requeue
+#SBATCH --signal=B:USR1@120
 #SBATCH --open-mode=append
 set -euo pipefail
 
@@ -18,19 +20,31 @@ storage=$2
 shift 2
 environment=${PEFTSEARCH_ENVIRONMENT:-$HOME/peftsearch-env}
 
-# A token for this job alone, in a file that no other user can read: on a cluster that people share, whoever reaches Ray's
-# ports runs code as you.
+# A token for this job alone, in a file that no other user can read: on a cluster that people share, whoever reaches
+# Ray's ports runs code as you.
 token=$HOME/.peftsearch/token-$SLURM_JOB_ID
 trap 'rm -f "$token"' EXIT
 mkdir -p "$HOME/.peftsearch"
 (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$token")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token
 
-# srun starts the same command on every node: the first becomes the head, and runs what follows "--". A port by job number,
-# so that two jobs whose nodes overlap do not meet.
+# Slurm's own --requeue is for lost nodes; two minutes before time runs out, --signal says so to this script.
+trap 'out_of_time=yes; scontrol requeue "$SLURM_JOB_ID"' USR1
+
+# srun starts the same command on every node: the first becomes the head, and runs what follows "--". A port by the
+# job's number, so that a node that is still being cleaned up is not met.
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(getent ahostsv4 "$head" | awk 'NR == 1 { print $1 }')
 srun --kill-on-bad-exit=1 "$environment/bin/ray" symmetric-run \
   --address "$address:$((20000 + SLURM_JOB_ID % 10000))" --min-nodes "$SLURM_JOB_NUM_NODES" \
   --dashboard-host=127.0.0.1 --disable-usage-stats \
-  -- "$environment/bin/peftsearch" run "$study" --address auto --storage "$storage" "$@"
+  -- "$environment/bin/peftsearch" run "$study" --address auto --storage "$storage" "$@" &
+running=$!
+
+# A signal ends the first wait.
+status=0
+wait "$running" || status=$?
+if [ "${out_of_time:-}" ]; then
+  wait "$running" || status=$?
+fi
+exit "$status"

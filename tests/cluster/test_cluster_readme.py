@@ -17,7 +17,7 @@ BLOCKS = shell_blocks(README)
 def commands(program: str) -> list[list[str]]:
     """The README's calls of a program, also inside ``ray exec`` and ``kubectl exec``, as words."""
     code = "\n".join(BLOCKS).replace("\\\n", " ")
-    found = re.findall(rf"(?:^|'|-- |&& |=token )\s*((?:{program}) [^'\"\n]*)", code, re.MULTILINE)
+    found = re.findall(rf"(?:^|'|-- |&& |=token )\s*((?:{program}) [^'\")\n]*)", code, re.MULTILINE)
     return [shlex.split(line, comments=True) for line in found]
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -33,8 +34,22 @@ def readme_block(*words: str) -> str:
 
 
 def namespaces() -> list[str]:
-    """A command prefix that gives a process network and mounts of its own."""
-    command = ["unshare", "--mount", "--net", "--propagation", "private"]
+    """A command prefix that gives a process network, mounts and process numbers of its own.
+
+    The latter because Ray stops processes by their names: all of a machine's, whoever started them. And nothing of what
+    runs inside outlives the command.
+    """
+    command = [
+        "unshare",
+        "--mount",
+        "--net",
+        "--pid",
+        "--fork",
+        "--kill-child",
+        "--mount-proc",
+        "--propagation",
+        "private",
+    ]
     if subprocess.run([*command, "true"], capture_output=True).returncode:
         pytest.skip("needs the right to make network namespaces")
     return command
@@ -151,6 +166,41 @@ def test_a_study_finishes_as_a_slurm_job(tmp_path: Path, write_study: Any) -> No
     assert not list((home / ".peftsearch").iterdir()), "the job's token is left behind"
 
 
+def test_a_slurm_job_that_runs_out_of_time_goes_back_into_the_queue(tmp_path: Path) -> None:
+    home, programs = tmp_path / "home", tmp_path / "bin"
+    home.mkdir()
+    programs.mkdir()
+    scripts = {
+        "srun": SRUN,
+        "scontrol": f"#!/bin/bash\nif [ $1 = requeue ]; then echo $2 >{tmp_path}/requeued; fi; echo localhost\n",
+        # In place of Ray and the study: what runs until it is ended.
+        "ray": f"#!/bin/bash\necho $$ >{tmp_path}/running\nexec sleep 2\n",
+    }
+    for name, text in scripts.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    process = subprocess.Popen(
+        ["bash", str(CLUSTER / "slurm.sh"), "study.yaml", str(tmp_path)],
+        env=environment(
+            HOME=str(home),
+            PATH=f"{programs}:{os.environ['PATH']}",
+            SLURM_JOB_ID="7",
+            SLURM_JOB_NODELIST="localhost",
+            SLURM_JOB_NUM_NODES="1",
+            PEFTSEARCH_ENVIRONMENT=str(tmp_path),
+        ),
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "running").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    process.wait(30)
+    assert (tmp_path / "requeued").read_text() == "7\n"
+    assert re.search(r"^#SBATCH --signal=B:USR1@\d+$", (CLUSTER / "slurm.sh").read_text(), re.MULTILINE)
+
+
 # Passwords, databases, MLflow
 
 
@@ -222,7 +272,7 @@ def test_a_study_keeps_its_ledger_in_that_database(databases: PostgresServer, mo
     url = url.replace("127.0.0.1/", f"127.0.0.1:{databases.port}/")
     cell = LedgerCell("law/lora/tiny", "tiny", "law", "lora", "accuracy", "maximize")
     Ledger(url, "contracts", [cell])
-    assert Ledger(url, "contracts").records() == []
+    assert Ledger(url, "contracts").records == []
 
 
 def ask(port: int, host: str, path: str = "/api/2.0/mlflow/experiments/search?max_results=1") -> int:

@@ -1,5 +1,7 @@
+#!/usr/bin/env bash
 # A head and a worker of Ray in two network namespaces, with the commands of a launcher file. Run by test_cluster_runs.py
-# under `unshare --mount --net`, with HEAD_COMMAND, WORKER_COMMAND, TOKEN_COMMANDS and ASK_COMMANDS in the environment.
+# under `unshare --mount --net --pid`, which also ends all that is started here. HEAD_COMMAND, WORKER_COMMAND,
+# TOKEN_COMMANDS and ASK_COMMANDS come in the environment.
 set -euo pipefail
 
 mount -t tmpfs tmpfs /tmp
@@ -10,7 +12,6 @@ cd "$HOME"
 # The worker's network; both have a default route, by which Ray finds its own address.
 unshare --net sleep 3600 &
 network=$!
-trap 'ray stop --force >/dev/null 2>&1 || true; kill $network' EXIT
 worker() { nsenter --target "$network" --net "$@"; }
 ip link set lo up
 ip link add head type veth peer name worker
@@ -26,9 +27,20 @@ worker ip route add default via 10.77.0.1
 bash -euo pipefail -c "$TOKEN_COMMANDS" >/dev/null
 echo "token-mode $(stat -c %a "$HOME/.ray/auth_token")"
 
-bash -c "$HEAD_COMMAND" >/tmp/head.log 2>&1 || { cat /tmp/head.log; exit 1; }
+# Ray gives a node 30 seconds to start, which on two busy cores is not always enough: ask again, as `ray up` would.
+try() {
+  for attempt in 1 2 3; do
+    echo "attempt $attempt" >>/tmp/start.log
+    if "$@" >>/tmp/start.log 2>&1; then return; fi
+    ray stop --force >/dev/null 2>&1 || true
+  done
+  cat /tmp/start.log
+  return 1
+}
+try bash -c "$HEAD_COMMAND"
 RAY_HEAD_IP=10.77.0.1
 export RAY_HEAD_IP
+# Not again where it fails: stopping it would stop the head.
 worker bash -c "$WORKER_COMMAND" >/tmp/worker.log 2>&1 || { cat /tmp/worker.log; exit 1; }
 
 status() { curl --silent --output /dev/null --max-time 10 --write-out '%{http_code}' "$@" || true; }
