@@ -47,6 +47,9 @@ _STARTING_OR_FULL = {"57P03", "53300"}
 """PostgreSQL's "cannot connect now" and "too many connections"
 (https://www.postgresql.org/docs/current/errcodes-appendix.html)."""
 
+_HOPELESS = ("readonly database", "no such table", "no such column")
+"""What no patience mends."""
+
 _NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "fuse.", "9p", "ceph", "lustre", "gpfs", "beegfs", "glusterfs", "afs")
 
 
@@ -95,10 +98,11 @@ class PatientStorage(RDBStorage):
                 if not is_away(error):
                     raise
                 waited = time.monotonic() - began
-                if waited >= self.patience:
+                if waited >= self.patience or any(text in first_line(error) for text in _HOPELESS):
+                    what = f"has not answered for {waited:.0f} s" if waited >= self.patience else "cannot be used"
                     failure = RuntimeError(
-                        f"the ledger {hide_password(self.url)} has not answered for {waited:.0f} s "
-                        f"({first_line(error)}): nothing that it holds is lost, run the study again when it is back"
+                        f"the ledger {hide_password(self.url)} {what} ({first_line(error)}): nothing that it holds is "
+                        "lost, run the study again when that is mended"
                     )
                     if writes:
                         self.failure = failure
@@ -279,7 +283,7 @@ def _sqlite_settings(url: URL) -> Callable[[Any, Any], None]:
     # With the rollback journal every attribute costs two fsyncs (15 to 20 ms here); with a write-ahead log 0.5 ms.
     # A process that dies loses nothing either way. https://www.sqlite.org/wal.html
     # A write-ahead log needs shared memory, which a network's file system cannot give (same page, section 1).
-    local = url.database in (None, "", ":memory:") or not on_network(Path(str(url.database)))
+    local = url.database in (None, "", ":memory:") or not on_network(Path(str(url.database).removeprefix("file:")))
 
     def settings(connection: Any, _: Any) -> None:
         if local:

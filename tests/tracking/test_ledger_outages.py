@@ -155,6 +155,15 @@ def test_patience_ends_in_one_sentence_and_nothing_is_lost(tmp_path: Path) -> No
     run_study_on(Ledger(url, "s", CELLS))
 
 
+def test_a_database_that_takes_no_writes_is_not_waited_for(tmp_path: Path) -> None:
+    run_study(Ledger(f"sqlite:///{tmp_path / 'ledger.db'}", "s", CELLS), trials=2)
+    ledger = Ledger(f"sqlite:///file:{tmp_path / 'ledger.db'}?mode=ro&uri=true", "s", patience=600)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"cannot be used \(attempt to write a readonly database\)"):
+        run_study_on(ledger)
+    assert time.monotonic() - began < 60
+
+
 def run_study_on(ledger: Ledger) -> None:
     ledger.set_run_id(0, "another")
 
