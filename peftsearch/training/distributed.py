@@ -137,7 +137,7 @@ class WorkerGroup:
         flat = torch.cat([gradient.float().reshape(-1) for gradient in gradients])
         distributed.all_reduce(flat)
         flat /= self.size
-        for parameter, averaged in zip(own, flat.split([p.numel() for p in own]), strict=True):
+        for parameter, averaged in zip(own, torch.split(flat, [p.numel() for p in own]), strict=True):
             parameter.grad = averaged.reshape(parameter.shape).to(parameter.dtype)
 
     def clip_gradients(self, parameters: Collection[nn.Parameter], max_norm: float) -> None:

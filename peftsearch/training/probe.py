@@ -32,12 +32,13 @@ def probe(
         base: The frozen base.
         domain: Its task says which baselines there are.
         batch_size: Texts per forward pass.
-        group: Only rank 0 computes; the others wait at the next collective.
+        group: Only rank 0 computes, and the others wait at the next collective; where each holds a part of the base,
+            all compute the same.
         split: What is scored. What a baseline has to choose is chosen on validation, whatever is scored.
     """
     task, labels = domain.task, domain.labels
     result = ProbeResult()
-    if group.rank != 0:
+    if group.rank != 0 and not group.sharded:
         return result
     train, scored = domain.split("train")[:], domain.split(split)[:]
     references = task.references(scored)

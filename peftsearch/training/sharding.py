@@ -43,7 +43,7 @@ class ShardedWeight(torch.Tensor):
         self.local = local
         self.mesh = mesh
 
-    def __repr__(self, *_: Any, **__: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"ShardedWeight({tuple(self.shape)}, {self.dtype})"
 
     def placed(self, *, copy: bool = False) -> DTensor:
@@ -56,7 +56,9 @@ class ShardedWeight(torch.Tensor):
         return placed
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # which is no class method to mypy
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func is torch.ops.aten.detach.default:
             return cls(args[0].local, args[0], args[0].mesh)
         args, kwargs = tree_map_only(cls, lambda weight: weight.placed().full_tensor(), (args, kwargs or {}))
@@ -103,7 +105,7 @@ def shard_trial(model: nn.Module, mesh: DeviceMesh, half: bool) -> None:
     from peft import PeftModel
 
     inner: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
-    places = [
+    places: list[tuple[nn.Module, str, Any]] = [
         (module, name, parameter)
         for module in inner.modules()
         for name, parameter in module._parameters.items()

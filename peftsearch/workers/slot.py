@@ -42,7 +42,7 @@ def slot_loop(config: dict[str, Any]) -> None:
     link = _Link(config["dispatcher"], config["slot"])
     me = f"slot {link.slot}, {socket.gethostname()}, process {os.getpid()}"
     # Every rank speaks for the slot where it fails alone.
-    link.incarnation = group.from_first(link.incarnation)
+    link.incarnation = group.from_first(link.incarnation) or link.incarnation
     leads = group.rank == 0
     if leads:
         with contextlib.suppress(ray.exceptions.ActorDiedError):
@@ -120,7 +120,7 @@ def _do(worker: Worker, link: _Link, order: Order, work: Work) -> Outcome:
 def _follow(worker: Worker, group: WorkerGroup, link: _Link) -> None:
     """The other ranks do what rank 0 was handed."""
     while True:
-        order = group.from_first(None)
+        order: Order | None = group.from_first(None)
         assert isinstance(order, Order)
         if order.stop:
             return

@@ -16,7 +16,7 @@ from peftsearch.spec import StudyFile
 from peftsearch.training.memory import describe, out_of_memory
 from peftsearch.training.segment import Failure, Outcome, Segment, SegmentResult, TrialPlan
 
-ROOM = 700 * 2**20
+ROOM = 400 * 2**20
 """What the processes may still allocate once the base is loaded."""
 
 
@@ -37,8 +37,8 @@ def too_large_to_build(plan: StudyPlan) -> Segment:
 
 
 def too_large_to_run(plan: StudyPlan) -> Segment:
-    """Its weights take 190 MB, and the first layer's activations for the first batch some hundred MB each."""
-    return segment(plan, "adapter", 1, bottleneck=750_000)
+    """Its weights take 150 MB, and the activations of its first layer for a batch 200 MB each."""
+    return segment(plan, "adapter", 1, bottleneck=300_000)
 
 
 def numbers(outcome: Outcome) -> tuple[Any, ...]:

@@ -153,6 +153,7 @@ def test_every_method_gives_the_same_on_parts_of_the_base(
         assert_same(found.outcomes[0][2 * number : 2 * number + 2], expected[2 * number : 2 * number + 2])
         assert_same_weights(tmp_path / "two", tmp_path / "one", number, number)
     for before, after in found.fingerprints:
-        assert before == after
+        # The forms of the base that quantised trials take have come in addition.
+        assert before.items() <= after.items()
     # A worker holds a part only.
     assert found.fingerprints[0][0] != found.fingerprints[1][0]
