@@ -121,7 +121,7 @@ class Lease:
     def note(self, **fields: Any) -> None:
         """Update what ``status`` says of the last driver; nothing where it is another one by now."""
         if self.lost is None:
-            known = read_json(self._folder / _NOTES) or {}
+            known = last_driver(self._folder)
             holder = {"pid": self._holder.pid, "host": self._holder.host}
             write_json(self._folder / _NOTES, {**known, **holder, **fields})
 
@@ -245,7 +245,12 @@ def is_held(folder: Place) -> bool:
 
 def last_driver(folder: Place) -> dict[str, Any]:
     """What is known of the driver that runs or last ran a study (`Lease.note`)."""
-    return read_json(folder / _NOTES) or {}
+    try:
+        notes = read_json(folder / _NOTES)
+    except ValueError:
+        # For people only: damaged ones are none.
+        return {}
+    return notes if isinstance(notes, dict) else {}
 
 
 def latest(folder: Place) -> tuple[int, Holder | None]:
@@ -260,7 +265,9 @@ def latest(folder: Place) -> tuple[int, Holder | None]:
         return 0, None
     where = _file(folder, number)
     try:
-        return number, Holder(**read_json(where))
+        found = Holder(**read_json(where))
+        datetime.fromisoformat(found.heard)
+        return number, found
     except (ValueError, TypeError):
         raise StudyError(f"the lease {where} cannot be read: delete it where no driver runs that study") from None
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peftsearch import files
 from peftsearch.files import (
@@ -152,7 +153,8 @@ class StudyFolder:
         """
         try:
             probe = self.path / ".writable"
-            write_bytes(probe, b"")
+            # Of some size: on a full disk an empty file can still be made.
+            write_bytes(probe, bytes(64 * 1024))
             delete(probe)
         except OSError as error:
             raise StudyError(

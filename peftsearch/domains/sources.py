@@ -21,7 +21,7 @@ from peftsearch.domains.hub import hub_reachable, out_of_reach
 from peftsearch.domains.iob import read_iob
 from peftsearch.domains.squad_file import is_squad, squad_records
 from peftsearch.spec import DataSpec, StudyError, UnreachableError, hide_secrets, package_path, suggest
-from peftsearch.spec.locations import PACKAGE_PREFIX
+from peftsearch.spec.locations import PACKAGE_PREFIX, local_path
 from peftsearch.spec.yaml_file import Loc
 
 HUB_PREFIX = "hub:"
@@ -122,9 +122,15 @@ def _locate(reference: str, data: DataSpec, folder: Path, loc: Loc) -> Path:
             return package_path(reference)
         except StudyError as error:
             raise StudyError(error.message, loc) from None
-    path = Path(reference).expanduser()
-    path = path if path.is_absolute() else folder / path
-    if not path.exists():
+    path = local_path(reference, folder)
+    if path is None:
+        raise StudyError(f"no file or folder {reference!r}: check the path", loc)
+    try:
+        there = path.exists()
+    except OSError:
+        # A name that is too long, a folder that nobody may read.
+        there = False
+    if not there:
         if data.expected is not None:
             # A study file that says what the data holds knows that not everybody has it.
             message = f"no file or folder {reference!r} (looked for {str(path)!r})"
@@ -135,7 +141,7 @@ def _locate(reference: str, data: DataSpec, folder: Path, loc: Loc) -> Path:
 
 def _missing_file(reference: str, path: Path) -> str:
     message = f"no file or folder {reference!r} (looked for {str(path)!r})"
-    if path.parent.is_dir():
+    with contextlib.suppress(OSError):
         siblings = [item.name for item in path.parent.iterdir() if item.is_dir() or item.suffix.lower() in SUFFIXES]
         hint = suggest(path.name, siblings)
         if hint.startswith("; did you mean"):
@@ -236,9 +242,11 @@ def _rows_to_table(rows: Iterator[tuple[int, list[str]]], data: DataSpec, needed
             raise StudyError(": fields stand between semicolons: save the file with commas, or with tabs as TSV")
     else:
         body.append(_fitting(first, header))
+    seen: set[str] = set()
     for name in header:
-        if header.count(name) > 1:
-            raise StudyError(f": the header names the column {name!r} twice")
+        if name in seen:
+            raise StudyError(f": the header names the column {name[:60]!r} twice")
+        seen.add(name)
     body.extend(_fitting(row, header) for row in rows if row[1])
     columns = zip(*body, strict=True) if body else [()] * len(header)
     return pa.table({name: pa.array(values, pa.string()) for name, values in zip(header, columns, strict=True)})

@@ -9,6 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from peftsearch.spec.trial import FolderName
+
 Direction = Literal["maximize", "minimize"]
 
 
@@ -68,6 +70,6 @@ class StudyFacts(_Facts):
     description: str | None = None
     trials_per_cell: int
     methods: tuple[str, ...]
-    domains: dict[str, DomainFacts]
+    domains: dict[FolderName, DomainFacts]
     models: dict[str, ModelFacts]
     provenance: dict[str, str] = Field(description="Package versions, hardware, git commit of the study file, ...")

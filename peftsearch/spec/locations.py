@@ -30,10 +30,31 @@ def package_path(reference: str) -> Path:
             "(the quickstart's come with pip install 'peftsearch[quickstart]')"
         )
     root = Path(next(iter(spec.submodule_search_locations))).resolve()
-    path = (root / inside).resolve()
-    if not path.is_relative_to(root) or not path.exists():
+    try:
+        path = (root / inside).resolve()
+        there = path.is_relative_to(root) and path.exists()
+    except (OSError, ValueError):
+        # No file system has such a name.
+        there = False
+    if not there:
         raise StudyError(f"package {name!r} holds no {inside!r}: check the path after {PACKAGE_PREFIX}{name}/")
     return path
+
+
+def local_path(path: str, folder: Path) -> Path | None:
+    """Where a path of a study file leads to; None where it can lead nowhere (``~nobody``, a NUL in it).
+
+    Args:
+        path: As written.
+        folder: The study file's folder; relative paths start there.
+    """
+    if "\0" in path:
+        return None
+    try:
+        local = Path(path).expanduser()
+    except RuntimeError:
+        return None
+    return local if local.is_absolute() else folder / local
 
 
 def model_location(path: str, folder: Path) -> str:
@@ -48,10 +69,12 @@ def model_location(path: str, folder: Path) -> str:
     """
     if path.startswith(PACKAGE_PREFIX):
         return str(package_path(path))
-    local = Path(path).expanduser()
-    candidate = local if local.is_absolute() else folder / local
-    if candidate.is_dir():
-        return str(candidate.resolve())
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+    candidate = local_path(path, folder)
+    try:
+        if candidate is not None and candidate.is_dir():
+            return str(candidate.resolve())
+    except OSError:
+        candidate = None
+    if candidate is None or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise StudyError(f"no model folder {path!r}: check the path")
     return path

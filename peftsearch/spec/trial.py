@@ -5,9 +5,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import StrEnum
 from statistics import fmean, stdev
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+def one_folder(name: str) -> str:
+    """Refuse a name that is a path: folders are named after it, and whoever can write a ledger names only those.
+
+    Raises:
+        ValueError: It is empty, or holds a slash, or climbs.
+    """
+    if name in ("", ".", "..") or any(character in "/\\\0" for character in name):
+        raise ValueError(f"{name[:60]!r} is no name of a folder")
+    return name
+
+
+def within(path: str) -> str:
+    """Refuse a path that leaves the folder that it is relative to.
+
+    Raises:
+        ValueError: It is absolute, or climbs.
+    """
+    parts = path.replace("\\", "/").split("/")
+    if path.startswith(("/", "\\")) or ".." in parts or "\0" in path or ":" in parts[0]:
+        raise ValueError(f"{path[:60]!r} leaves the study's folder")
+    return path
+
+
+FolderName = Annotated[str, AfterValidator(one_folder)]
+PathWithin = Annotated[str, AfterValidator(within)]
 
 
 class TrialState(StrEnum):
@@ -51,7 +78,7 @@ class Reading(BaseModel):
     test_scores: dict[str, float] = Field(default_factory=dict, description="All scores of the task on the test split")
     test_examples: int = 0
     read_at: str | None = Field(default=None, description="When the test split was read: ISO 8601, UTC")
-    predictions: str | None = Field(
+    predictions: PathWithin | None = Field(
         default=None, description="File of the predictions on the test split, relative to the study's folder"
     )
     steps: int = 0
@@ -93,10 +120,10 @@ class TrialRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    number: int = Field(description="Unique within the study, in the order of proposal")
+    number: int = Field(ge=0, description="Unique within the study, in the order of proposal")
     model: str
-    domain: str
-    method: str
+    domain: FolderName
+    method: FolderName
     state: TrialState
     seed: int
     value: float | None = Field(default=None, description="The metric at the full budget, or at the last evaluation")
@@ -114,7 +141,9 @@ class TrialRecord(BaseModel):
     peak_memory_bytes: int | None = Field(
         default=None, description="Peak of the worker: GPU memory, or resident memory on CPU"
     )
-    checkpoint: str | None = Field(default=None, description="Where the weights are, relative to the study's folder")
+    checkpoint: PathWithin | None = Field(
+        default=None, description="Where the weights are, relative to the study's folder"
+    )
     started: str | None = Field(default=None, description="ISO 8601, UTC")
     finished: str | None = Field(default=None, description="ISO 8601, UTC")
     stopped_early: bool = Field(default=False, description="Early stopping ended the trial before the full budget")

@@ -101,6 +101,27 @@ class Ledger:
         self._readings: dict[int, dict[int, Reading]] = {}
         self._unconfirmed: dict[int, dict[int, str]] = {}
         self._confirming: dict[tuple[int, int], Mapping[str, Any]] = {}
+        try:
+            self._load(cells, owner)
+        except (StudyError, OSError, ImportError):
+            raise
+        except Exception as error:
+            if type(error) is RuntimeError:
+                # The database stayed away, or the study is no longer ours to write.
+                raise
+            # All else comes from what the database holds: errors of SQLite, broken JSON, fields that are missing.
+            why = " ".join(str(getattr(error, "orig", None) or error.__cause__ or error).split())[:120]
+            raise StudyError(
+                f"the ledger {hide_password(url)} is damaged ({type(error).__name__}: {why}): restore it from a copy, "
+                "or start the study anew under another --name",
+                ("tracking", "ledger"),
+            ) from None
+
+    def _load(self, cells: Iterable[LedgerCell], owner: Owner | None) -> None:
+        """Find the study's cells, create those that do not exist, and read all trials."""
+        import optuna
+
+        url, study = self.url, self.study
         existing = set(optuna.get_all_study_names(self._storage))
         loaded = {
             name: optuna.load_study(study_name=name, storage=self._storage)

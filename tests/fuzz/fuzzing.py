@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 LONG = os.environ.get("PEFTSEARCH_FUZZ") == "long"
-HANG = 60.0
+HANG = 120.0
 """Seconds after which a case counts as hanging; the process then says where, and ends."""
 
 
