@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from peftsearch.events import StudyEvents
-from peftsearch.files import Place, is_local
+from peftsearch.files import Place, StorageError, is_local
 from peftsearch.frontier.front import finalists
 from peftsearch.ray_access import HOW_TO_SWITCH_ON, check_access, token_of_our_own, token_of_the_user
 from peftsearch.search.cells import Cell
@@ -227,7 +227,7 @@ def run_study(
             while any(thread.is_alive() for thread in probes) and not over():
                 time.sleep(0.2)
             if run.broken is not None:
-                raise StudyError(run.broken)
+                raise RuntimeError(run.broken)
             if pool.lost() and not stopped():
                 raise RuntimeError(pool.why_lost())
         finally:
@@ -334,6 +334,12 @@ def _start_probes(
         for domain, model in _missing_baselines(plan, facts, read_test=read_test)
     ]
 
+    def save() -> None:
+        try:
+            save_facts(facts)
+        except StorageError as error:  # what was found stays in memory, and is in what is saved next
+            log.warning("%s", error)
+
     def collect() -> None:
         for domain, model, reference in pending:
             try:
@@ -351,7 +357,7 @@ def _start_probes(
                 for name in known.keys() & outcome.scores.keys():
                     scores = outcome.scores[name]
                     known[name] = known[name].model_copy(update={"test_value": scores[metric], "test_scores": scores})
-                save_facts(facts)
+                save()
                 continue
             found = {
                 name: Baseline(
@@ -364,7 +370,7 @@ def _start_probes(
                 for name, scores in outcome.scores.items()
             }
             facts.domains[domain].baselines[model] = found
-            save_facts(facts)
+            save()
             events.baselines(domain, found)
 
     thread = threading.Thread(target=collect, name="baselines", daemon=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import os
 import random
 import shutil
@@ -18,18 +19,28 @@ import tempfile
 import time
 import urllib.parse
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peftsearch.spec import StudyError
 
+log = logging.getLogger(__name__)
+
 SCHEMES = ("s3", "gs")
 """Object stores that storages may be in."""
 
 _CLAIM_SECONDS = 60.0
 """A contender for a file of an object store that has not gone on for so long has died."""
+
+
+WRITE_PAUSES = (1.0, 3.0, 10.0)
+"""Seconds before writing is tried again: room may be made on a full disk, a file server or object store come back."""
+
+
+class StorageError(OSError):
+    """A storage takes nothing: what was to be written is not to blame. One sentence."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +120,7 @@ def place(text: str | os.PathLike[str]) -> Place:
         )
     if scheme == "gs" and "retry_limit_seconds" not in options:
         # Google's client goes on trying for a quarter of an hour; a study is to say what is wrong before that.
-        options = "&".join(filter(None, (options, "retry_limit_seconds=30")))
+        options = "&".join(filter(None, (options, "retry_limit_seconds=10")))
     prefix = "".join(f"/{name}" for name in names)
     return RemotePath(f"{scheme}://{user}{at}{host}{prefix}" + (f"?{options}" if options else ""))
 
@@ -210,6 +221,27 @@ def write_bytes(where: Place, content: bytes) -> None:
     # An object appears when its stream is closed.
     with connection.open_output_stream(path, compression=None) as stream:
         stream.write(content)
+
+
+def persist(where: Place, write: Callable[[], None]) -> None:
+    """Have something written; where that fails, have it tried again after pauses (`WRITE_PAUSES`).
+
+    Args:
+        where: What is written, for the sentence.
+        write: May be called several times.
+
+    Raises:
+        StorageError: The disk is full, the folder cannot be written, or the object store cannot be reached.
+    """
+    for pause in (*WRITE_PAUSES, None):
+        try:
+            write()
+            return
+        except OSError as error:
+            if pause is None:
+                raise StorageError(f"cannot write {where}: {reason(error)}") from error
+            log.warning("cannot write %s: %s; trying again in %g s", where, reason(error), pause)
+            time.sleep(pause)
 
 
 def create_bytes(where: Place, content: bytes) -> bool:
@@ -327,7 +359,11 @@ def names(where: Place) -> list[str]:
     from pyarrow.fs import FileSelector
 
     connection, path = filesystem(where)
-    return sorted(info.base_name for info in connection.get_file_info(FileSelector(path, allow_not_found=True)))
+    # Of Google Cloud, pyarrow lists no folder that nobody has made an object for; S3's folders are listed anyway.
+    everything = where.root.startswith("gs://")
+    found = connection.get_file_info(FileSelector(path, allow_not_found=True, recursive=everything))
+    below = (info.path[len(path) :].strip("/").partition("/")[0] for info in found)
+    return sorted({name for name in below if name})
 
 
 def delete(where: Place) -> None:

@@ -10,12 +10,13 @@ Example:
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import socket
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from peftsearch.files import RemotePath, check_bucket, delete_tree, reason, write_bytes
+from peftsearch.files import RemotePath, StorageError, check_bucket, delete_tree, persist, reason, write_bytes
 from peftsearch.fork import Origin, shared_cells, take_over
 from peftsearch.holder import Lease, hold, is_held, last_driver
 from peftsearch.spec import (
@@ -161,9 +162,7 @@ class Study:
         """What the study, which exists, gets more of with this file, in words; None where there is none yet."""
         if not self.folder.exists():
             return None
-        return compare(
-            _saved(_specification(read_json(self.folder.spec), self.folder)), _saved(self.spec)
-        ).extending
+        return compare(_saved(_specification(read_json(self.folder.spec), self.folder)), _saved(self.spec)).extending
 
     def _plan(self, *, partial: bool) -> StudyPlan:
         from peftsearch.search.plan import plan_study
@@ -216,7 +215,10 @@ class Study:
                 shared_cells(origin, _saved(self.spec), self._facts(plan))
             self._check_ledger()
             self.folder.create()
-            with hold(self.folder.path, self.name, lost=stopped.set, waiting=events.phase, stopped=stopped) as lease:
+            with (
+                _mendable(),
+                hold(self.folder.path, self.name, lost=stopped.set, waiting=events.phase, stopped=stopped) as lease,
+            ):
                 facts = self._facts(plan)
                 if found_in:
                     facts.provenance["warm_start"] = found_in
@@ -230,7 +232,8 @@ class Study:
                         self._save_facts(known)
 
                 with closing(self._ledger(plan, lease)) as ledger:
-                    lease.note(state="running", since=_now(), error=None)
+                    notes = self.folder.path / "driver.json"
+                    persist(notes, lambda: lease.note(state="running", since=_now(), error=None))
                     if origin is not None:
                         events.phase(f"taking over the trials of {origin.name}")
                         self._take_over(origin, facts, ledger)
@@ -283,7 +286,8 @@ class Study:
                                     f"MLflow at {self.public_tracking_uri} could not be brought up to date; "
                                     f"run 'peftsearch sync {self.name}' when it is back"
                                 )
-                    lease.note(state="interrupted" if stopped() else "finished", until=_now())
+                    state = "interrupted" if stopped() else "finished"
+                    persist(notes, lambda: lease.note(state=state, until=_now()))
         if stopped():
             raise StudyInterrupted(self.name)
         return self.frontier()
@@ -534,7 +538,7 @@ class Study:
                 raise StudyError(f"the model {path!r} has changed since the study {self.name!r} began: {advice}")
 
     def _save_facts(self, facts: StudyFacts) -> None:
-        write_json(self.folder.facts, facts.model_dump(mode="json"))
+        persist(self.folder.facts, lambda: write_json(self.folder.facts, facts.model_dump(mode="json")))
 
     @property
     def id(self) -> str:
@@ -557,9 +561,11 @@ class Study:
             "file": self.file.where,
             "submitted_from": os.environ.get(SUBMITTED_FROM),
         }
-        write_json(self.folder.spec, {**known, "id": self.id, **written})
+        saved = {**known, "id": self.id, **written}
+        persist(self.folder.spec, lambda: write_json(self.folder.spec, saved))
         if self.file.text is not None:
-            write_bytes(self.folder.study_file, hide_secrets(without_passwords(self.file.text)).encode())
+            text = hide_secrets(without_passwords(self.file.text)).encode()
+            persist(self.folder.study_file, lambda: write_bytes(self.folder.study_file, text))
 
     def _check_unchanged(self) -> None:
         """A study goes on only with the question that it began with.
@@ -739,6 +745,22 @@ def _check_storage(folder: StudyFolder) -> None:
         raise StudyError(
             f"cannot write to the storage {folder.storage}: choose another with --storage or PEFTSEARCH_STORAGE"
         )
+
+
+@contextlib.contextmanager
+def _mendable() -> Iterator[None]:
+    """Around what fails where the storage takes nothing.
+
+    Raises:
+        RuntimeError: It is full, read-only or away; the study continues when that is mended.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not isinstance(error, StorageError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        what = str(error) if isinstance(error, StorageError) else f"cannot write {error.filename}: {error.strerror}"
+        raise RuntimeError(f"{what}: mend that and run the study again, it continues") from error
 
 
 def _left_out(spec: StudySpec, ledger: Ledger) -> int:

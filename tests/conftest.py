@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
-from postgres_server import postgres_server  # noqa: F401  (one server for all tests that ask for it)
+from gcs_server import gcs_server  # noqa: F401  (one server for all tests that ask for it)
+from postgres_server import postgres_server  # noqa: F401  (the same)
 from s3_server import s3_server  # noqa: F401  (the same)
 
 TOPICS = {

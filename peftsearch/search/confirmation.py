@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from peftsearch.files import Place
 from peftsearch.search.run import DomainSearch, Observer
-from peftsearch.spec import Reading, StudyError, TrialRecord
+from peftsearch.spec import Reading, TrialRecord
 from peftsearch.training.checkpoint import discard_weights, trial_folder
 from peftsearch.training.segment import Failure, Outcome, Segment, SegmentResult, TrialPlan
 
@@ -93,11 +93,11 @@ class Confirmations:
         """Record a segment's outcome; returns the re-training's next segment, or None where it has ended.
 
         Raises:
-            StudyError: No trial can go on, and none is to blame.
+            RuntimeError: No trial can go on, and none is to blame.
         """
         plan = segment.trial
         if isinstance(outcome, Failure) and outcome.of_study:
-            raise StudyError(outcome.error)
+            raise RuntimeError(outcome.error)
         if isinstance(outcome, Failure):
             self._ledger.fail_confirmation(plan.number, plan.seed, outcome.error)
             self.failed += 1

@@ -13,12 +13,11 @@ import json
 import logging
 import os
 import re
-import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from peftsearch.files import Place, delete, is_local, names, reading, reason, writing
+from peftsearch.files import Place, delete, is_local, names, persist, reading, reason, writing
 
 if TYPE_CHECKING:
     import torch
@@ -36,19 +35,12 @@ TEST_READING = "test.json"
 STATES_KEPT = 2
 """States of a running trial: the latest one, and the one before it."""
 
-WRITE_PAUSES = (1.0, 3.0, 10.0)
-"""Seconds before writing is tried again: room may be made on a full disk, a file server or object store come back."""
-
 _META = "peftsearch"
 _STATE = re.compile(r"state-(\d+)\.safetensors")
 
 
 class CorruptCheckpointError(RuntimeError):
     """A checkpoint's bytes are not those that were written."""
-
-
-class StorageError(OSError):
-    """The storage takes no checkpoint: no trial is to blame, and none can go on. One sentence."""
 
 
 def trial_folder(study_folder: Place, key: str) -> Place:
@@ -139,29 +131,12 @@ def write_checkpoint(
         lasting: Return only when it is on the disk, for files that others are deleted after.
 
     Raises:
-        StorageError: As `persist`.
+        StorageError: As `peftsearch.files.persist`; the file is as it was before.
     """
     host = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     described = _described(host, json.loads(json.dumps(meta)))
     payload = json.dumps({"meta": meta, "checksum": _checksum(host), "described": described})
     persist(path, lambda: _write(path, host, payload, lasting))
-
-
-def persist(path: Place, write: Callable[[], None]) -> None:
-    """Write one of a trial's files; where that fails, try again after pauses (`WRITE_PAUSES`).
-
-    Raises:
-        StorageError: The disk is full, the folder cannot be written, or the object store cannot be reached.
-    """
-    for pause in (*WRITE_PAUSES, None):
-        try:
-            write()
-            return
-        except OSError as error:
-            if pause is None:
-                raise StorageError(f"cannot write to {path.parent.parent}: {reason(error)}") from error
-            log.warning("cannot write %s: %s; trying again in %g s", path, reason(error), pause)
-            time.sleep(pause)
 
 
 def _write(path: Place, tensors: dict[str, torch.Tensor], payload: str, lasting: bool) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from peftsearch.domains import PreparedDomain
 from peftsearch.domains.tasks import LossOptions
-from peftsearch.files import Place, read_json, write_bytes, write_json
+from peftsearch.files import Place, persist, read_json, write_bytes, write_json
 from peftsearch.methods import METHODS, AttachContext
 from peftsearch.spec import TrainingSpec
 from peftsearch.training.base_model import FrozenBase, count_trainable, move, trainable
@@ -28,7 +28,6 @@ from peftsearch.training.checkpoint import (
     WEIGHTS,
     CorruptCheckpointError,
     delete_states,
-    persist,
     read_checkpoint,
     sound_states,
     trial_folder,

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from peftsearch.domains import PreparedDomain
-from peftsearch.files import Place, copy_tree, exists, local_cache, write_bytes
+from peftsearch.files import Place, copy_tree, exists, local_cache, persist, write_bytes
 from peftsearch.spec import StudyError
 from peftsearch.training.segment import WorkerPlan
 
@@ -24,17 +24,21 @@ def publish(plan: WorkerPlan, storage: Place) -> WorkerPlan:
     """Copy a plan's prepared data into an object store, what is not there yet; returns the plan with the new places.
 
     Raises:
-        OSError: The storage cannot be written.
+        StorageError: The storage cannot be written.
     """
     places: dict[tuple[str, str], Place] = {}
     for key, folder in plan.domains.items():
         target = storage / "cache" / folder.name
         # Folders are named after all that went into them: one that is complete is the same.
         if not exists(target / _COMPLETE):
-            copy_tree(folder, target)
-            write_bytes(target / _COMPLETE, b"")
+            persist(target, lambda folder=folder, target=target: _copy(folder, target))  # type: ignore[misc]
         places[key] = target
     return replace(plan, domains=places)
+
+
+def _copy(folder: Place, target: Place) -> None:
+    copy_tree(folder, target)
+    write_bytes(target / _COMPLETE, b"")
 
 
 def fetch(where: Place) -> PreparedDomain:

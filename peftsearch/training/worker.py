@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 import torch
 
 from peftsearch.domains import PreparedDomain
+from peftsearch.files import StorageError
 from peftsearch.training.base_model import FrozenBase
-from peftsearch.training.checkpoint import StorageError
 from peftsearch.training.distributed import PeerError, WorkerGroup
 from peftsearch.training.forgetting import GeneralText, measurable
 from peftsearch.training.memory import describe, out_of_memory

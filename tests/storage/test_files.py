@@ -1,4 +1,5 @@
-"""Every primitive of `peftsearch.files`, on a folder and on a real S3-compatible server: the same behaviour."""
+"""Every primitive of `peftsearch.files`, on a folder and on servers that speak S3's protocol and Google's: the same
+behaviour."""
 
 from __future__ import annotations
 
@@ -16,10 +17,12 @@ from peftsearch.files import Place, RemotePath
 from peftsearch.spec import StudyError
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture(params=["folder", "s3", "gs"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     if request.param == "folder":
         return files.place(tmp_path)
+    if request.param == "gs":
+        return files.place(request.getfixturevalue("gcs_server").storage(f"team/{uuid.uuid4().hex}"))
     server: S3Server = request.getfixturevalue("s3_server")
     return files.place(server.storage(f"team/{uuid.uuid4().hex}"))
 
@@ -34,6 +37,7 @@ def test_what_is_written_is_read(root: Place) -> None:
     assert files.exists(where)
     assert not files.exists(where.parent)
     assert files.names(where.parent) == ["facts.json"]
+    assert files.names(root / "studies") == ["one"]
     files.write_bytes(where, b"[2]")
     assert files.read_bytes(where) == b"[2]"
     assert files.names(where.parent) == ["facts.json"]

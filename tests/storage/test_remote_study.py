@@ -102,7 +102,8 @@ def test_a_study_on_a_full_disk_ends_with_one_sentence_and_goes_on_when_there_is
         assert done.returncode != 0
         assert "Traceback" not in done.stderr
         last = done.stderr.strip().splitlines()[-1]
-        assert f"cannot write to {trials}: No space left on device" in last
+        assert f"cannot write {trials}/0000" in last
+        assert "No space left on device" in last
         assert "run the study again" in last
         states = {record.state.value for record in Study.open("tiny", small_disk).trials()}
         assert states == {"RUNNING"}

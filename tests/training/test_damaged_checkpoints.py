@@ -19,14 +19,13 @@ from hypothesis import strategies as st
 from s3_server import S3Server
 
 from peftsearch import files
-from peftsearch.files import Place
+from peftsearch.files import Place, StorageError
 from peftsearch.search.plan import StudyPlan, plan_study
 from peftsearch.spec import StudyFile
 from peftsearch.training import checkpoint
 from peftsearch.training.checkpoint import (
     WEIGHTS,
     CorruptCheckpointError,
-    StorageError,
     read_checkpoint,
     saved_steps,
     sound_states,
@@ -271,13 +270,13 @@ def fill(folder: Path) -> Path:
 def test_a_full_disk_leaves_the_earlier_state_and_no_part_of_the_new_one(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "WRITE_PAUSES", (0.01,))
+    monkeypatch.setattr(files, "WRITE_PAUSES", (0.01,))
     folder = small_disk / "trials" / "00000"
     write_state(folder, 4, TENSORS, META)
     fill(small_disk)
     before = sorted(folder.iterdir())
     large = {"weight": torch.zeros(200_000)}
-    with pytest.raises(StorageError, match=f"cannot write to {small_disk}/trials: No space left on device$"):
+    with pytest.raises(StorageError, match=f"cannot write {folder / state_name(8)}: No space left on device$"):
         write_state(folder, 8, large, {"step": 8})
     assert sorted(folder.iterdir()) == before
     assert same(next(sound_states(folder, 8)))
@@ -304,7 +303,7 @@ def test_a_segment_waits_for_room_on_a_full_disk(plan: StudyPlan, small_disk: Pa
 def test_a_disk_that_stays_full_is_the_study_s_fault_and_the_trial_goes_on_later(
     plan: StudyPlan, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "WRITE_PAUSES", (0.01,))
+    monkeypatch.setattr(files, "WRITE_PAUSES", (0.01,))
     undisturbed = train(plan, tmp_path / "a")
     steps = steps_of(plan)
     worker = new_worker(plan, small_disk)
