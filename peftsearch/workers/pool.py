@@ -45,6 +45,9 @@ _TIDY_SECONDS = 20.0
 _HEAD_SECONDS = 30.0
 """The Ray head may be away for so long; half of what Ray's own processes wait before they end themselves."""
 
+_UNWIND_SECONDS = 15.0
+"""A study whose head is lost has so long to end in good order."""
+
 
 @dataclass
 class _Run:
@@ -143,6 +146,7 @@ class SlotPool:
         self._start_slots()
         self._supervisor = threading.Thread(target=self._supervise, name="slots", daemon=True)
         self._supervisor.start()
+        threading.Thread(target=self._watch_head, name="ray-head", daemon=True).start()
 
     def concurrency(self) -> int:
         """How many trials can be trained at once: the slots that there is room for and that are not broken."""
@@ -167,11 +171,6 @@ class SlotPool:
             return True
         runs = list(self._runs.values())
         return bool(runs) and all(run.broken for run in runs)
-
-    @property
-    def head_lost(self) -> bool:
-        """Whether the Ray head has died."""
-        return bool(self._head_lost)
 
     def why_lost(self) -> str:
         """The reason, in one sentence."""
@@ -217,41 +216,39 @@ class SlotPool:
     def _supervise(self) -> None:
         while not self._stop.wait(_LOOK_SECONDS):
             try:
-                if self._head_answers():
+                if self._cluster.unseen_since is None:
                     self._look()
             except Exception as error:  # a call that the cluster did not answer: looked at again
                 log.warning("the slots could not be looked at: %s", error)
 
-    def _head_answers(self) -> bool:
-        """Whether the Ray head accepts connections; gives the cluster up where it has not for a while.
-
-        Asked without Ray, whose calls would wait for the head, and end this process after a minute.
-        """
+    def _watch_head(self) -> None:
+        """In a thread of its own: what looks at the slots may wait for the head."""
         host, _, port = self._cluster.address.rpartition(":")
-        if not port:
-            return True
-        try:
-            with socket.create_connection((host.strip("[]"), int(port)), timeout=5.0):
+        while port and not self._stop.wait(_LOOK_SECONDS):
+            if _answers(host.strip("[]"), int(port)):
                 self._cluster.unseen_since = None
-                return True
-        except OSError:
+                continue
             now = time.monotonic()
             since = self._cluster.unseen_since = self._cluster.unseen_since or now
-            if now - since > _head_patience() and not self._head_lost:
+            if now - since > _head_patience():
                 self._head_lost = (
                     f"the Ray head at {self._cluster.address} has not answered for {now - since:.0f} s: "
                     "nothing is lost, and the same command continues the study"
                 )
-            return False
+                if not self._stop.wait(_UNWIND_SECONDS):
+                    # Some of Ray's calls wait for the head and cannot be interrupted; Ray would end this process soon,
+                    # without a sentence. The ledger is written at every event, not at the end.
+                    self._tell(self._head_lost)
+                    os._exit(1)
 
     def _look(self) -> None:
         import ray
 
         nodes = live_nodes()
         left, joined = self._cluster.nodes.keys() - nodes.keys(), nodes.keys() - self._cluster.nodes.keys()
-        self._cluster.nodes = nodes
         if left:
             ray.get(self.dispatcher.nodes_left.remote(sorted(left)), timeout=_HEAD_SECONDS)
+        self._cluster.nodes = nodes
         if joined:
             # What a slot lacked (a mount, a driver of a GPU) another machine may have.
             for run in self._runs.values():
@@ -369,6 +366,15 @@ class _DispatcherActor(Dispatcher):
 
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
         super().__init__(max_retries, restarted=restarted)
+
+
+def _answers(host: str, port: int) -> bool:
+    """Whether somebody accepts connections there. Asked without Ray, whose calls would wait for the head."""
+    try:
+        with socket.create_connection((host, port), timeout=5.0):
+            return True
+    except OSError:
+        return False
 
 
 def _head_patience() -> float:

@@ -16,6 +16,14 @@ from peftsearch.study import Study
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
+FAULTS = {
+    "dispatcher": ["DispatcherActor"],
+    "Train controller of a slot": ["TrainController"],
+    "whole slot": ["TrainController", "RayTrainWorker"],
+    "trial actor": ["TrialActor"],
+}
+"""What dies, and what the titles of its processes hold."""
+
 
 @pytest.fixture(scope="module")
 def quiet(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, topics_csv: Path) -> tuple[Path, Path]:
@@ -45,52 +53,39 @@ def quiet(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, topics_csv:
     return storage, path
 
 
-def disturb(quiet: tuple[Path, Path], storage: Path, fault: str, *titles: str, confirming: bool = False) -> None:
-    """Run the study, kill these processes in its middle, and compare it with the undisturbed one."""
-    with running(quiet[1], storage) as study:
-        study.wait_until(lambda: _under_way(study, confirming))
-        time.sleep(0.3)
-        before = study.trials()
-        study.kill(*titles)
-        seconds = study.wait_until(lambda: study.trials() != before)
+def _evaluations(study: RunningStudy) -> int:
+    return sum(
+        len(record.rungs) + len(record.confirmed.readings if record.confirmed else ()) for record in study.trials()
+    )
+
+
+def test_parts_of_ray_die_one_after_the_other(quiet: tuple[Path, Path], tmp_path: Path) -> None:
+    """Each by SIGKILL, in one study: the ledger is that of a quiet run, number for number, and nothing stays behind.
+
+    Ray frees a dead controller's CPUs only when the driver ends; the slot could not be started again (see
+    `peftsearch.workers.cluster_state`).
+    """
+    rows = []
+    with running(quiet[1], tmp_path) as study:
+        study.wait_until(lambda: len(study.trials()) >= 4)
+        for fault, titles in FAULTS.items():
+            before = _evaluations(study)
+            study.kill(*titles)
+            # The first one may have been on its way already.
+            seconds = study.wait_until(lambda before=before: _evaluations(study) >= before + 2)
+            rows.append({"fault": fault, "seconds to recover": round(seconds, 1)})
+        study.wait_until(lambda: any(record.confirmed for record in study.trials()))
+        study.kill("DispatcherActor")
         assert study.ended() == 0, study.said()[-3000:]
         assert study.left_behind() == []
         assert "Traceback" not in study.said()
-    print(json.dumps({"fault": fault, "seconds to recover": round(seconds, 1)}))
-    assert ledger("parts", storage) == ledger("parts", quiet[0])
-
-
-def _under_way(study: RunningStudy, confirming: bool) -> bool:
-    if confirming:
-        return any(record.confirmed for record in study.trials())
-    return len(study.trials()) >= 5
-
-
-def test_the_dispatcher_dies_in_the_search(quiet: tuple[Path, Path], tmp_path: Path) -> None:
-    disturb(quiet, tmp_path, "dispatcher killed", "DispatcherActor")
-
-
-def test_the_dispatcher_dies_while_finalists_are_confirmed(quiet: tuple[Path, Path], tmp_path: Path) -> None:
-    disturb(quiet, tmp_path, "dispatcher killed in confirmation", "DispatcherActor", confirming=True)
-
-
-def test_a_slots_train_controller_dies(quiet: tuple[Path, Path], tmp_path: Path) -> None:
-    """Ray frees a dead controller's CPUs only when the driver ends: the slot could not be started again (see
-    `peftsearch.workers.cluster_state`)."""
-    disturb(quiet, tmp_path, "Train controller killed", "TrainController")
-
-
-def test_a_whole_slot_dies(quiet: tuple[Path, Path], tmp_path: Path) -> None:
-    disturb(quiet, tmp_path, "slot killed (controller and workers)", "TrainController", "RayTrainWorker")
-
-
-def test_trial_actors_die(quiet: tuple[Path, Path], tmp_path: Path) -> None:
-    disturb(quiet, tmp_path, "trial actor killed", "TrialActor")
+    print("\n".join(map(json.dumps, rows)))
+    assert ledger("parts", tmp_path) == ledger("parts", quiet[0])
 
 
 def test_the_head_dies_and_the_same_command_continues(quiet: tuple[Path, Path], tmp_path: Path) -> None:
     with running(quiet[1], tmp_path, environment={}) as study:
-        study.wait_until(lambda: _under_way(study, False))
+        study.wait_until(lambda: len(study.trials()) >= 4)
         study.kill("gcs_server")
         began = time.monotonic()
         assert study.ended(90) == 1

@@ -32,14 +32,22 @@ class Machines:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        self._cluster = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}, shutdown_at_exit=False
-        )
+        self._cluster = Cluster(shutdown_at_exit=False)
+        self.add(0)
         self.address: str = self._cluster.address
 
-    def add(self, cpus: int, **resources: float) -> Any:
+    def add(self, cpus: int, attempts: int = 4, **resources: float) -> Any:
         """A machine joins."""
-        return self._cluster.add_node(num_cpus=cpus, resources=resources, include_dashboard=False)
+        before = set(psutil.Process().children(recursive=True))
+        try:
+            return self._cluster.add_node(num_cpus=cpus, resources=resources, include_dashboard=False)
+        except Exception:  # Ray gives a node 30 seconds to start, however busy this machine is
+            for process in set(psutil.Process().children(recursive=True)) - before:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            if attempts == 1:
+                raise
+            return self.add(cpus, attempts - 1, **resources)
 
     def lose(self, machine: Any) -> None:
         """SIGKILL to a machine's raylet; its workers follow it."""
