@@ -23,10 +23,12 @@ environment=${PEFTSEARCH_ENVIRONMENT:-$HOME/peftsearch-env}
 # A token for this job alone, in a file that no other user can read: on a cluster that people share, whoever reaches
 # Ray's ports runs code as you.
 token=$HOME/.peftsearch/token-$SLURM_JOB_ID
-trap 'rm -f "$token"' EXIT
+ended=$token-ended
+trap 'rm -f "$token" "$ended"' EXIT
 mkdir -p "$HOME/.peftsearch"
 (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$token")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token
+export PATH=$environment/bin:$PATH
 
 # Slurm's own --requeue is for lost nodes; two minutes before time runs out, --signal says so to this script.
 trap 'out_of_time=yes; scontrol requeue "$SLURM_JOB_ID"' USR1
@@ -34,11 +36,12 @@ trap 'out_of_time=yes; scontrol requeue "$SLURM_JOB_ID"' USR1
 # srun starts the same command on every node: the first becomes the head, and runs what follows "--". A port by the
 # job's number, so that a node that is still being cleaned up is not met.
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-address=$(getent ahostsv4 "$head" | awk 'NR == 1 { print $1 }')
-srun --kill-on-bad-exit=1 "$environment/bin/ray" symmetric-run \
+address=$("$environment/bin/python" -c 'import socket, sys; print(socket.gethostbyname(sys.argv[1]))' "$head")
+# shellcheck disable=SC2016 # the inner shell's
+srun --kill-on-bad-exit=1 ray symmetric-run \
   --address "$address:$((20000 + SLURM_JOB_ID % 10000))" --min-nodes "$SLURM_JOB_NUM_NODES" \
   --dashboard-host=127.0.0.1 --disable-usage-stats \
-  -- "$environment/bin/peftsearch" run "$study" --address auto --storage "$storage" "$@" &
+  -- bash -c '"$@" && touch "$0"' "$ended" peftsearch run "$study" --address auto --storage "$storage" "$@" &
 running=$!
 
 # A signal ends the first wait.
@@ -46,5 +49,10 @@ status=0
 wait "$running" || status=$?
 if [ "${out_of_time:-}" ]; then
   wait "$running" || status=$?
+fi
+# symmetric-run (Ray 2.60) exits with 0 where Ray did not start.
+if [ "$status" = 0 ] && [ ! -e "$ended" ]; then
+  echo "Ray did not start on all nodes, so the study did not run: see above" >&2
+  status=1
 fi
 exit "$status"

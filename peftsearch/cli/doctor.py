@@ -53,6 +53,7 @@ def examine(storage: Place) -> list[Finding]:
         ("Python", _python),
         ("torch", _torch),
         ("Ray", _ray),
+        ("Ray token", _ray_token),
         ("MLflow", lambda: _library("MLflow", "mlflow")),
         ("transformers", lambda: _library("transformers", "transformers")),
         ("PEFT", _peft),
@@ -150,6 +151,17 @@ def _ray() -> list[Finding]:
         return [*found, Finding("RAY_ADDRESS", False, detail)]
 
 
+def _ray_token() -> list[Finding]:
+    """Whether other users of this machine can read the token; Ray 2.60 writes it readable by everybody."""
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if not token.exists():
+        return []
+    if token.stat().st_mode & 0o077:
+        detail = f"other users can read {token}, and run code on your clusters with it: chmod 600 {token}"
+        return [Finding("Ray token", False, detail, optional=True)]
+    return [Finding("Ray token", True, f"{token}, for you alone", optional=True)]
+
+
 def _peft() -> list[Finding]:
     found = _library("PEFT", "peft")
     if not found.ok:
@@ -205,7 +217,7 @@ def _quickstart() -> Finding:
 
 def _hub() -> Finding:
     """Whether models and data sets can be downloaded; what is on disk needs no Hub."""
-    import huggingface_hub
+    import huggingface_hub.constants
 
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return Finding("Hub", True, "switched off by HF_HUB_OFFLINE; folders and packages work", optional=True)

@@ -18,7 +18,7 @@ from peftsearch.cli.doctor import Finding, examine
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
+    import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -97,7 +97,7 @@ def test_quickstart_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
+    import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(doctor, "HUB_TIMEOUT", 0.5)
