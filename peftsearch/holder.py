@@ -247,7 +247,7 @@ def last_driver(folder: Place) -> dict[str, Any]:
     """What is known of the driver that runs or last ran a study (`Lease.note`)."""
     try:
         notes = read_json(folder / _NOTES)
-    except ValueError:
+    except (ValueError, RecursionError, IsADirectoryError):
         # For people only: damaged ones are none.
         return {}
     return notes if isinstance(notes, dict) else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -19,6 +20,10 @@ def main() -> None:
     # is not installed, and a renaming inside transformers.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    for stream in (sys.stdout, sys.stderr):
+        # A path may hold bytes that no encoding has a character for: they are shown as \xff.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     from peftsearch.cli.app import run_app
 
     sys.exit(run_app())

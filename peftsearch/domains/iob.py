@@ -79,10 +79,10 @@ def read_iob(path: Path, tokens: str, tags: str) -> pa.Table:
             tag = fields[-1].strip()
             if len(fields) < 2 or not tag:
                 raise StudyError(
-                    f", line {number}: the word {fields[0]!r} has no tag: expected a word, a tab and a tag"
+                    f", line {number}: the word {fields[0][:60]!r} has no tag: expected a word, a tab and a tag"
                 )
             if not fields[0]:
-                raise StudyError(f", line {number}: the tag {tag!r} has no word in front of it")
+                raise StudyError(f", line {number}: the tag {tag[:60]!r} has no word in front of it")
             if not words:
                 first = number
             words.append(fields[0])

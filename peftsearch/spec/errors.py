@@ -6,6 +6,9 @@ from typing import Any, Self
 
 from peftsearch.spec.secrets import hide_secrets
 
+_LONGEST = 1200
+"""Characters of one sentence."""
+
 
 class StudyError(ValueError):
     """A study file, option or data set is wrong: one sentence that says what, where, and what to do.
@@ -21,6 +24,9 @@ class StudyError(ValueError):
     def __init__(self, message: str, loc: tuple[str | int, ...] = ()) -> None:
         # What it quotes must not command the terminal, either.
         message = "".join(c if c.isprintable() or c == "\n" else " " for c in hide_secrets(message))
+        if len(message) > _LONGEST and "\n" not in message:
+            # It quotes a whole text: how it begins and what to do are enough.
+            message = f"{message[: _LONGEST * 2 // 3]} ... {message[-_LONGEST // 3 :]}"
         super().__init__(message)
         self.message = message
         self.loc = loc

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -281,7 +282,7 @@ def test_the_command_line_refuses_in_one_sentence(tmp_path: Path) -> None:
 def test_one_refusal_in_a_process_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text("a: !!python/object/apply:os.system [x]")
     done = subprocess.run(
-        [sys.executable, "-m", "peftsearch", "run", str(tmp_path / "study.yaml")],
+        [sys.executable, "-m", "peftsearch", "run", str(tmp_path / "study.yaml"), "--storage", os.fsdecode(b"\xff")],
         capture_output=True,
         text=True,
         timeout=300,

@@ -101,6 +101,21 @@ def test_trusted_code_runs_and_warns(
     assert "runs Python code that it brings along" in warning
 
 
+def test_a_run_warns_too(with_code: Any, project: Path, storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftsearch.events import SilentEvents
+    from peftsearch.study import Study
+
+    class Listener(SilentEvents):
+        def warning(self, text: str) -> None:
+            warnings.append(text)
+
+    warnings: list[str] = []
+    monkeypatch.setattr("peftsearch.driver.run_study", lambda *_, **__: None)
+    model = with_code("own-architecture")
+    Study.from_file(study_of(model, project, trust_remote_code=True), storage=storage).run(events=Listener())
+    assert any(str(model) in text and "runs Python code" in text for text in warnings)
+
+
 def test_code_of_a_tokenizer_never_runs(
     peftsearch: Cli, with_code: Any, marker: Path, base: Path, tmp_path: Path, project: Path, storage: Path
 ) -> None:
