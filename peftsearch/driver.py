@@ -195,6 +195,7 @@ def run_study(
         costs.measure()
     events.phase("starting Ray")
     with ray_cluster(address, events.warning) as nodes:
+        stopped.listen()
         embedded = address in (None, "local")
         slots = SlotPlan.fit(spec.resources, nodes, [] if embedded else nodes_to_come(), grows=not embedded)
         costs.slot(slots)
