@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 
 import torch
 from torch import distributed, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from peftsearch.training.memory import describe
@@ -20,6 +20,9 @@ T = TypeVar("T")
 
 _PATIENCE = timedelta(seconds=20)
 """How long a worker that failed waits for the others to fail at the same place; they are in step, so it is ample."""
+
+
+_KNOWN = "known to all workers"
 
 
 class PeerError(RuntimeError):
@@ -49,11 +52,13 @@ class WorkerGroup:
         self.place = ""
         """What this worker is doing; it names every stretch of work that has no collectives in it."""
         self._failures = 0
-        self._agreed: Exception | None = None
         self.mesh: DeviceMesh | None = None
         """The workers, where each holds a part of the base."""
         if strategy == "fsdp" and size > 1:
-            self.mesh = init_device_mesh(self.device.type, (size,))
+            # Not by init_device_mesh, which may choose another GPU for this process than Ray has.
+            world = distributed.group.WORLD
+            assert world is not None
+            self.mesh = DeviceMesh.from_group(world, self.device.type)
 
     def wrap(self, model: nn.Module, half: bool = False) -> nn.Module:
         """The model as trained by the group: under DDP or FSDP2 where there are several workers.
@@ -90,11 +95,16 @@ class WorkerGroup:
             error = raised
         found = [] if self.size == 1 else self.gather("" if error is None else describe(error))
         if error is not None:
-            self._agreed = error
+            # A mark on the error itself: whoever kept the error would keep all that its trial had in memory.
+            vars(error)[_KNOWN] = True
             raise error
         for rank, text in enumerate(found):
             if text:
                 raise PeerError(f"worker {rank}: {text}")
+
+    def told(self, error: Exception) -> bool:
+        """Whether the other workers know of this worker's error, from `together`."""
+        return self.size == 1 or _KNOWN in vars(error)
 
     def all_know(self, error: Exception) -> bool:
         """After a failure of this worker: whether none of the others waits for it in vain, so that the group can go on.
@@ -102,7 +112,7 @@ class WorkerGroup:
         They do not where it happened under `together`, or where all failed at the same place, as equal work does on
         equal workers. Where weights are in parts, forward and backward passes are full of collectives: never there.
         """
-        if self.size == 1 or error is self._agreed:
+        if self.told(error):
             return True
         if self.sharded:
             return False

@@ -146,7 +146,7 @@ class HandedBack:
 
 @dataclass
 class ProbeResult:
-    """Baselines of a domain by name: how each was made, in words, and what it scored on the split that was asked for."""
+    """Baselines of a domain by name: how each was made, in words, and what it scored on the split asked for."""
 
     titles: dict[str, str] = field(default_factory=dict)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)

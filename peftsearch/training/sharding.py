@@ -43,7 +43,7 @@ class ShardedWeight(torch.Tensor):
         self.local = local
         self.mesh = mesh
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's is untyped
         return f"ShardedWeight({tuple(self.shape)}, {self.dtype})"
 
     def placed(self, *, copy: bool = False) -> DTensor:

@@ -127,7 +127,7 @@ class Worker:
                     return failure
                 raise LoneFailureError(failure) from error
             # With several workers the others may wait in a collective: only a new worker group is safe then.
-            if self.group.size > 1 or isinstance(error, OSError):
+            if isinstance(error, OSError) or not self.group.told(error):
                 raise
             log.exception("trial failed")
             return Failure(f"{type(error).__name__}: {error}")
@@ -174,8 +174,7 @@ class Worker:
         session = self._new_session(segment)
         # Where no state is left of those up to the segment's end, because they were damaged, or because a trial whose
         # actor was lost is asked for an earlier step, it is trained from its start: that gives the same numbers.
-        with self.group.together():
-            session.resume(segment.to_step)
+        session.resume(segment.to_step)
         if len(set(self.group.gather(session.step))) > 1:
             raise OSError(f"the workers read different checkpoints of trial {number}: is the storage shared?")
         self._sessions[key] = session

@@ -15,7 +15,7 @@ from typing import Any
 
 from peftsearch.training.segment import Outcome, Work, WorkerPlan
 
-SECONDS = 600.0
+SECONDS = 1200.0
 """A group that takes longer hangs."""
 
 
