@@ -1,0 +1,104 @@
+"""A study that begins with the trials of another one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_study import rows, small_study, write_rows, write_study
+
+from peftsearch.fork import shared_cells
+from peftsearch.holder import hold
+from peftsearch.spec import StudyError
+from peftsearch.study import Study, _saved
+
+Fork = Callable[..., tuple[Study, Callable[[], None]]]
+
+
+@pytest.fixture
+def fork(base: Path, project: Path, storage: Path, started: Study) -> Fork:
+    """Begins the study ``new`` as ``run --name new --fork small`` does, up to taking over, which is left to do.
+
+    Of the study ``small``, trial 0 (legal, lora) is complete and has weights; trial 1 (legal, full) has failed.
+    """
+    weights = started.folder.path / "trials" / "00000"
+    weights.mkdir(parents=True)
+    (weights / "model.safetensors").write_bytes(b"weights")
+
+    def begin(name: str = "new", **sections: Any) -> tuple[Study, Callable[[], None]]:
+        path = write_study(project, {**small_study(base), **sections})
+        study = Study.from_file(path, storage=storage, name=name)
+        origin = study._origin("small")
+        assert origin is not None
+        plan = study.validate()
+        facts = study._facts(plan)
+        shared_cells(origin, _saved(study.spec), facts)
+        study.folder.create()
+        study._write_files(origin)
+        study._save_facts(facts)
+        ledger = study._ledger(plan)
+        return study, lambda: study._take_over(origin, facts, ledger)
+
+    return begin
+
+
+def test_trials_of_unchanged_cells_are_there_with_their_weights(fork: Fork, started: Study) -> None:
+    study, take_over = fork(methods={"lora": {"rank": {"low": 1, "high": 4}}, "full": {"learning_rate": [1e-4]}})
+    take_over()
+    (record,) = study.trials()
+    before = started.trials()[0]
+    assert (record.number, record.method, record.rungs) == (0, "lora", before.rungs)
+    assert record.finished == before.finished
+    assert (study.folder.path / "trials" / "00000" / "model.safetensors").read_bytes() == b"weights"
+    assert len(started.trials()) == 2
+    assert study.id != started.id
+
+
+def test_once_taken_over_a_fork_is_a_study_like_others(fork: Fork, started: Study) -> None:
+    study, take_over = fork()
+    saved = study.folder.spec
+    assert json.loads(saved.read_text())["forked_from"] == {"study": "small", "id": started.id, "done": False}
+    # A driver that dies here leaves it to the next one, asked or not.
+    for asked in (None, "small"):
+        again = study._origin(asked)
+        assert again is not None
+        assert again.name == "small"
+    take_over()
+    assert json.loads(saved.read_text())["forked_from"]["done"] is True
+    assert study._origin(None) is None
+    assert study._origin("small") is None
+    # What it was forked from outlives a change that extends it.
+    study._write_files()
+    assert json.loads(saved.read_text())["forked_from"]["done"] is True
+    assert json.loads(saved.read_text())["id"] == study.id
+    with pytest.raises(StudyError, match="'new' was begun without --fork other"):
+        study._origin("other")
+
+
+def test_a_study_that_was_begun_afresh_does_not_become_a_fork(fork: Fork, started: Study) -> None:
+    fork()
+    with pytest.raises(StudyError, match="'small' was begun without --fork new"):
+        started._origin("new")
+
+
+def test_trials_are_not_taken_from_a_study_that_is_being_run(fork: Fork, started: Study) -> None:
+    study, take_over = fork()
+    with hold(started.folder.path, "small"), pytest.raises(StudyError, match="'small' is being run"):
+        take_over()
+    assert study.trials() == []
+    take_over()
+    assert len(study.trials()) == 2
+
+
+def test_trials_on_other_data_are_not_taken(fork: Fork, project: Path) -> None:
+    write_rows(project / "train.csv", rows(44, "tenant"))
+    study, take_over = fork()
+    take_over()
+    # Both recorded trials are of the domain whose texts have changed.
+    assert study.trials() == []
+    write_rows(project / "notes.csv", rows(44, "patient"))
+    with pytest.raises(StudyError, match=r"no cell of the study 'small' .* \(its data or models have changed\)"):
+        fork("newer")
