@@ -397,7 +397,7 @@ class Study:
             facts=self.facts(),
             records=self.trials(),
             folder=self.folder.path,
-            data_folder=_data_folder(saved),
+            data_folder=_data_folder(saved or {}),
             cache=self.folder.cache,
             ledger=hide_password(self.ledger_url),
         )
@@ -608,7 +608,7 @@ class Study:
         cells = shared_cells(origin, _saved(self.spec), facts)
         seeds = range(self.spec.search.seed + 1, self.spec.search.seed + 1 + self.spec.confirm.seeds)
         take_over(origin, ledger, cells, self.spec.search.trials, seeds, self.folder.path)
-        saved = read_json(self.folder.spec)
+        saved = read_json(self.folder.spec) or {}
         write_json(self.folder.spec, {**saved, "forked_from": {**saved["forked_from"], "done": True}})
 
     def _check_databases(self) -> None:
