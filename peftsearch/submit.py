@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import logging
 import os
 import re
 import shlex
@@ -85,6 +86,10 @@ class JobServer:
 
     def __init__(self, address: str, told: Told) -> None:
         from ray.job_submission import JobSubmissionClient
+
+        # They say what they upload, in a log's form and on standard error.
+        for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+            logging.getLogger(name).setLevel(logging.WARNING)
 
         class Client(JobSubmissionClient):  # type: ignore[misc]
             """Ray's client, which would wait for ever where a network is lost."""

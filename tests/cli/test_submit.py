@@ -98,9 +98,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             # A head that has not come up within Ray's 30 seconds, on a busy machine, gives up.
             if head is None or head.poll() is not None:
                 head = subprocess.Popen(list(map(str, command)), env=found.environment, stdout=log, stderr=log)
+            # The dashboard is up before the node is.
             with suppress(OSError):
-                found.jobs()
-                break
+                if "Ray runtime started" in (home / "ray.log").read_text():
+                    found.jobs()
+                    break
             time.sleep(0.5)
         else:
             raise AssertionError((home / "ray.log").read_text()[-3000:])
@@ -177,6 +179,11 @@ def wait_for_trials(name: str, storage: Path, count: int, *processes: subprocess
     while time.monotonic() < deadline:
         for process in processes:
             assert process.poll() is None, process.communicate()
+        # Noted once the ledger is there: nobody else may open it while it is made.
+        notes = storage / "studies" / name / "driver.json"
+        if not (notes.exists() and '"state"' in notes.read_text()):
+            time.sleep(0.3)
+            continue
         with suppress(StudyError, OSError):
             if sum(record.state == "COMPLETE" for record in Study.open(name, storage).trials()) >= count:
                 return

@@ -14,11 +14,17 @@ from pathlib import Path
 import psutil
 import pytest
 
+from peftsearch.driver import ray_cluster
 from peftsearch.spec import StudyError
-from peftsearch.study import Study
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
+SERVE = """
+import ray
+ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR", num_cpus=1)
+print(ray.get_runtime_context().gcs_address, flush=True)
+input()
+"""
 VISIT = """
 import sys, ray
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
@@ -43,6 +49,18 @@ def visit(address: str, home: Path, **settings: str) -> subprocess.CompletedProc
 
 
 @contextmanager
+def somebodys_cluster(home: Path, **settings: str) -> Iterator[str]:
+    """The address of a Ray that somebody else has started."""
+    command = [sys.executable, "-c", SERVE]
+    with subprocess.Popen(
+        command, env=environment(home, **settings), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+        process.communicate("\n", timeout=60)
+
+
+@contextmanager
 def running(path: Path, storage: Path, home: Path) -> Iterator[psutil.Process]:
     """The driver of a study, once it trains."""
     command = [sys.executable, "-m", "peftsearch", "run", str(path), "--storage", str(storage)]
@@ -52,11 +70,8 @@ def running(path: Path, storage: Path, home: Path) -> Iterator[psutil.Process]:
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
             assert driver.poll() is None, Path(log.name).read_text()[-3000:]
-            try:
-                if any(record.rungs for record in Study.open("guarded", storage).trials()):
-                    break
-            except (StudyError, OSError):
-                pass
+            if "training:" in Path(log.name).read_text():
+                break
             time.sleep(0.3)
         yield psutil.Process(driver.pid)
     finally:
@@ -141,3 +156,35 @@ def test_a_running_study_listens_on_loopback_and_admits_nobody_without_its_token
     assert not list(home.rglob("*auth*"))
     told = subprocess.run(["grep", "-rlF", token, str(tmp_path)], capture_output=True, text=True).stdout
     assert not told
+
+
+def test_a_cluster_that_anybody_may_use_is_joined_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    told: list[str] = []
+    with somebodys_cluster(tmp_path, RAY_AUTH_MODE="disabled") as address:
+        with ray_cluster(address, told.append) as nodes:
+            assert [node["CPU"] for node in nodes] == [1.0]
+        assert len(told) == 1
+        assert f"anybody who reaches the Ray cluster at {address} can run code on it" in told[0]
+        assert "RAY_AUTH_MODE=token" in told[0]
+
+
+def test_a_cluster_with_a_token_is_joined_by_those_who_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    told: list[str] = []
+    with somebodys_cluster(tmp_path, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="c" * 64) as address:
+        with pytest.raises(StudyError, match="asks for a token and none was shown"), ray_cluster(address, told.append):
+            raise AssertionError("admitted")
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "d" * 64)
+        with pytest.raises(StudyError, match="does not accept the token"), ray_cluster(address, told.append):
+            raise AssertionError("admitted")
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "c" * 64)
+        with ray_cluster(address, told.append) as nodes:
+            assert [node["CPU"] for node in nodes] == [1.0]
+    assert told == []
