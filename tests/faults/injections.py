@@ -46,23 +46,12 @@ class Driver:
         name: The study's name.
         options: Further options of the command.
         terminal: A terminal to run in; a log file where absent.
-        limits: A soft and hard limit in bytes for the address space of each of its processes.
     """
 
-    def __init__(
-        self,
-        study: Path,
-        storage: Path,
-        name: str,
-        *options: str,
-        terminal: str = "-",
-        address_space: int | None = None,
-    ) -> None:
+    def __init__(self, study: Path, storage: Path, name: str, *options: str, terminal: str = "-") -> None:
         self.storage, self.name = storage, name
         self.log = storage.with_name(f"{storage.name}-{name}.log")
         command = [sys.executable, "-m", "peftsearch", "run", str(study), "--storage", str(storage), "--name", name]
-        if address_space is not None:
-            command = ["prlimit", f"--as={address_space}", *command]
         self.began = time.monotonic()
         self._said = self.log.stat().st_size if self.log.exists() else 0
         self._warden = subprocess.Popen(

@@ -145,7 +145,7 @@ def test_a_driver_that_is_told_to_stop_continues_later(
     driver.interrupt()
     time.sleep(0.5)
     driver.interrupt()
-    ended(driver, "Ctrl-C twice", "two SIGINT half a second apart, while MLflow hangs", 20)
+    ended(driver, "Ctrl-C twice", "two SIGINT half a second apart, while MLflow hangs", 45)
     proxy.mode = "pass"
     terminal = Terminal()
     driver = start(terminal.path)

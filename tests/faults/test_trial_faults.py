@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from agreement import (
@@ -26,8 +27,8 @@ from peftsearch.spec import TrialState
 from peftsearch.study import Study
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
-ADDRESS_SPACE = 512 * 2**30
-"""Bytes. Ray reserves tens of GB that it does not use."""
+SPARE_MEMORY = 400 * 2**20
+"""Bytes that a worker may take beside those that it has when its first trial has been evaluated."""
 
 
 def test_a_trial_that_diverges_or_does_not_fit_fails_alone(
@@ -37,18 +38,23 @@ def test_a_trial_that_diverges_or_does_not_fit_fails_alone(
     tmp_path: Path,
     note: Callable[[Row], None],
 ) -> None:
-    """A learning rate of 1e30, and a bottleneck whose weights are larger than the address space of any process here."""
+    """A learning rate and a weight decay under which weights grow ten million times at each step, and a bottleneck that
+    needs 1 GB of a worker that may have no more than 400 MB beside what it has already."""
     path = write_study(
         "misfits",
         methods={
-            "full": {"learning_rate": [1e-3, 1e30]},
-            "adapter": {"bottleneck": [4, 2**36], "learning_rate": 1e-3},
+            "full": {"learning_rate": [1e-8, 10.0]},
+            "adapter": {"bottleneck": [4, 65536], "learning_rate": 1e-8},
         },
         search={"trials": 2, "sampler": "grid", "scheduler": "none"},
-        training={"epochs": 1, "evaluations": 2, "batch_size": 16, "max_length": 16, "max_grad_norm": 1e9},
+        training={"epochs": 2, "evaluations": 2, "batch_size": 16, "max_length": 16, "weight_decay": 1e6},
         tracking={"mlflow": mlflow_server.uri},
     )
-    driver = drive(path, tmp_path / "storage", "misfits", address_space=ADDRESS_SPACE)
+    driver = drive(path, tmp_path / "storage", "misfits")
+    assert driver.wait_progress(1)
+    (worker,) = driver.workers()
+    limit = worker.memory_info().vms + SPARE_MEMORY
+    worker.rlimit(psutil.RLIMIT_AS, (limit, limit))
     assert driver.wait() == 0, driver.output[-3000:]
     assert driver.leftovers() == []
     study = Study.open("misfits", tmp_path / "storage")
@@ -58,11 +64,11 @@ def test_a_trial_that_diverges_or_does_not_fit_fails_alone(
         for name, value in record.hyperparameters.items()
         if (record.method, name) in {("full", "learning_rate"), ("adapter", "bottleneck")}
     }
-    failed = {("full", 1e30), ("adapter", 2**36)}
+    failed = {("full", 10.0), ("adapter", 65536)}
     assert {key for key, record in found.items() if record.state is TrialState.FAILED} == failed
     assert {key for key, record in found.items() if record.state is TrialState.COMPLETE} == set(found) - failed
     assert len(found) == 4
-    diverged, misfit = found["full", 1e30].error or "", found["adapter", 2**36].error or ""
+    diverged, misfit = found["full", 10.0].error or "", found["adapter", 65536].error or ""
     assert "loss" in diverged
     assert "memory" in misfit
     # Their own fault: they are not tried again.
@@ -71,8 +77,11 @@ def test_a_trial_that_diverges_or_does_not_fit_fails_alone(
     counted = account(study, mlflow_server.uri)
     assert counted == Account(0, 0)
     for fault, injected in (
-        ("loss not a number", "a learning rate of 1e30"),
-        ("out of memory (CPU)", "an adapter of 9 TB under a limit of 512 GiB of address space"),
+        ("loss not a number", "a learning rate of 10 under a weight decay of 1e6"),
+        (
+            "out of memory (CPU)",
+            "a trial that needs 1 GB, in a worker that is limited to 400 MB more than it has (setrlimit)",
+        ),
     ):
         happened = "that trial is FAILED with its reason, at once; the others go on in the same worker"
         note(Row(fault, injected, happened, counted.lost, counted.duplicated))
@@ -114,7 +123,8 @@ def test_data_that_is_gone_or_another_is_one_sentence_and_costs_nothing(
     assert str(data) in gone
     data.write_bytes(content.replace(b"fever", b"cough"))
     changed = refused()
-    assert "the data of domain 'topics' has changed" in changed
+    assert "the data of domain 'topics'" in changed
+    assert "has changed since the study 'moved' began" in changed
     data.write_bytes(content)
     driver = drive(path, storage, "moved", "--set", "tracking.mlflow=off")
     assert driver.wait() == 0, driver.output[-3000:]
