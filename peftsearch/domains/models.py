@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +51,25 @@ def model_config(location: str, revision: str | None, *, trust_remote_code: bool
             "run: take 'attn_implementation' out of its config.json, or trust the model (trust_remote_code)"
         )
     return config
+
+
+def model_commit(location: str, revision: str | None) -> str | None:
+    """The commit that a revision of a Hub model is, once its configuration has been read; None for a folder."""
+    if Path(location).is_dir():
+        return None
+    from huggingface_hub import hf_hub_download
+
+    try:
+        # .../snapshots/COMMIT/config.json, in the cache that the configuration was read into.
+        commit = Path(hf_hub_download(location, "config.json", revision=revision)).parent.name
+    except Exception:  # hub errors, network errors: a model is as good without
+        return None
+    return commit if is_commit(commit) else None
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision is a commit's hash, which stays what it is."""
+    return revision is not None and re.fullmatch("[0-9a-f]{40}", revision) is not None
 
 
 def needs_custom_code(error: BaseException) -> bool:

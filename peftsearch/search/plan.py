@@ -121,6 +121,8 @@ def plan_study(file: StudyFile, cache: Path, *, partial: bool = False) -> StudyP
         UnreachableError: A model or data is not at hand, unless `partial`.
         StudyError: The first thing that is wrong, with its place in the file.
     """
+    from peftsearch.domains.models import is_commit
+
     spec = file.spec
     cells = study_cells(spec)
     check_strategy(spec, cells)
@@ -143,7 +145,7 @@ def plan_study(file: StudyFile, cache: Path, *, partial: bool = False) -> StudyP
         path: ModelFacts(
             location=place.location,
             revision=next(model.revision for model in spec.models if model.path == path),
-            commit=None if Path(place.location).is_dir() else place.revision,
+            commit=place.revision if is_commit(place.revision) else None,
             trust_remote_code=place.trust_remote_code,
             architecture=counter.architecture(path, first),
             total_parameters=max(counter.total(path, name) for name in spec.domains),
@@ -233,17 +235,17 @@ def _places(spec: StudySpec, folder: Path, cache: Path, unchecked: Unchecked) ->
 
 
 def _place(model: ModelSpec, folder: Path) -> ModelPlace:
-    from peftsearch.domains.models import model_config
+    from peftsearch.domains.models import model_commit, model_config
 
     try:
         location = model_location(model.path, folder)
     except StudyError as error:
         # A study file that brings the configuration knows that not everybody has the folder.
         raise error if model.config is None else UnreachableError(error.message) from None
-    config = model_config(location, model.revision, trust_remote_code=model.trust_remote_code)
+    model_config(location, model.revision, trust_remote_code=model.trust_remote_code)
     # A branch of the Hub moves on: from here to the last worker, the study uses the commit that was found.
-    commit = getattr(config, "_commit_hash", None)
-    place = ModelPlace(location, commit or model.revision, model.trust_remote_code)
+    revision = model_commit(location, model.revision) or model.revision
+    place = ModelPlace(location, revision, model.trust_remote_code)
     _check_weights(place)
     return place
 
