@@ -105,12 +105,14 @@ class AttachContext:
         label_names: The task's labels, or () where it has none.
         modules_to_save: Paths of the modules that the base's checkpoint does not hold (the task head, sometimes a
             pooler): every method trains them and PEFT saves them in full.
+        revision: Hub revision of the base model.
     """
 
     peft_task_type: str | None
     model_location: str
     label_names: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
+    revision: str | None = None
 
 
 class Method(ABC):

@@ -121,7 +121,7 @@ def _attach_own(model: PreTrainedModel, context: AttachContext, tokens: int, ini
     assert isinstance(words, torch.Tensor)
     if init == "random" or words.is_meta:
         return attached  # type: ignore[no-any-return]
-    ids = _token_ids(context.model_location, text, tokens) if init == "text" else None
+    ids = _token_ids(context.model_location, context.revision, text, tokens) if init == "text" else None
     with torch.no_grad():
         for layer in attached.modules():
             if isinstance(layer, SoftPromptLayer):
@@ -130,11 +130,12 @@ def _attach_own(model: PreTrainedModel, context: AttachContext, tokens: int, ini
     return attached  # type: ignore[no-any-return]
 
 
-def _token_ids(location: str, text: str, tokens: int) -> list[int]:
+def _token_ids(location: str, revision: str | None, text: str, tokens: int) -> list[int]:
     """The text's tokens, repeated or cut to a number."""
     from transformers import AutoTokenizer
 
-    ids = AutoTokenizer.from_pretrained(location)(text, add_special_tokens=False)["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ValueError(f"init_text {text!r} has no tokens")
     return [ids[index % len(ids)] for index in range(tokens)]
