@@ -45,6 +45,7 @@ class Cluster:
     gcs: int
     home: Path
     environment: dict[str, str] = field(default_factory=dict)
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     @property
     def url(self) -> str:
@@ -52,15 +53,17 @@ class Cluster:
 
     def start(self, *arguments: object, **settings: str | None) -> subprocess.Popen[str]:
         environment = {k: v for k, v in {**self.environment, **settings}.items() if v is not None}
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "peftsearch", *map(str, arguments)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
+        self.started.append(process)
+        return process
 
-    def run(self, *arguments: object, timeout: float = 400, **settings: str | None) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: object, timeout: float = 900, **settings: str | None) -> subprocess.CompletedProcess[str]:
         process = self.start(*arguments, **settings)
         out, err = process.communicate(timeout=timeout)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
@@ -91,7 +94,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={found.port}"]
     command += [f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
     log = (home / "ray.log").open("w")
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     head = None
     try:
         while time.monotonic() < deadline:
@@ -108,9 +111,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             raise AssertionError((home / "ray.log").read_text()[-3000:])
         yield found
     finally:
+        for process in found.started:
+            process.kill()
         if head is not None:
             head.terminate()
-            head.wait(60)
+            head.wait(120)
         log.close()
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -175,7 +180,7 @@ def travelling_study(write_study: Callable[..., Path], topics_csv: Path, tmp_pat
 
 
 def wait_for_trials(name: str, storage: Path, count: int, *processes: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while time.monotonic() < deadline:
         for process in processes:
             assert process.poll() is None, process.communicate()
@@ -203,7 +208,7 @@ def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
 def test_a_job_outlives_its_followers_and_is_found_again(
     cluster: Cluster, travelling_study: Callable[..., Path], tmp_path: Path
 ) -> None:
-    path, storage = travelling_study("outlives", trials=10), tmp_path / "storage"
+    path, storage = travelling_study("outlives", trials=7), tmp_path / "storage"
     command = ("submit", path, "--storage", storage, "--address")
 
     first = cluster.start(*command, cluster.url)
@@ -215,7 +220,7 @@ def test_a_job_outlives_its_followers_and_is_found_again(
     assert interrupted.stdout is not None
     interrupted.stdout.readline()
     interrupted.send_signal(signal.SIGINT)
-    _, told = interrupted.communicate(timeout=60)
+    _, told = interrupted.communicate(timeout=300)
     assert interrupted.returncode == 130
     assert "which runs already" in told
     assert "The job goes on" in told
@@ -228,7 +233,7 @@ def test_a_job_outlives_its_followers_and_is_found_again(
     wire.cut()
     time.sleep(4)
     wire.mend()
-    out, told = third.communicate(timeout=400)
+    out, told = third.communicate(timeout=900)
     assert third.returncode == 0, told
     assert "does not answer" in told
     (job,) = [job for job in cluster.jobs() if job.startswith("peftsearch-outlives-")]
@@ -239,7 +244,7 @@ def test_a_job_outlives_its_followers_and_is_found_again(
         assert out == json.load(answer)["logs"]
 
     front = cluster.run("frontier", "outlives", "--json", "--storage", storage)
-    assert json.loads(front.stdout)["domains"]["topics"]["counts"]["complete"] == 10
+    assert json.loads(front.stdout)["domains"]["topics"]["counts"]["complete"] == 7
     status = json.loads(cluster.run("status", "outlives", "--json", "--storage", storage).stdout)
     assert status["state"] == "finished"
     exported = cluster.run("export", "outlives", "--storage", storage, "--to", tmp_path / "adapters", "--pick", "best")
@@ -265,7 +270,7 @@ def test_a_job_is_stopped_cleanly_and_continued(
     wait_for_trials("stopped", storage, 2)
     stopping = cluster.run(*command, "--stop")
     assert stopping.returncode == 0, stopping.stderr
-    out, told = follower.communicate(timeout=60)
+    out, told = follower.communicate(timeout=300)
     assert follower.returncode == 130
     assert "was stopped" in told
     assert "Everything so far is recorded" in out

@@ -44,7 +44,7 @@ def visit(address: str, home: Path, **settings: str) -> subprocess.CompletedProc
         env=environment(home, **settings),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
@@ -57,7 +57,7 @@ def somebodys_cluster(home: Path, **settings: str) -> Iterator[str]:
     ) as process:
         assert process.stdout is not None
         yield process.stdout.readline().strip()
-        process.communicate("\n", timeout=60)
+        process.communicate("\n", timeout=300)
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def running(path: Path, storage: Path, home: Path) -> Iterator[psutil.Process]:
     log = (storage.parent / "driver.log").open("w")
     driver = subprocess.Popen(command, env=environment(home), stdout=log, stderr=log)
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while time.monotonic() < deadline:
             assert driver.poll() is None, Path(log.name).read_text()[-3000:]
             if "training:" in Path(log.name).read_text():
@@ -76,7 +76,7 @@ def running(path: Path, storage: Path, home: Path) -> Iterator[psutil.Process]:
         yield psutil.Process(driver.pid)
     finally:
         driver.terminate()
-        driver.wait(120)
+        driver.wait(600)
         log.close()
 
 
