@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from peftsearch.spec import StudyError
 
@@ -35,12 +35,14 @@ _CLAIM_SECONDS = 60.0
 """A contender for a file of an object store that has not gone on for so long has died."""
 
 
-WRITE_PAUSES = (1.0, 3.0, 10.0)
-"""Seconds before writing is tried again: room may be made on a full disk, a file server or object store come back."""
+PAUSES = (1.0, 3.0, 10.0)
+"""Seconds before something is tried again: room may be made on a full disk, a file server or object store come back."""
+
+T = TypeVar("T")
 
 
 class StorageError(OSError):
-    """A storage takes nothing: what was to be written is not to blame. One sentence."""
+    """A storage takes nothing, or gives nothing: what was to be done is not to blame. One sentence."""
 
 
 @dataclass(frozen=True)
@@ -224,24 +226,36 @@ def write_bytes(where: Place, content: bytes) -> None:
 
 
 def persist(where: Place, write: Callable[[], None]) -> None:
-    """Have something written; where that fails, have it tried again after pauses (`WRITE_PAUSES`).
+    """Have something written, `patiently`."""
+    patiently(where, write, "write")
+
+
+def patiently(where: Place, call: Callable[[], T], what: Literal["read", "write"]) -> T:
+    """Have something read or written; where that fails, have it tried again after pauses (`PAUSES`).
 
     Args:
-        where: What is written, for the sentence.
-        write: May be called several times.
+        where: What is read or written, for the sentence.
+        call: May be called several times.
+        what: Which of both.
 
     Raises:
-        StorageError: The disk is full, the folder cannot be written, or the object store cannot be reached.
+        StorageError: The disk is full, the folder cannot be read or written, or the object store cannot be reached.
+        FileNotFoundError: What is to be read is not there.
     """
-    for pause in (*WRITE_PAUSES, None):
+    for pause in PAUSES:
         try:
-            write()
-            return
+            return call()
         except OSError as error:
-            if pause is None:
-                raise StorageError(f"cannot write {where}: {reason(error)}") from error
-            log.warning("cannot write %s: %s; trying again in %g s", where, reason(error), pause)
+            if what == "read" and isinstance(error, FileNotFoundError):
+                raise
+            log.warning("cannot %s %s: %s; trying again in %g s", what, where, reason(error), pause)
             time.sleep(pause)
+    try:
+        return call()
+    except OSError as error:
+        if what == "read" and isinstance(error, FileNotFoundError):
+            raise
+        raise StorageError(f"cannot {what} {where}: {reason(error)}") from error
 
 
 def create_bytes(where: Place, content: bytes) -> bool:

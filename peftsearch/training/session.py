@@ -17,7 +17,7 @@ from torch import nn
 
 from peftsearch.domains import PreparedDomain
 from peftsearch.domains.tasks import LossOptions
-from peftsearch.files import Place, persist, read_json, write_bytes, write_json
+from peftsearch.files import Place, patiently, persist, read_json, write_bytes, write_json
 from peftsearch.methods import METHODS, AttachContext
 from peftsearch.spec import TrainingSpec
 from peftsearch.training.base_model import FrozenBase, count_trainable, move, trainable
@@ -83,7 +83,7 @@ def build_model(
     quantization = chosen.quantization(hyperparameters)
     model = base.trial_model(domain, seed=seed, copy_weights=chosen.trains_copy, quantization=quantization)
     fresh = base.template(domain, quantization).modules_to_save
-    context = AttachContext(domain.head.peft_task_type, base.location, domain.labels, fresh)
+    context = AttachContext(domain.head.peft_task_type, base.location, domain.labels, fresh, base.revision)
     attached = chosen.attach(model, hyperparameters, context)
     if count_trainable(attached) == 0:
         raise ValueError(f"{method} found nothing to train in {type(model).__name__}")
@@ -188,9 +188,9 @@ class TrialSession:
         """Continue from the latest sound state of the trial up to a step, where there is one.
 
         Raises:
-            OSError: The storage cannot be read.
+            StorageError: The storage cannot be read.
         """
-        found = next(sound_states(self.folder, latest), None)
+        found = patiently(self.folder, lambda: next(sound_states(self.folder, latest), None), "read")
         if found is None:
             return
         tensors, meta = found

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from peftsearch.domains import PreparedDomain
-from peftsearch.files import StorageError
+from peftsearch.files import StorageError, patiently
 from peftsearch.training.base_model import FrozenBase
 from peftsearch.training.distributed import PeerError, WorkerGroup
 from peftsearch.training.forgetting import GeneralText, measurable
@@ -77,7 +77,8 @@ class Worker:
         """A domain's data, tokenised for a model and memory-mapped at first use."""
         key = (model, name)
         if key not in self._domains:
-            self._domains[key] = fetch(self.plan.domains[key])
+            where = self.plan.domains[key]
+            self._domains[key] = patiently(where, lambda: fetch(where), "read")
         return self._domains[key]
 
     def do(self, work: Work) -> Outcome:
@@ -112,7 +113,10 @@ class Worker:
             return Failure(str(error))
         except StorageError as error:
             self._drop(work)
-            return Failure(f"{error}: mend that and run the study again, it continues", of_study=True)
+            failure = Failure(f"{error}: mend that and run the study again, it continues", of_study=True)
+            if self.group.size > 1:
+                raise LoneFailureError(failure) from error
+            return failure
         except LeavingError:
             self._drop(work)
             return HandedBack()
@@ -149,7 +153,10 @@ class Worker:
         key = segment.trial.key
         if key not in self._sessions:
             # The answer to a trial's last segment may have been lost with the driver; its weights were not.
-            done = finished_result(self.plan.study_folder, key) if self.group.rank == 0 else None
+            folder = self.plan.study_folder
+            done = None
+            if self.group.rank == 0:
+                done = patiently(folder, lambda: finished_result(folder, key), "read")
             done = self.group.from_first(done)
             if done is not None and (done.step == segment.to_step or done.stopped):
                 return done

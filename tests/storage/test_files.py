@@ -161,3 +161,27 @@ def test_a_server_that_is_not_there_is_an_error_soon(s3_server: S3Server) -> Non
     unknown = files.place("s3://bucket/a?colour=blue")
     with pytest.raises(OSError, match="colour"):
         files.read_json(unknown)
+
+
+def test_what_cannot_be_read_or_written_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "PAUSES", (0.01, 0.01))
+    path = tmp_path / "file"
+    path.mkdir()
+    attempts: list[int] = []
+
+    def write() -> None:
+        attempts.append(1)
+        if len(attempts) == 3:
+            path.rmdir()
+        path.write_bytes(b"x")
+
+    files.persist(path, write)
+    assert (len(attempts), path.read_bytes()) == (3, b"x")
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(files.StorageError, match=f"^cannot read {path}: Is a directory$"):
+        files.patiently(path, path.read_bytes, "read")
+    # What is not there will not be there later.
+    monkeypatch.setattr(files, "PAUSES", (3600.0,))
+    with pytest.raises(FileNotFoundError):
+        files.patiently(path, (tmp_path / "none").read_bytes, "read")

@@ -18,10 +18,12 @@ from peftsearch.study import Study
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 SMALL = {
-    "methods": {"lora": {"rank": [2, 4]}, "prompt": {"tokens": [2, 4]}},
+    "methods": {"lora": {"rank": [2, 4]}},
     "search": {"trials": 2, "seed": 0},
+    "training": {"epochs": 1, "evaluations": 2, "batch_size": 16, "max_length": 16},
     "confirm": {"seeds": 1},
 }
+PATIENCE = 1500.0
 
 
 def test_a_study_in_an_object_store_is_that_in_a_folder(
@@ -36,7 +38,8 @@ def test_a_study_in_an_object_store_is_that_in_a_folder(
     run(write_study("tiny", **SMALL), tmp_path / "local")
     database = postgres_server.create_database()
     remote = write_study("tiny", **SMALL, tracking={"mlflow": "off", "ledger": database})
-    assert command("run", remote, "--storage", uri).returncode == 0
+    done = command("run", remote, "--storage", uri, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr[-3000:]
     expected = ledger("tiny", tmp_path / "local")
     assert [essence(record) for record in Study.open("tiny", uri).trials()] == expected
     # Again, there is nothing to do.
@@ -98,7 +101,7 @@ def test_a_study_on_a_full_disk_ends_with_one_sentence_and_goes_on_when_there_is
     trials.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(trials)], check=True)
     try:
-        done = command("run", study, "--storage", small_disk)
+        done = command("run", study, "--storage", small_disk, timeout=PATIENCE)
         assert done.returncode != 0
         assert "Traceback" not in done.stderr
         last = done.stderr.strip().splitlines()[-1]

@@ -270,7 +270,7 @@ def fill(folder: Path) -> Path:
 def test_a_full_disk_leaves_the_earlier_state_and_no_part_of_the_new_one(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "WRITE_PAUSES", (0.01,))
+    monkeypatch.setattr(files, "PAUSES", (0.01,))
     folder = small_disk / "trials" / "00000"
     write_state(folder, 4, TENSORS, META)
     fill(small_disk)
@@ -303,7 +303,7 @@ def test_a_segment_waits_for_room_on_a_full_disk(plan: StudyPlan, small_disk: Pa
 def test_a_disk_that_stays_full_is_the_study_s_fault_and_the_trial_goes_on_later(
     plan: StudyPlan, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "WRITE_PAUSES", (0.01,))
+    monkeypatch.setattr(files, "PAUSES", (0.01,))
     undisturbed = train(plan, tmp_path / "a")
     steps = steps_of(plan)
     worker = new_worker(plan, small_disk)
