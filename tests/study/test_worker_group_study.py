@@ -77,7 +77,7 @@ def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    for name, value in {**PATIENCE, "RAY_raylet_start_wait_time_s": "300"}.items():
+    for name, value in PATIENCE.items():
         monkeypatch.setenv(name, value)
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}, shutdown_at_exit=False

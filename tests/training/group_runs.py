@@ -28,7 +28,8 @@ class GroupRun:
         work: Pieces of work, one after another; a list is done by a new `Worker` in the same processes.
         strategy: ``ddp`` or ``fsdp``.
         workers: Processes.
-        limits: Rank -> bytes of address space beyond what the process has when its base is loaded.
+        limits: Rank -> bytes of address space that the last worker's process may take beyond what it has with the base
+            loaded.
     """
 
     plan: WorkerPlan
@@ -94,7 +95,7 @@ def _main(handed: Path, rank: int) -> None:
         worker = Worker(run.plan, group)
         worker.warm_up()
         base = worker.base(next(iter(run.plan.models)))
-        if rank in run.limits:
+        if rank in run.limits and pieces is run.work[-1]:
             _limit(run.limits[rank])
         fingerprints.append(base.fingerprint())
         outcomes += [worker.do(piece) for piece in pieces]

@@ -50,20 +50,18 @@ def numbers(outcome: Outcome) -> tuple[Any, ...]:
 def test_the_worker_stays_warm_and_the_next_trial_is_as_on_a_fresh_one(
     workers: int, plan: StudyPlan, tmp_path: Path
 ) -> None:
-    def do(name: str, limits: dict[int, int], *work: Segment) -> list[Outcome]:
-        handed = GroupRun(plan.for_workers(tmp_path / name, threads=1), [work], "ddp", workers, limits)
-        return run_group(handed).outcomes[0]
-
-    good = segment(plan, "lora", 2)
-    (expected,) = do("fresh", {}, good)
-    limits = dict.fromkeys(range(workers), ROOM)
-    first, second, found = do("limited", limits, too_large_to_build(plan), too_large_to_run(plan), good)
-    for failure in (first, second):
-        assert isinstance(failure, Failure), failure
-        assert "out of memory" in failure.error
-        assert "GiB more were wanted" in failure.error
-        assert "training.batch_size" in failure.error
-    assert numbers(found) == numbers(expected)
+    work = [
+        [segment(plan, "lora", 2)],
+        [too_large_to_build(plan), too_large_to_run(plan), segment(plan, "lora", 3)],
+    ]
+    handed = GroupRun(plan.for_workers(tmp_path, threads=1), work, "ddp", workers, dict.fromkeys(range(workers), ROOM))
+    for expected, first, second, found in run_group(handed).outcomes:
+        for failure in (first, second):
+            assert isinstance(failure, Failure), failure
+            assert "out of memory" in failure.error
+            assert "GiB more were wanted" in failure.error
+            assert "training.batch_size" in failure.error
+        assert numbers(found) == numbers(expected)
 
 
 def test_one_worker_that_cannot_build_its_model_tells_the_others(plan: StudyPlan, tmp_path: Path) -> None:
