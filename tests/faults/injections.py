@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pty
+import select
 import signal
 import sqlite3
 import subprocess
@@ -170,3 +172,28 @@ class Driver:
                     process.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._warden.wait(0.2)
+
+
+class Terminal:
+    """A terminal in which a command runs, and which can be lost."""
+
+    def __init__(self) -> None:
+        self._own, self._other = pty.openpty()
+        self.path = os.ttyname(self._other)
+        self.shown = b""
+        self._lost = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def lose(self) -> None:
+        """As when a window is closed or a connection breaks: SIGHUP, and writing to it fails from then on."""
+        self._lost.set()
+        # A read that waits would keep the terminal alive.
+        self._reader.join()
+        os.close(self._other)
+        os.close(self._own)
+
+    def _read(self) -> None:
+        while not self._lost.is_set():
+            if select.select([self._own], [], [], 0.05)[0]:
+                self.shown += os.read(self._own, 65536)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import pty
 import random
 import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from agreement import Undisturbed, assert_ended_trials_are_kept, assert_undisturbed
-from injections import Driver
+from injections import Driver, Terminal
 from mlflow_proxy import Proxy
 from table import Row
 
@@ -75,34 +72,6 @@ def test_a_driver_killed_many_times_ends_with_the_same_ledger(
             tuple(seconds),
         )
     )
-
-
-class Terminal:
-    """A terminal in which a command runs, and which can be lost."""
-
-    def __init__(self) -> None:
-        self._own, other = pty.openpty()
-        self.path = os.ttyname(other)
-        self._other: int | None = other
-        self.shown = b""
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def press(self, key: bytes) -> None:
-        os.write(self._own, key)
-
-    def lose(self) -> None:
-        """As when a window is closed or a connection breaks: SIGHUP, and writing to it fails from then on."""
-        own, self._own = self._own, -1
-        if self._other is not None:
-            os.close(self._other)
-            self._other = None
-        os.close(own)
-
-    def _read(self) -> None:
-        with contextlib.suppress(OSError):
-            while self._own >= 0:
-                self.shown += os.read(self._own, 65536)
 
 
 def test_a_driver_that_is_told_to_stop_continues_later(
