@@ -53,7 +53,9 @@ def remove_orphaned_groups() -> int:
     for raw in state.state._connect_and_get_accessor().get_placement_group_table():
         group = gcs_pb2.PlacementGroupTableData.FromString(raw)
         gone = group.state == gcs_pb2.PlacementGroupTableData.REMOVED
-        if not gone and group.creator_actor_dead and group.creator_job_id.hex() == mine:
+        # The driver's own groups (Ray Tune's) say of the actor that did not create them that it is dead.
+        by_actor = not ray.ActorID(group.creator_actor_id).is_nil()
+        if not gone and by_actor and group.creator_actor_dead and group.creator_job_id.hex() == mine:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
             removed += 1
     return removed
