@@ -415,7 +415,7 @@ def escape_markdown(text: str) -> str:
     text = _one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\`*_\[\]|#~$!])", r"\\\1", text)
     # At the beginning of a line these make lists and rules.
-    return re.sub(r"^(\d{1,9}(?=[.)](?:\s|$))|(?=[-+](?:\s|$))|(?=[-=]+$))", r"\1\\", text)
+    return re.sub(r"^(\d{1,9}(?=[.)](?:\s|$))|(?=[-+]\s)|(?=[-=]{2,}$))", r"\1\\", text)
 
 
 # --- inside ---
