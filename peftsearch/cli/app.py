@@ -64,7 +64,7 @@ def run(
     Example: `peftsearch run studies/quickstart.yaml --set search.trials=4`
     """
     from peftsearch.cli.progress import Progress
-    from peftsearch.study import Study, StudyInterrupted
+    from peftsearch.study import Study
     from peftsearch.submit import check_arrival
 
     chosen = Study.from_file(study, name=name, storage=storage, overrides=settings or ())
@@ -73,7 +73,7 @@ def run(
     try:
         with Progress(err, chosen) as progress:
             fronts = chosen.run(address=address, events=progress, fork=fork)
-    except StudyInterrupted:
+    except KeyboardInterrupt:  # a second Ctrl-C ends without a word of its own
         again = ["peftsearch", "run", str(study)]
         given = (("--name", name), ("--storage", storage), ("--address", address), ("--fork", fork))
         for flag, value in given:

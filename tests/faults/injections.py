@@ -51,7 +51,7 @@ class Driver:
     """
 
     def __init__(self, study: Path, storage: Path, name: str, *options: str, terminal: str = "-") -> None:
-        self.storage, self.name = storage, name
+        self.storage, self.name, self.terminal = storage, name, terminal
         self.log = storage.with_name(f"{storage.name}-{name}.log")
         command = [sys.executable, "-m", "peftsearch", "run", str(study), "--storage", str(storage), "--name", name]
         self.began = time.monotonic()

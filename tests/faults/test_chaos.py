@@ -145,7 +145,7 @@ class Chaos:
         if self.chance.random() < 0.5:
             time.sleep(self.chance.uniform(0.0, 2.0))
             self.driver.interrupt()
-        assert self.driver.wait(60) in (0, 130, -signal.SIGINT), self.driver.output[-3000:]
+        assert self.driver.wait(180) in (0, 130, -signal.SIGINT), self.driver.output[-3000:]
         self._continue()
 
     def checkpoint_damaged(self) -> None:

@@ -99,6 +99,8 @@ def test_a_driver_that_is_told_to_stop_continues_later(
         stopped, said = time.monotonic(), fault
         assert driver.leftovers() == []
         assert "Traceback" not in driver.output
+        if driver.terminal == "-":
+            assert "continue with" in driver.output
         assert Study.open("stopped", tmp_path).status()["state"] == "interrupted"
         rows[fault] = (injected, f"it stops within {took:.1f} s, and the same command continues")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -92,18 +91,17 @@ def test_nohup_is_respected(tmp_path: Path) -> None:
 @pytest.mark.ray
 def test_sigterm_asks_to_stop_though_ray_takes_it_for_itself(tmp_path: Path) -> None:
     """Without `listen`, the process dies of it (which would make this test pointless, so it is checked too)."""
-    start = "import ray; ray.init(address='local', num_cpus=1, include_dashboard=False, log_to_driver=False)"
+    start = "from peftsearch.driver import ray_cluster; cluster = ray_cluster(None); cluster.__enter__()"
     outcomes = []
     for preparation in (f"{start}; request.listen()", start):
         notes = tmp_path / f"notes-{len(outcomes)}"
-        process = subprocess.Popen(
-            [*script(preparation), str(notes)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "RAY_AUTH_MODE": "disabled"},
-        )
-        wait_for(notes, "ready")
-        process.terminate()
-        process.wait(120)
+        with (tmp_path / "log").open("wb") as log:
+            process = subprocess.Popen([*script(preparation), str(notes)], stdout=subprocess.DEVNULL, stderr=log)
+        try:
+            wait_for(notes, "ready")
+            process.terminate()
+            process.wait(120)
+        finally:
+            process.kill()
         outcomes.append(notes.read_text().split())
     assert outcomes == [["ready", "told", "stopping", "stopped"], ["ready"]]
