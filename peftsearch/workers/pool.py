@@ -300,11 +300,11 @@ class SlotPool:
         if not (run.warm or no_room):
             run.failures += 1
         if run.failures >= _START_FAILURES:
-            run.broken = str(run.error or "its Ray Train run ended").strip().splitlines()[0]
+            run.broken = _in_a_line(run.error)
             self._tell(f"slot {number} could not be started {run.failures} times and is given up: {run.broken}")
             return
         run.again = time.monotonic() + (2.0**run.failures - 1.0)
-        log.warning("slot %d ended and is started again: %s", number, run.error)
+        log.warning("slot %d ended and is started again: %s", number, _in_a_line(run.error))
 
     def _say_whether_waiting(self, warm: bool) -> None:
         """One sentence when the last machine with room has gone, and one when there is room again."""
@@ -366,6 +366,10 @@ class _DispatcherActor(Dispatcher):
 
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
         super().__init__(max_retries, restarted=restarted)
+
+
+def _in_a_line(error: Exception | None) -> str:
+    return (str(error or "").strip() or type(error).__name__).splitlines()[0] if error else "its Ray Train run ended"
 
 
 def _answers(host: str, port: int) -> bool:
