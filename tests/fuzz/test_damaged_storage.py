@@ -17,7 +17,7 @@ from security_files import Outcome, run_here, write_project
 from peftsearch.spec import Reading, Rung, StudyFacts
 from peftsearch.study import Study
 
-SEEDS = range(1000 if LONG else 12)
+SEEDS = range(1000 if LONG else 8)
 
 
 @pytest.fixture(scope="module")
