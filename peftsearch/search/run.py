@@ -150,6 +150,15 @@ class StudyRun:
                 return record
         return None
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether trials wait to be continued."""
+        return bool(self._interrupted)
+
+    def again(self, number: int) -> None:
+        """A trial whose process in Ray Tune was lost: it is continued like one that a driver left behind."""
+        self._interrupted.append(number)
+
     def plan(self, record: TrialRecord) -> TrialPlan:
         """A trial as the slots see it."""
         return TrialPlan(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,9 @@ from peftsearch.search.trainable import BROKEN, FAILED, FINAL, RESULT, RETRIES, 
 _ACTOR_MEMORY = 2**20
 """A trial's resource request must not be empty, and a trial actor needs no CPU of its own."""
 
+_LOSSES = 3
+"""So often a trial is continued after its actor could not be started, or was lost more often than Tune bears."""
+
 
 def run_trials(run: StudyRun, dispatcher: Any, concurrency: Callable[[], int], stopped: Callable[[], bool]) -> None:
     """Run a study's remaining trials to their end, or until told to stop.
@@ -46,6 +50,21 @@ def run_trials(run: StudyRun, dispatcher: Any, concurrency: Callable[[], int], s
         concurrency: Trials at a time, by now; with one trial at a time the order of events is determined.
         stopped: Asked often; once true, nothing new is started and the running trials stay RUNNING in the ledger.
     """
+    # Where it is a lost trial actor that ends the last round, its trial is still to be continued.
+    losses: Counter[int] = Counter()
+    while True:
+        _run_round(run, dispatcher, concurrency, stopped, losses)
+        if stopped() or not run.interrupted:
+            return
+
+
+def _run_round(
+    run: StudyRun,
+    dispatcher: Any,
+    concurrency: Callable[[], int],
+    stopped: Callable[[], bool],
+    losses: Counter[int],
+) -> None:
     # Trial actors live with the driver and the dispatcher: no lost machine takes one along.
     here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
     resources = tune.PlacementGroupFactory([{"memory": _ACTOR_MEMORY}], bundle_label_selector=[here])
@@ -62,7 +81,7 @@ def run_trials(run: StudyRun, dispatcher: Any, concurrency: Callable[[], int], s
                 name="tune",
                 storage_path=folder,
                 verbose=0,
-                callbacks=[_Recorder(run, dispatcher, stopped)],
+                callbacks=[_Recorder(run, dispatcher, stopped, losses)],
                 stop=_Interruption(stopped),
                 failure_config=tune.FailureConfig(max_failures=3),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
@@ -148,10 +167,11 @@ class _Scheduler(_Adapter, TrialScheduler):  # type: ignore[misc]
 class _Recorder(_Adapter, tune.Callback):  # type: ignore[misc]
     """Records a trial's last result, which Tune does not show to a scheduler, and what broke."""
 
-    def __init__(self, run: StudyRun, dispatcher: Any, stopped: Callable[[], bool]) -> None:
+    def __init__(self, run: StudyRun, dispatcher: Any, stopped: Callable[[], bool], losses: Counter[int]) -> None:
         self.run = run
         self.dispatcher = dispatcher
         self.stopped = stopped
+        self.losses = losses
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -172,9 +192,16 @@ class _Recorder(_Adapter, tune.Callback):  # type: ignore[misc]
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.dispatcher.end.remote(trial.config["plan"].key)
-        if not self.stopped():
-            error = trial.get_error()
-            self.run.failed(_number(trial), f"its trial actor failed: {_last_line(error)}")
+        if self.stopped():
+            return
+        # What goes wrong in a trial comes as a result. Here its process was lost, which is no trial's fault.
+        number = _number(trial)
+        self.losses[number] += 1
+        if self.losses[number] <= _LOSSES:
+            self.run.again(number)
+            return
+        error = trial.get_pickled_error() or trial.get_error()
+        self.run.failed(number, f"its trial actor was lost {_LOSSES + 1} times: {_last_line(error)}")
 
 
 class _Interruption(_Adapter, tune.Stopper):  # type: ignore[misc]
@@ -193,6 +220,8 @@ def _number(trial: Any) -> int:
 
 
 def _last_line(error: BaseException | None) -> str:
+    if error is None:
+        return "its process ended"
     if isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
         error = error.cause
     lines = str(error).strip().splitlines()

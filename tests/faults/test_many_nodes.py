@@ -24,7 +24,14 @@ from peftsearch.study import Study
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
-OURS = ("RayTrainWorker", "TrainController", "DispatcherActor", "TrialActor", "SynchronizationActor", "Coordinator")
+OURS = (
+    "RayTrainWorker",
+    "TrainController",
+    "DispatcherActor",
+    "ResourceTrainable",
+    "SynchronizationActor",
+    "Coordinator",
+)
 
 
 class Machines:

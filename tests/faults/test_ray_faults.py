@@ -29,7 +29,8 @@ PARTS = {
         "the slot is started again, and goes on from the trial's checkpoint",
     ),
     "trial actor killed": (
-        ["TrialActor"],
+        # As Ray Tune names every trainable that has resources.
+        ["ResourceTrainable"],
         "Ray Tune starts another one, which asks for the evaluation that comes next",
     ),
 }
