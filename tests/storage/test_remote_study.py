@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from postgres_server import PostgresServer
 from s3_server import SECRET, S3Server
-from study_runs import command, essence, ledger, run
+from study_runs import command, essence, ledger
 
 from peftsearch import files
 from peftsearch.study import Study
@@ -24,6 +24,12 @@ SMALL = {
     "confirm": {"seeds": 1},
 }
 PATIENCE = 1500.0
+"""Seconds: Ray takes long to start where many others compute."""
+
+
+def run(study: Path, storage: Path | str) -> None:
+    done = command("run", study, "--storage", storage, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_study_in_an_object_store_is_that_in_a_folder(
@@ -35,16 +41,16 @@ def test_a_study_in_an_object_store_is_that_in_a_folder(
 ) -> None:
     monkeypatch.setenv("PEFTSEARCH_CACHE", str(tmp_path / "cache"))
     uri = s3_server.storage("team")
-    run(write_study("tiny", **SMALL), tmp_path / "local")
     database = postgres_server.create_database()
     remote = write_study("tiny", **SMALL, tracking={"mlflow": "off", "ledger": database})
-    done = command("run", remote, "--storage", uri, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(remote, uri)
+    run(write_study("tiny", **SMALL), tmp_path / "local")
     expected = ledger("tiny", tmp_path / "local")
     assert [essence(record) for record in Study.open("tiny", uri).trials()] == expected
     # Again, there is nothing to do.
-    again = command("run", remote, "--storage", uri)
-    assert again.returncode == 0, again.stderr[-2000:]
+    remote = write_study("tiny", **SMALL, tracking={"mlflow": "off", "ledger": database})
+    run(remote, uri)
+    assert [essence(record) for record in Study.open("tiny", uri).trials()] == expected
 
     status = json.loads(command("status", "tiny", "--storage", uri, "--json").stdout)
     assert (status["state"], status["storage"]) == ("finished", uri)
