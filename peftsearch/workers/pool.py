@@ -6,6 +6,7 @@ started anew; one that finds no room is given up, and started when there is room
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -14,6 +15,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+import psutil
 
 from peftsearch.files import Place, filesystem, is_local
 from peftsearch.training.segment import WorkerPlan
@@ -239,6 +242,7 @@ class SlotPool:
                     # Some of Ray's calls wait for the head and cannot be interrupted; Ray would end this process soon,
                     # without a sentence. The ledger is written at every event, not at the end.
                     self._tell(self._head_lost)
+                    _end_children()
                     os._exit(1)
 
     def _look(self) -> None:
@@ -366,6 +370,13 @@ class _DispatcherActor(Dispatcher):
 
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
         super().__init__(max_retries, restarted=restarted)
+
+
+def _end_children() -> None:
+    """End what this process has started: of an embedded cluster, all that is left."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
 
 
 def _in_a_line(error: Exception | None) -> str:
