@@ -48,7 +48,11 @@ WRONG: list[tuple[str, str, str]] = [
     (MODEL, "models: a", "s.yaml, line 2: models: must be a list, not 'a'"),
     (MODEL, "models: [3]", f"s.yaml, line 2: models.0: {SECTION}, not 3"),
     (MODEL, "models: [a, a]", "s.yaml: a model is listed twice"),
-    (MODEL, "models:\n- a\n- {path: b, x: 1}", "line 4: models.1.x: unknown key; known: config, path, revision, trust_remote_code"),
+    (
+        MODEL,
+        "models:\n- a\n- {path: b, x: 1}",
+        "line 4: models.1.x: unknown key; known: config, path, revision, trust_remote_code",
+    ),
     (MODEL, "model: a\nmodels: [b]", "s.yaml: 'model' and 'models' both stand there: keep one"),
     (DOMAINS, "domains: {}", "s.yaml, line 3: domains: must not be empty"),
     (DOMAINS, "domains: [a]", f"s.yaml, line 3: domains: {SECTION}, not ['a']"),
