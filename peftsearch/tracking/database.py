@@ -25,11 +25,13 @@ from sqlalchemy import event, func
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import (
     ArgumentError,
+    IntegrityError,
     InterfaceError,
     InternalError,
     NoSuchModuleError,
     OperationalError,
     PendingRollbackError,
+    ProgrammingError,
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
@@ -232,6 +234,11 @@ def first_line(error: BaseException) -> str:
 
 
 def _opens_soon(error: BaseException) -> bool:
+    if isinstance(error, (IntegrityError, ProgrammingError, OperationalError)) and any(
+        text in str(error.orig).lower() for text in ("unique", "already exists")
+    ):
+        # Another process makes the same tables at the same moment, between Optuna's look and its own attempt.
+        return True
     origin = getattr(error, "orig", None)
     state = getattr(origin, "sqlstate", None) or getattr(origin, "pgcode", None)
     text = str(origin)

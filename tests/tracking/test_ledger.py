@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -272,3 +275,16 @@ def test_who_may_not_write_any_more_writes_nothing(url: str) -> None:
             write()
     assert isinstance(ledger.failure, LostError)
     assert Ledger(url, "s").records == before
+
+
+def test_a_new_ledger_can_be_opened_by_several_at_once(url: str) -> None:
+    # Somebody asks for the status of a study that is just being started.
+    together = threading.Barrier(6)
+
+    def opened(_: int) -> int:
+        together.wait()
+        with closing(Ledger(url, "s")) as ledger:
+            return len(ledger.records)
+
+    with ThreadPoolExecutor(6) as threads:
+        assert list(threads.map(opened, range(6))) == [0] * 6
