@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,10 @@ import yaml
 from gcs_server import gcs_server  # noqa: F401  (one server for all tests that ask for it)
 from postgres_server import postgres_server  # noqa: F401  (the same)
 from s3_server import s3_server  # noqa: F401  (the same)
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several test processes share the cores: threads of one would wait for those of the others.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TOPICS = {
     "contract": [

@@ -191,13 +191,14 @@ def clip_gradients(parameters: Collection[nn.Parameter], max_norm: float) -> Non
     if not gradients:
         return
     in_parts = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
-    total = torch.zeros((), device=gradients[0].device)
+    # In double precision: squares of what is about to diverge would overflow, and a norm of inf clips everything to 0.
+    total = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
     for local in in_parts:
-        total += local.float().square().sum()
+        total += torch.linalg.vector_norm(local, dtype=torch.float64).square()
     distributed.all_reduce(total)
     for gradient in gradients:
         if not isinstance(gradient, DTensor):
-            total += gradient.float().square().sum()
-    factor = (max_norm / (total.sqrt() + 1e-6)).clamp(max=1.0)
+            total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+    factor = (max_norm / (total.sqrt() + 1e-6)).clamp(max=1.0).float()
     for gradient in gradients:
         (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(factor)

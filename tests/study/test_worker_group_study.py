@@ -35,13 +35,12 @@ def without_dropout(base: Path, folder: Path) -> Path:
 def test_a_study_on_parts_of_the_base_has_the_ledger_of_one_on_the_whole(
     write_study: Callable[..., Path], tiny_base: Path, tmp_path: Path
 ) -> None:
-    """Also where a trial's loss becomes NaN on both: it fails once, and the others go on."""
     sections: dict[str, Any] = {
         "model": str(without_dropout(tiny_base, tmp_path / "base")),
         "methods": {
             "lora": {"rank": [2, 4], "learning_rate": 5e-3},
             "adapter": {"bottleneck": 4, "learning_rate": 5e-3},
-            "full": {"learning_rate": [1e-3, 10.0]},
+            "full": {"learning_rate": [1e-3, 2e-3]},
         },
         "search": {"trials": 2, "sampler": "grid", "scheduler": "none"},
         "training": {
@@ -50,7 +49,6 @@ def test_a_study_on_parts_of_the_base_has_the_ledger_of_one_on_the_whole(
             "batch_size": 16,
             "max_length": 16,
             "precision": "fp32",
-            "max_grad_norm": 1e9,
         },
     }
     one = write_study("one", **sections)
@@ -62,17 +60,13 @@ def test_a_study_on_parts_of_the_base_has_the_ledger_of_one_on_the_whole(
     assert len(alone) == len(together) == 5
     for expected, found in zip(alone, together, strict=True):
         assert found.hyperparameters == expected.hyperparameters
-        assert found.state is expected.state
+        assert found.state is expected.state is TrialState.COMPLETE
         assert found.retries == 0
         assert found.trainable_parameters == expected.trainable_parameters
         assert [rung.loss for rung in found.rungs] == pytest.approx([r.loss for r in expected.rungs], abs=1e-4)
         assert [rung.train_loss for rung in found.rungs] == pytest.approx(
             [rung.train_loss for rung in expected.rungs], abs=1e-4
         )
-    states = [record.state for record in together]
-    assert states.count(TrialState.COMPLETE) == 4
-    diverged = next(record for record in together if record.state is TrialState.FAILED)
-    assert "loss" in (diverged.error or "")
 
 
 @pytest.fixture
