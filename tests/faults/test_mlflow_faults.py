@@ -76,12 +76,13 @@ def test_a_server_that_fails_in_every_way_for_a_while(
         ("hanging", "a proxy accepts, and does not answer for a while"),
     ):
         happened = "training does not wait; what is missing is written when it is back, nothing twice"
-        title = {
+        titles = {
             "lost": "MLflow's answers lost",
             "error": "MLflow answers errors",
             "stopped": "MLflow's server stopped",
+            "hanging": "MLflow hangs for a while",
         }
-        note(Row(title[fault], injected, happened, counted.lost, counted.duplicated, (seconds[fault],)))
+        note(Row(titles[fault], injected, happened, counted.lost, counted.duplicated, (seconds[fault],)))
 
 
 @pytest.mark.parametrize("absence", ["away", "hanging"])
