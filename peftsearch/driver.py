@@ -67,7 +67,8 @@ def ray_cluster(address: str | None, warn: Callable[[str], None] = log.warning) 
 @contextlib.contextmanager
 def _handlers_kept() -> Iterator[None]:
     """Give signals their handlers back afterwards: ``ray.init`` puts handlers of its own in their place (for SIGTERM
-    one in Python and then one in C++), which end the driver where it is instead of asking the study to stop."""
+    one in Python and then one in C++; ran, 2.60.0), which end the driver where it is instead of asking the study to
+    stop."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -195,7 +196,6 @@ def run_study(
         costs.measure()
     events.phase("starting Ray")
     with ray_cluster(address, events.warning) as nodes:
-        stopped.listen()
         embedded = address in (None, "local")
         slots = SlotPlan.fit(spec.resources, nodes, [] if embedded else nodes_to_come(), grows=not embedded)
         costs.slot(slots)

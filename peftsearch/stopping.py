@@ -16,7 +16,6 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._event = threading.Event()
-        self._install: Callable[[], None] = lambda: None
 
     def __call__(self) -> bool:
         return self._event.is_set()
@@ -24,13 +23,6 @@ class StopRequest:
     def set(self) -> None:
         """Ask the study to stop."""
         self._event.set()
-
-    def listen(self) -> None:
-        """Take the signals again, inside of `stop_on_signals`, from a library that took them for itself.
-
-        `ray.init` does (ran, 2.60.0): at SIGTERM it prints a stack trace and ends the process where it stands.
-        """
-        self._install()
 
 
 @contextlib.contextmanager
@@ -55,17 +47,10 @@ def stop_on_signals(request: StopRequest, told: Callable[[], None]) -> Iterator[
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
 
-    def install() -> None:
-        for number in numbers:
-            signal.signal(number, handle)
-
-    before = {number: signal.getsignal(number) for number in numbers}
-    install()
-    request._install = install
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:
-        request._install = lambda: None
         for number, handler in before.items():
             # None: set by something that is not Python, which cannot be set again from here.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -411,5 +411,8 @@ def quiet_ray_environment() -> None:
         # Controllers, dispatcher and trial actors are processes without a CPU of their own; with as few cores as a
         # laptop's Ray takes their number for a mistake and says so on standard output.
         "RAY_worker_maximum_startup_concurrency": "16",
+        # The head of a cluster that we start has one machine to watch, its own: on a busy one it took it for dead
+        # after 5 checks without an answer (seen), and ended a study that had nothing but patience to lose.
+        "RAY_health_check_failure_threshold": "100",
     }.items():
         os.environ.setdefault(name, value)
