@@ -81,18 +81,18 @@ def alone(plan: StudyPlan, folder: Path, pieces: list[Segment]) -> list[Outcome]
         torch.set_num_threads(threads)
 
 
-def assert_same(found: list[Outcome], expected: list[Outcome]) -> None:
+def assert_same(found: list[Outcome], expected: list[Outcome], tolerance: float = TOLERANCE) -> None:
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         assert isinstance(one, SegmentResult), one
         assert isinstance(other, SegmentResult), other
         assert (one.step, one.loss, one.train_loss) == pytest.approx(
-            (other.step, other.loss, other.train_loss), abs=TOLERANCE
+            (other.step, other.loss, other.train_loss), abs=tolerance
         )
-        assert one.scores == pytest.approx(other.scores, abs=TOLERANCE)
+        assert one.scores == pytest.approx(other.scores, abs=tolerance)
 
 
-def assert_same_weights(folder: Path, other: Path, number: int, theirs: int) -> None:
+def assert_same_weights(folder: Path, other: Path, number: int, theirs: int, tolerance: float = 1e-3) -> None:
     (found, _), (expected, _) = (
         read_checkpoint(trial_folder(place, f"{key:05d}") / WEIGHTS)
         for place, key in ((folder, number), (other, theirs))
@@ -100,7 +100,7 @@ def assert_same_weights(folder: Path, other: Path, number: int, theirs: int) -> 
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype
-        torch.testing.assert_close(found[name], tensor, atol=1e-3, rtol=1e-2, msg=name)
+        torch.testing.assert_close(found[name], tensor, atol=tolerance, rtol=1e-2, msg=name)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -149,9 +149,13 @@ def test_every_method_gives_the_same_on_parts_of_the_base(
     work = [piece for number, method in enumerate(METHODS_OF[architecture]) for piece in segments(plan, method, number)]
     found = run_group(GroupRun(plan.for_workers(tmp_path / "two", threads=1), [work], "fsdp"))
     expected = alone(plan, tmp_path / "one", work)
-    for number in range(len(METHODS_OF[architecture])):
-        assert_same(found.outcomes[0][2 * number : 2 * number + 2], expected[2 * number : 2 * number + 2])
-        assert_same_weights(tmp_path / "two", tmp_path / "one", number, number)
+    for number, method in enumerate(METHODS_OF[architecture]):
+        pieces = slice(2 * number, 2 * number + 2)
+        # Over this base in nf4, one worker's own losses move by 3e-4 when it adds a batch's gradients up in another
+        # order (gradient_accumulation of 3 against 1, measured), and all others' by 4e-8.
+        times = 10 if method == "qlora" else 1
+        assert_same(found.outcomes[0][pieces], expected[pieces], times * TOLERANCE)
+        assert_same_weights(tmp_path / "two", tmp_path / "one", number, number, times * 1e-3)
     for before, after in found.fingerprints:
         # The forms of the base that quantised trials take have come in addition.
         assert before.items() <= after.items()
