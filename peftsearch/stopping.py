@@ -11,6 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 
+def interrupt() -> None:
+    """Raise KeyboardInterrupt."""
+    raise KeyboardInterrupt
+
+
 class StopRequest:
     """Set by the first Ctrl-C; a second one interrupts at once."""
 
@@ -26,8 +31,10 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_on_signals(request: StopRequest, told: Callable[[], None]) -> Iterator[None]:
-    """Turn SIGINT, SIGTERM and SIGHUP into a request to stop, a further SIGINT or SIGTERM into a KeyboardInterrupt.
+def stop_on_signals(
+    request: StopRequest, told: Callable[[], None], at_once: Callable[[], None] = interrupt
+) -> Iterator[None]:
+    """Turn SIGINT, SIGTERM and SIGHUP into a request to stop, and a further SIGINT or SIGTERM into a call of `at_once`.
 
     Only possible in the main thread. SIGHUP stays ignored where it is, which is what ``nohup`` means.
     """
@@ -39,7 +46,7 @@ def stop_on_signals(request: StopRequest, told: Callable[[], None]) -> Iterator[
         if number == signal.SIGHUP:
             _leave_terminal()
         elif request():
-            raise KeyboardInterrupt
+            at_once()
         request.set()
         told()
 

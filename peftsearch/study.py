@@ -176,7 +176,12 @@ class Study:
             raise StudyError(self.file.explain(error)) from None
 
     def run(
-        self, *, address: str | None = None, events: StudyEvents | None = None, fork: str | None = None
+        self,
+        *,
+        address: str | None = None,
+        events: StudyEvents | None = None,
+        fork: str | None = None,
+        at_once: Callable[[], None] | None = None,
     ) -> dict[str, DomainFront]:
         """Run the study, or continue it where it stands; what has finished is not run again.
 
@@ -185,6 +190,7 @@ class Study:
             fork: Another study of the same storage. Before this one begins, it takes over that one's trials, in the
                 cells whose model, data, method, training and search are the same in both (`peftsearch.fork`).
             events: Told of progress.
+            at_once: Called in the main thread at a second Ctrl-C; KeyboardInterrupt is raised where absent.
 
         Returns:
             The front of every domain.
@@ -197,11 +203,11 @@ class Study:
         """
         from peftsearch.driver import run_study
         from peftsearch.events import SilentEvents
-        from peftsearch.stopping import StopRequest, stop_on_signals
+        from peftsearch.stopping import StopRequest, interrupt, stop_on_signals
 
         events = events or SilentEvents()
         stopped = StopRequest()
-        with stop_on_signals(stopped, events.stopping):
+        with stop_on_signals(stopped, events.stopping, at_once or interrupt):
             events.phase("checking the study and preparing its data")
             self._check_unchanged()
             origin = self._origin(fork)
@@ -238,7 +244,7 @@ class Study:
                         events.phase(f"taking over the trials of {origin.name}")
                         self._take_over(origin, facts, ledger)
                     tracker = self._tracker(facts, ledger)
-                    at_once = False
+                    hurried = False
                     try:
                         if tracker is not None:
                             for record in ledger.records:
@@ -264,7 +270,7 @@ class Study:
                         if not stopped():
                             self._discard_dominated_weights(ledger.records, facts)
                     except BaseException as error:
-                        at_once = isinstance(error, KeyboardInterrupt) or lease.lost is not None
+                        hurried = isinstance(error, KeyboardInterrupt) or lease.lost is not None
                         # Where the ledger could not be written, Ray Tune has wrapped that up in a traceback.
                         why = ledger.failure or error
                         with contextlib.suppress(OSError):
@@ -276,8 +282,8 @@ class Study:
                         if tracker is not None:
                             events.phase("writing MLflow")
                             # Somebody who wants to stop does not wait long: the next run, or sync, writes the rest.
-                            patience = 0.0 if at_once else 15.0 if stopped() else 120.0
-                            if not at_once:
+                            patience = 0.0 if hurried else 15.0 if stopped() else 120.0
+                            if not hurried:
                                 # The last runs' ids first: the reports hold them.
                                 tracker.flush(patience / 2)
                                 self._report(tracker, ledger.records, facts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -70,17 +71,24 @@ def run(
     chosen = Study.from_file(study, name=name, storage=storage, overrides=settings or ())
     check_arrival(chosen)
     option = f" --storage {storage}" if storage else ""
+    again = ["peftsearch", "run", str(study)]
+    for flag, value in (("--name", name), ("--storage", storage), ("--address", address), ("--fork", fork)):
+        again += [flag, str(value)] if value else []
+    for setting in settings or ():
+        again += ["--set", hide_secrets(setting)]
+    stopped = f"Stopped. Everything so far is recorded; continue with:\n  {shlex.join(again)}\n"
+
+    def end_at_once() -> None:
+        # As SIGKILL would: an exception in the middle of Ray's calls, and Ray's shutdown after it, have crashed the
+        # process (seen: SIGSEGV). Ray's processes end with this one, and the ledger is written at every event.
+        os.write(2, ("\n\x1b[?25h" if err.is_terminal else "\n").encode() + stopped.encode())
+        os._exit(130)
+
     try:
         with Progress(err, chosen) as progress:
-            fronts = chosen.run(address=address, events=progress, fork=fork)
-    except KeyboardInterrupt:  # a second Ctrl-C ends without a word of its own
-        again = ["peftsearch", "run", str(study)]
-        given = (("--name", name), ("--storage", storage), ("--address", address), ("--fork", fork))
-        for flag, value in given:
-            again += [flag, str(value)] if value else []
-        for setting in settings or ():
-            again += ["--set", hide_secrets(setting)]
-        err.print(f"Stopped. Everything so far is recorded; continue with:\n  {shlex.join(again)}", markup=False)
+            fronts = chosen.run(address=address, events=progress, fork=fork, at_once=end_at_once)
+    except KeyboardInterrupt:
+        err.print(stopped, markup=False, end="")
         raise typer.Exit(130) from None
     _print_fronts(chosen, fronts)
     out.print(f"Trials in MLflow:   peftsearch ui{option}", markup=False)
