@@ -42,6 +42,8 @@ def test_a_study_in_an_object_store_is_that_in_a_folder(
     monkeypatch.setenv("PEFTSEARCH_CACHE", str(tmp_path / "cache"))
     uri = s3_server.storage("team")
     database = postgres_server.create_database()
+    # The study keeps none: whoever opens it by name brings the password along.
+    monkeypatch.setenv("PGPASSWORD", postgres_server.password)
     remote = write_study("tiny", **SMALL, tracking={"mlflow": "off", "ledger": database})
     run(remote, uri)
     run(write_study("tiny", **SMALL), tmp_path / "local")
