@@ -54,7 +54,7 @@ class Job:
     """A study's job on a cluster.
 
     Attributes:
-        id: Its submission id: ``peftsearch-NAME-XXXXXXXX-N`` with a digest of the storage, and N counting up from 1.
+        id: Its submission id: ``peftsearch-NAME-DIGEST-N``, with a digest of the storage, and N counting up from 1.
         status: Ray's word for where it stands.
         exit_status: Of the study's driver, where it has ended by itself.
         message: What Ray says of it.

@@ -6,26 +6,16 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-from postgres_server import PostgresServer
 
 from peftsearch.spec import Reading, Rung, StudyError, TrialState
 from peftsearch.tracking.ledger import Ledger, LedgerCell, Owner, hide_password
 
 CELL = LedgerCell("d/lora/m", "m", "d", "lora", "accuracy", "maximize")
 OTHER = LedgerCell("d/full/m", "m", "d", "full", "accuracy", "maximize")
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'ledger.db'}"
-    server: PostgresServer = request.getfixturevalue("postgres_server")
-    return server.create_database()
 
 
 def open_ledger(url: str, *cells: LedgerCell) -> Ledger:

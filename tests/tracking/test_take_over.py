@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-from postgres_server import PostgresServer
 
 from peftsearch.spec import Reading, Rung, TrialState
 from peftsearch.tracking.ledger import Ledger, LedgerCell
 
 CELL = LedgerCell("d/lora/m", "m", "d", "lora", "accuracy", "maximize")
 OTHER = LedgerCell("d/full/m", "m", "d", "full", "accuracy", "maximize")
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'ledger.db'}"
-    server: PostgresServer = request.getfixturevalue("postgres_server")
-    return server.create_database()
 
 
 def ask(ledger: Ledger, cell: LedgerCell = CELL, seed: int = 0, **fields: Any) -> Any:
