@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,11 @@ LAUNCHED = ("aws.yaml", "gcp.yaml", "on-premises.yaml")
 """What ``ray up`` takes."""
 SCRIPTS = ("install.sh", "passwords.sh", "slurm.sh", "kubernetes/databases.sh")
 Document = dict[str, Any]
+
+
+def installed(program: str) -> str:
+    """A program that pip put beside this Python, whose environment need not be activated."""
+    return str(Path(sys.executable).with_name(program))
 
 
 def launched(name: str) -> Document:

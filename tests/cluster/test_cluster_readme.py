@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 import typer
-from cluster_files import CLUSTER, ROOT, shell_blocks
+from cluster_files import CLUSTER, ROOT, installed, shell_blocks
 
 README = (CLUSTER / "README.md").read_text()
 BLOCKS = shell_blocks(README)
@@ -31,7 +31,10 @@ def test_shell_parses(block: str) -> None:
     assert done.returncode == 0, done.stderr
     # SC2034: a block may set what a later one reads.
     done = subprocess.run(
-        ["shellcheck", "--shell=bash", "-e", "SC2034,SC2154,SC2088", "-"], input=block, capture_output=True, text=True
+        [installed("shellcheck"), "--shell=bash", "-e", "SC2034,SC2154,SC2088", "-"],
+        input=block,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout
 

@@ -11,7 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from cluster_files import CLUSTER, LAUNCHED, SCRIPTS, compose, kubernetes, launched, of_kind, pod_templates
+from cluster_files import CLUSTER, LAUNCHED, SCRIPTS, compose, installed, kubernetes, launched, of_kind, pod_templates
 
 KUBERNETES = "1.34"
 
@@ -96,7 +96,7 @@ def test_kuberay_objects_meet_kuberays_schema(kind: str) -> None:
 
 def test_the_compose_file_meets_the_compose_specification(tmp_path: Path) -> None:
     def check(path: Path) -> int:
-        command = ["check-jsonschema", "--builtin-schema", "vendor.compose-spec", str(path)]
+        command = [installed("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", str(path)]
         return subprocess.run(command, capture_output=True).returncode
 
     assert check(CLUSTER / "compose.yaml") == 0
@@ -107,7 +107,7 @@ def test_the_compose_file_meets_the_compose_specification(tmp_path: Path) -> Non
 
 
 def test_the_container_file_has_no_complaints() -> None:
-    done = subprocess.run(["hadolint", str(CLUSTER / "Dockerfile")], capture_output=True, text=True)
+    done = subprocess.run([installed("hadolint"), str(CLUSTER / "Dockerfile")], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, ""), done.stdout
 
 
@@ -115,7 +115,7 @@ def test_the_container_file_has_no_complaints() -> None:
 def test_scripts_have_no_complaints(name: str) -> None:
     script = CLUSTER / name
     assert os.access(script, os.X_OK)
-    done = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True)
+    done = subprocess.run([installed("shellcheck"), str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
@@ -128,5 +128,5 @@ def test_commands_of_launcher_files_have_no_complaints(name: str, tmp_path: Path
     # RAY_HEAD_IP: `ray up` sets it.
     script.write_text("#!/bin/bash\nRAY_HEAD_IP=$1\n" + "\n".join(commands) + "\n")
     # SC2086 wants quotes around $RAY_HEAD_IP, SC2088 fears for ~ (our `key=~/...` is for Ray, which expands it itself).
-    done = subprocess.run(["shellcheck", "-e", "SC2086,SC2088", str(script)], capture_output=True, text=True)
+    done = subprocess.run([installed("shellcheck"), "-e", "SC2086,SC2088", str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from cluster_files import installed
 
 from peftsearch.cli.doctor import _ray_token
 
@@ -19,7 +19,7 @@ def test_no_token_is_no_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_token_as_ray_writes_it_is_readable_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ray = str(Path(sys.executable).parent / "ray")
+    ray = installed("ray")
     environment = {**os.environ, "HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}
     environment.pop("RAY_AUTH_TOKEN_PATH", None)
     subprocess.run([ray, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True, umask=0o022)
