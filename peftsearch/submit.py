@@ -19,13 +19,13 @@ import tempfile
 import time
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from peftsearch.ray_access import HOW_TO_SWITCH_ON, check_access, refused, token_of_the_user
-from peftsearch.spec import DataSpec, StudyError, StudyFile, model_location
+from peftsearch.spec import DataSpec, StudyError, StudyFile, model_location, without_passwords
 from peftsearch.storage import ENVIRONMENT_VARIABLE
 from peftsearch.study import SUBMITTED_FROM, Study
 
@@ -196,9 +196,11 @@ def run_as_job(
         The exit status of the study; 0 where it is not followed.
 
     Raises:
-        StudyError: The cluster cannot be reached or refuses us, or the study cannot be sent.
+        StudyError: The cluster cannot be reached or refuses us, or the study cannot be sent or holds a password.
         KeyboardInterrupt: Ctrl-C while following; the job goes on.
     """
+    assert study.file is not None
+    _refuse_passwords(study.file, overrides)
     server = JobServer(address, told)
     try:
         job, before = submit(study, overrides, server, told)
@@ -363,6 +365,42 @@ def shipped_files(file: StudyFile) -> tuple[Path, list[str]]:
             "and name them by absolute path"
         )
     return root, list(files)
+
+
+def _refuse_passwords(file: StudyFile, overrides: Sequence[str]) -> None:
+    """Ray keeps a job's command and files, and shows them to everybody who may see its jobs.
+
+    Raises:
+        StudyError: A setting or the study file, be it in a comment, holds a password or token.
+    """
+    message = (
+        "holds a password or token, which everybody who may see the cluster's jobs could read: leave it out, and have "
+        "the environment of the cluster's head bring it (PGPASSWORD or ~/.pgpass for PostgreSQL, "
+        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for MLflow, HF_TOKEN for the Hub)"
+    )
+    for setting in overrides:
+        key, _, value = setting.partition("=")
+        if without_passwords(value) != value:
+            raise StudyError(f"--set {key.strip()}: {message}")
+    for text, loc in _texts(file.spec.model_dump(mode="json")):
+        if without_passwords(text) != text:
+            raise StudyError(file.explain(StudyError(message, loc)))
+    for number, line in enumerate((file.text or "").splitlines(), 1):
+        if without_passwords(line) != line:
+            raise StudyError(f"{file.where}, line {number}: {message}")
+
+
+def _texts(value: Any, loc: tuple[str | int, ...] = ()) -> Iterator[tuple[str, tuple[str | int, ...]]]:
+    """Every text in a specification, keys included, with its place."""
+    if isinstance(value, str):
+        yield value, loc
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key), loc
+            yield from _texts(item, (*loc, key))
+    elif isinstance(value, Sequence):
+        for number, item in enumerate(value):
+            yield from _texts(item, (*loc, number))
 
 
 def _references(file: StudyFile) -> Iterator[tuple[str, tuple[str | int, ...]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -402,6 +403,47 @@ def test_a_file_that_is_missing_or_too_large_is_said_before_anything_is_sent(
         submit.shipped_files(file)
     with pytest.raises(StudyError, match=r"line \d+: model: no model folder './model'"):
         submit.shipped_files(load(tmp_path))
+
+
+PASSWORD = "hunter2hunter2"
+LOGIN = f"postgresql://me:{PASSWORD}@database/ledger"
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "where"),
+    [
+        (f"tracking: {{ledger: '{LOGIN}'}}", [], r"study.yaml, line 6: tracking.ledger"),
+        (f"# once {LOGIN}", [], r"study.yaml, line 6"),
+        ('tracking: {mlflow: "http://me:hunter\\x32hunter2\\x40tracking"}', [], r"study.yaml, line 6: tracking.mlflow"),
+        ("", [f"tracking.ledger={LOGIN}"], r"--set tracking.ledger"),
+        ("", ["search.trials=2", f"description=from https://{PASSWORD}hunter2hunter2@hub/"], r"--set description"),
+        ("", [f"tracking.ledger=postgresql://me@database/ledger?password={PASSWORD}"], r"--set tracking.ledger"),
+    ],
+)
+def test_a_password_does_not_reach_rays_list_of_jobs(
+    text: str, settings: list[str], where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What travels with a job can be read by everybody who may see the cluster's jobs."""
+    (tmp_path / "topics.csv").touch()
+    path = tmp_path / "study.yaml"
+    lines = ["name: tiny", "model: some/hub-id", "domains:", "  topics: {data: {source: topics.csv}}"]
+    path.write_text("\n".join([*lines, "methods: {lora: {}}", text, ""]))
+    # An address that would be tried for long: the cluster is not asked before.
+    command = ["submit", str(path), "--storage", str(tmp_path / "storage"), "--address", "http://192.0.2.1:8265"]
+    for setting in settings:
+        command += ["--set", setting]
+    assert run_app(command) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert re.match(rf"Error: {where}: holds a password or token, .*PGPASSWORD .*MLFLOW_TRACKING_PASSWORD", told), told
+    assert "hunter" not in told
+    assert not (tmp_path / "storage").exists()
+
+
+def test_a_study_without_passwords_travels(tmp_path: Path) -> None:
+    tracking = {"ledger": "postgresql://me@database/ledger", "mlflow": "https://tracking:5000/a?b=c"}
+    asking = "Which is best? See http://h/a? Or mail me@home.org & others?"
+    file = load(tmp_path, model="some/hub-id", tracking=tracking, description=asking)
+    submit._refuse_passwords(file, ["search.seed=1", "description=Which one?"])
 
 
 def test_the_cluster_must_see_the_same_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
