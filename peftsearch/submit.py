@@ -28,6 +28,7 @@ from peftsearch.ray_access import HOW_TO_SWITCH_ON, check_access, refused, token
 from peftsearch.spec import DataSpec, StudyError, StudyFile, model_location, without_passwords
 from peftsearch.storage import ENVIRONMENT_VARIABLE
 from peftsearch.study import SUBMITTED_FROM, Study
+from peftsearch.tracking.provenance import SUBMITTED_COMMIT, study_commit
 
 SHIPPED_BYTES = 200 * 2**20
 """What may travel with a job: Ray keeps it in the memory of the cluster's head, and takes no more than 512 MB."""
@@ -265,10 +266,7 @@ def submit(study: Study, overrides: Sequence[str], server: JobServer, told: Told
         job = Job(f"{prefix}{number}", files=digest)
         mark = _mark_storage(study, told)
         entrypoint = _entrypoint(study, names[0], overrides)
-        environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), SUBMITTED_FROM: str(file.folder)}
-        if mark is not None:
-            environment[STORAGE_MARK] = str(mark)
-        return server.submit(job, entrypoint, package, environment), False
+        return server.submit(job, entrypoint, package, _environment(file, mark)), False
 
 
 def follow(server: JobServer, job: Job, write: Callable[[str], None], told: Told) -> int:
@@ -482,6 +480,16 @@ def _entrypoint(study: Study, name: str, overrides: Sequence[str]) -> str:
         command += ["--set", setting]
     # In the shell's place: a signal to stop is for the driver.
     return f"exec {shlex.join(command)}"
+
+
+def _environment(file: StudyFile, mark: Path | None) -> dict[str, str]:
+    """Environment variables of the job: what only this machine knows."""
+    environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), SUBMITTED_FROM: str(file.folder)}
+    if commit := study_commit(file.folder):
+        environment[SUBMITTED_COMMIT] = commit
+    if mark is not None:
+        environment[STORAGE_MARK] = str(mark)
+    return environment
 
 
 def check_arrival(study: Study) -> None:

@@ -28,6 +28,7 @@ from peftsearch import submit
 from peftsearch.cli.app import run_app
 from peftsearch.spec import StudyError, StudyFile
 from peftsearch.study import Study
+from peftsearch.tracking.provenance import SUBMITTED_COMMIT, provenance
 
 TOKEN = "0123456789abcdef" * 4
 
@@ -444,6 +445,31 @@ def test_a_study_without_passwords_travels(tmp_path: Path) -> None:
     asking = "Which is best? See http://h/a? Or mail me@home.org & others?"
     file = load(tmp_path, model="some/hub-id", tracking=tracking, description=asking)
     submit._refuse_passwords(file, ["search.seed=1", "description=Which one?"])
+
+
+def test_a_job_records_the_commit_of_the_study_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs from a copy that is in no repository; what is recorded is what a run on the laptop would record."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "topics.csv").touch()
+    copy = Path(tempfile.mkdtemp(dir=tmp_path))
+    file = load(tmp_path / "work" / "studies", model="some/hub-id", domains={"a": {"data": {"source": "hub:a/b"}}})
+    assert SUBMITTED_COMMIT not in submit._environment(file, None)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(tmp_path / "work"), "-c", "user.name=me", "-c", "user.email=me@home", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "a study")
+    for recorded in (commit := git("rev-parse", "HEAD"), f"{commit} (with uncommitted changes)"):
+        with monkeypatch.context() as job:
+            assert provenance(file.folder)["git_commit"] == recorded
+            assert "git_commit" not in provenance(copy)
+            for name, value in submit._environment(file, None).items():
+                job.setenv(name, value)
+            assert provenance(copy)["git_commit"] == recorded
+        (tmp_path / "work" / "topics.csv").write_text("changed")
 
 
 def test_the_cluster_must_see_the_same_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
