@@ -534,6 +534,7 @@ class Study:
             if old is not None and domain.fingerprint not in (old.fingerprint, UNCHECKED):
                 rows = [split for split in old.rows if old.rows[split] != domain.rows.get(split)]
                 others = f"; other numbers of examples in {', '.join(rows)}" if rows else ""
+                others += f"; it was {old.source} then" if old.source != domain.source else ""
                 raise StudyError(
                     f"the data of domain {name!r} ({domain.source}) has changed since the study {self.name!r} began"
                     f"{others}: {advice}"
