@@ -198,6 +198,19 @@ def wait_for_trials(name: str, storage: Path, count: int, *processes: subprocess
     raise AssertionError(f"{name} has no {count} trials")
 
 
+def commit_all(folder: Path) -> str:
+    """Make a folder a git repository; returns the commit."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), "-c", "user.name=me", "-c", "user.email=me@home", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "a study")
+    return git("rev-parse", "HEAD")
+
+
 def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
     lines = done.stderr.strip().splitlines()
     assert "Traceback" not in done.stderr
@@ -211,6 +224,7 @@ def test_a_job_outlives_its_followers_and_is_found_again(
     cluster: Cluster, travelling_study: Callable[..., Path], tmp_path: Path
 ) -> None:
     path, storage = travelling_study("outlives", trials=7), tmp_path / "storage"
+    commit = commit_all(path.parent)
     command = ("submit", path, "--storage", storage, "--address")
 
     first = cluster.start(*command, cluster.url)
@@ -250,6 +264,7 @@ def test_a_job_outlives_its_followers_and_is_found_again(
     with urllib.request.urlopen(request, timeout=30) as answer:
         assert begin + out == json.load(answer)["logs"]
 
+    assert Study.open("outlives", storage).facts().provenance["git_commit"] == commit
     front = cluster.run("frontier", "outlives", "--json", "--storage", storage)
     assert json.loads(front.stdout)["domains"]["topics"]["counts"]["complete"] == 7
     status = json.loads(cluster.run("status", "outlives", "--json", "--storage", storage).stdout)
@@ -455,14 +470,8 @@ def test_a_job_records_the_commit_of_the_study_file(tmp_path: Path, monkeypatch:
     file = load(tmp_path / "work" / "studies", model="some/hub-id", domains={"a": {"data": {"source": "hub:a/b"}}})
     assert SUBMITTED_COMMIT not in submit._environment(file, None)
 
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(tmp_path / "work"), "-c", "user.name=me", "-c", "user.email=me@home", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    git("init", "--quiet")
-    git("add", ".")
-    git("commit", "--quiet", "--message", "a study")
-    for recorded in (commit := git("rev-parse", "HEAD"), f"{commit} (with uncommitted changes)"):
+    commit = commit_all(tmp_path / "work")
+    for recorded in (commit, f"{commit} (with uncommitted changes)"):
         with monkeypatch.context() as job:
             assert provenance(file.folder)["git_commit"] == recorded
             assert "git_commit" not in provenance(copy)
