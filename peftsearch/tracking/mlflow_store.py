@@ -85,9 +85,9 @@ def relocate_artifacts(tracking_uri: str, artifacts: str) -> None:
         former = set()
         for (location,) in connection.execute("SELECT DISTINCT artifact_location FROM experiments"):
             place = Path(location or "")
-            root = place.parent if place.name.isdigit() else place
-            if root.name == name and str(root) != artifacts:
-                former.add(str(root))
+            folder = place.parent if place.name.isdigit() else place
+            if folder.name == name and str(folder) != artifacts:
+                former.add(str(folder))
         for root in former:
             for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
                 connection.execute(
