@@ -13,6 +13,7 @@ import yaml
 from gcs_server import gcs_server  # noqa: F401  (one server for all tests that ask for it)
 from postgres_server import postgres_server  # noqa: F401  (the same)
 from s3_server import s3_server  # noqa: F401  (the same)
+from small_disk import small_disk  # noqa: F401  (shared by tests of several folders)
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Several test processes share the cores: threads of one would wait for those of the others.
