@@ -21,7 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # What a shell starts in the background ignores Ctrl-C, and so would all the programs that tests start and interrupt.
+    # What a shell starts in the background ignores Ctrl-C, and so would all programs that tests start and interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TOPICS = {
