@@ -48,9 +48,10 @@ class BareLoop:
     Args:
         folder: What `trial_list.prepare` has written.
         threads: CPU threads.
+        shuffled: Train the batches of a shuffling data loader, and not those that peftsearch trains on.
     """
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, folder: Path, threads: int, *, shuffled: bool = False) -> None:
         from transformers import AutoModelForSequenceClassification
         from transformers.utils import logging
 
@@ -58,6 +59,7 @@ class BareLoop:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         self.work = Work.read(folder)
+        self.batches = self.work.shuffled if shuffled else self.work.batches
         self.data = read_data(folder)
         self.base = AutoModelForSequenceClassification.from_pretrained(self.work.model, num_labels=self.work.labels)
 
@@ -94,7 +96,7 @@ class BareLoop:
         model.train()
         examples, stretch, total = 0, 0, torch.zeros((), dtype=torch.float64)
         began = time.perf_counter()
-        for step, rows in enumerate(work.batches, start=1):
+        for step, rows in enumerate(self.batches, start=1):
             batch = collate(self.data["train"], rows, work.pad_token_id)
             labels = batch.pop("labels")
             with autocast(work.budget.precision):

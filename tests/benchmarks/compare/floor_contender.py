@@ -1,6 +1,6 @@
 """The floor: a bare PyTorch loop, one trial after another, in one process with all threads or one process per core.
 
-    floor_contender.py FOLDER RECORDS --lanes N --threads N [--search-seed N --deadline SECONDS]
+    floor_contender.py FOLDER RECORDS --lanes N --threads N [--shuffled] [--search-seed N --deadline SECONDS]
 
 With ``--search-seed`` it does not run the list but searches at random until the deadline (seconds since 1970).
 """
@@ -31,6 +31,7 @@ class Lane:
         folder: Work and data.
         records: Where results go.
         threads: CPU threads.
+        shuffled: See `BareLoop`.
         search_seed: Of a random search; None runs the list.
         deadline: When to stop.
     """
@@ -38,6 +39,7 @@ class Lane:
     folder: Path
     records: Path
     threads: int
+    shuffled: bool
     search_seed: int | None
     deadline: float
 
@@ -48,7 +50,7 @@ def run_lane(lane: Lane, counter: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = str(lane.threads)
     from bare_loop import BareLoop, Progress
 
-    loop = BareLoop(lane.folder, lane.threads)
+    loop = BareLoop(lane.folder, lane.threads, shuffled=lane.shuffled)
     trials = iter(loop.work.trials) if lane.search_seed is None else random_trials(lane.search_seed)
     taken = -1
     while True:
@@ -94,10 +96,11 @@ def main() -> None:
     parser.add_argument("records", type=Path)
     parser.add_argument("--lanes", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--shuffled", action="store_true")
     parser.add_argument("--search-seed", type=int)
     parser.add_argument("--deadline", type=float, default=math.inf)
     options = parser.parse_args()
-    lane = Lane(options.folder, options.records, options.threads, options.search_seed, options.deadline)
+    lane = Lane(**{name: value for name, value in vars(options).items() if name != "lanes"})
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
     if options.lanes == 1:

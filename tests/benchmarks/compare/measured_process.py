@@ -17,7 +17,7 @@ import psutil
 _SECONDS_BETWEEN_SAMPLES = 1.0
 _SAMPLES_BETWEEN_PSS = 5
 """The proportional size takes the kernel a walk through every page table, so it is read more seldom."""
-_THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_WAIT_POLICY")
+_THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,8 @@ def document(work: Work, variant: str, search_seed: int | None) -> dict[str, Any
         fixed = {"alpha": work.alpha, "targets": "attention", "dropout": 0.0}
         methods = {"lora": {"rank": ranks, "learning_rate": rates, **fixed}}
         search = {"trials": 100_000, "seed": search_seed}
-    written = study_document(work.budget, methods, search=search)
+    # The folder, not the package: a base without dropout is nowhere else.
+    written = study_document(work.budget, methods, work.model, search=search)
     for name, values in sections(variant, work.cores).items():
         written[name] = {**written.get(name, {}), **values}
     return written

@@ -14,7 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,11 @@ from trial_list import DOMAINS, Budget, Work, draw_trials, prepare
 
 HERE = Path(__file__).parent
 FLOORS = ("floor, one process", "floor, process per core")
+SHUFFLED = "shuffled floor, process per core"
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
 """Relative, of the last training loss: sums in another order (another number of threads) after a hundred steps."""
+TOLERANCE_OF_DROPOUT = 0.05
+"""The same where the base drops: the contenders' random numbers need not be the same."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Contender:
         name: In the table.
         command: Script and options.
         lanes: Trials at once; None where the contender itself says so, in a file ``lanes`` beside its records.
-        exact: Whether it trains the same batches with the same random numbers in the same precision as the floor.
+        exact: Whether it trains the same batches in the same precision as the floor.
     """
 
     name: str
@@ -50,9 +53,11 @@ class Contender:
 def contenders(cores: int, precision: str) -> list[Contender]:
     """All of them, in the order of the table. ``peftsearch, bf16`` is there where the others compute in fp32."""
     threads = ("--threads", str(cores))
+    per_core = ("floor_contender.py", "--lanes", str(cores), "--threads", "1")
     found = [
         Contender(FLOORS[0], ("floor_contender.py", "--lanes", "1", *threads), 1),
-        Contender(FLOORS[1], ("floor_contender.py", "--lanes", str(cores), "--threads", "1"), cores),
+        Contender(FLOORS[1], per_core, cores),
+        Contender(SHUFFLED, (*per_core, "--shuffled"), cores, exact=False),
         Contender("Ray's pattern, 1 at a time", ("ray_contender.py", "--concurrency", "1", *threads), 1),
         Contender("Ray's pattern, 2 at a time", ("ray_contender.py", "--concurrency", "2", "--threads", "1"), 2),
         Contender("hyperparameter_search", ("trainer_contender.py", *threads), 1),
@@ -117,7 +122,8 @@ def main() -> None:
         for number in range(options.repeats):
             figures, records, failures = run_repeat(chosen, folder, number, options.kill_after)
             exact = [contender.name for contender in chosen if contender.exact and contender.name in records]
-            wrong = differences(records, work, exact, TOLERANCE[budget.precision])
+            tolerance = TOLERANCE_OF_DROPOUT if budget.dropout else TOLERANCE[budget.precision]
+            wrong = differences(records, work, exact, tolerance)
             problems += [f"repeat {number + 1}: {text}" for text in (*failures, *wrong)]
             repeats.append(add_ratios(figures, FLOORS))
             result = _result(work, machine, repeats, problems)
@@ -174,12 +180,18 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=Budget.batch_size)
     parser.add_argument("--steps", type=int, default=Budget.steps, help="steps per trial")
     parser.add_argument("--evaluations", type=int, default=Budget.evaluations, help="evaluations per trial")
+    parser.add_argument(
+        "--no-dropout",
+        dest="dropout",
+        action="store_false",
+        help="switch the base model's dropout off: losses must then agree to a thousandth",
+    )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default=Budget.precision)
 
 
 def budget_of(options: argparse.Namespace) -> Budget:
     """What `add_budget` has read."""
-    names = ("domain", "rows", "validation", "max_length", "batch_size", "steps", "evaluations", "precision")
+    names = [field.name for field in fields(Budget) if field.name != "seed"]
     return Budget(**{name: getattr(options, name) for name in names})
 
 

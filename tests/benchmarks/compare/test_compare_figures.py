@@ -37,7 +37,8 @@ def record(trial: int, ended: float, **fields: Any) -> Record:
 
 def work(trials: tuple[Trial, ...]) -> Work:
     budget = Budget(rows=32, steps=10, evaluations=2)
-    return Work(budget, trials, 2, "model", 3, 0, 10_000, tuple(tuple(range(16)) for _ in range(10)))
+    batches = tuple(tuple(range(16)) for _ in range(10))
+    return Work(budget, trials, 2, "model", 3, 0, 10_000, batches, batches)
 
 
 def test_the_list_is_a_grid_that_a_seed_decides() -> None:

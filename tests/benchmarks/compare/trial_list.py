@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class Budget:
         evaluations: Evaluations per trial, evenly spread; divides ``steps``.
         precision: ``fp32``, or ``bf16`` (autocast in training and in evaluations on the way).
         seed: Of weights, dropout and data order.
+        dropout: Whether the base model drops as its configuration says; without, every contender's losses are the same.
     """
 
     domain: str = "clinical"
@@ -64,6 +65,7 @@ class Budget:
     evaluations: int = 3
     precision: str = "fp32"
     seed: int = 0
+    dropout: bool = True
 
     def __post_init__(self) -> None:
         if self.steps % self.evaluations:
@@ -88,7 +90,8 @@ class Work:
         labels: Number of classes.
         pad_token_id: What texts are padded with.
         total_parameters: Of the base model.
-        batches: Row numbers of each step; the same for every trial.
+        batches: Row numbers of each step, the same for every trial: those that peftsearch trains on.
+        shuffled: As many rows in each step, as a shuffling data loader deals them.
     """
 
     budget: Budget
@@ -99,6 +102,7 @@ class Work:
     pad_token_id: int
     total_parameters: int
     batches: tuple[tuple[int, ...], ...]
+    shuffled: tuple[tuple[int, ...], ...]
 
     alpha: float = 16.0
     warmup: float = 0.1
@@ -128,7 +132,8 @@ class Work:
         fields = json.loads((folder / "work.json").read_text())
         fields["budget"] = Budget(**fields["budget"])
         fields["trials"] = tuple(Trial(**trial) for trial in fields["trials"])
-        fields["batches"] = tuple(tuple(batch) for batch in fields["batches"])
+        for name in ("batches", "shuffled"):
+            fields[name] = tuple(tuple(batch) for batch in fields[name])
         return cls(**fields)
 
 
@@ -148,13 +153,13 @@ def read_data(folder: Path) -> dict[str, dict[str, list[Any]]]:
     return json.loads((folder / "data.json").read_text())
 
 
-def study_document(budget: Budget, methods: Mapping[str, Any], **sections: Any) -> dict[str, Any]:
+def study_document(budget: Budget, methods: Mapping[str, Any], model: str = MODEL, **sections: Any) -> dict[str, Any]:
     """The study file of the same work, for peftsearch."""
     domain = {**DOMAINS[budget.domain], "limit": {"train": budget.rows, "validation": budget.validation, "test": 64}}
     steps_per_epoch = -(-budget.rows // budget.batch_size)
     return {
         "name": "compare",
-        "model": MODEL,
+        "model": model,
         "domains": {budget.domain: {"task": "classification", "metric": "accuracy", "data": domain}},
         "methods": dict(methods),
         "training": {
@@ -198,8 +203,9 @@ def prepare(folder: Path, budget: Budget, trials: Sequence[Trial], cores: int) -
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "prepared.yaml"
+    base = MODEL if budget.dropout else str(_without_dropout(folder / "model"))
     search = {"sampler": "grid", "scheduler": "none", "trials": len(trials), "seed": budget.seed}
-    path.write_text(yaml.safe_dump(study_document(budget, grid_of(trials), search=search)))
+    path.write_text(yaml.safe_dump(study_document(budget, grid_of(trials), base, search=search)))
     plan = Study.from_file(path, storage=folder / "prepared").validate()
     ((model, _), domain), *_ = plan.prepared.items()
     rows = domain.rows["train"]
@@ -220,6 +226,29 @@ def prepare(folder: Path, budget: Budget, trials: Sequence[Trial], cores: int) -
         pad_token_id=domain.pad_token_id,
         total_parameters=plan.model_facts[model].total_parameters,
         batches=tuple(tuple(order.batch(step)) for step in range(budget.steps)),
+        shuffled=tuple(islice(_shuffled(rows, budget), budget.steps)),
     )
     work.write(folder)
     return work
+
+
+def _shuffled(rows: int, budget: Budget) -> Iterator[tuple[int, ...]]:
+    generator = random.Random(budget.seed)
+    while True:
+        order = generator.sample(range(rows), rows)
+        yield from (tuple(order[start : start + budget.batch_size]) for start in range(0, rows, budget.batch_size))
+
+
+def _without_dropout(target: Path) -> Path:
+    """The base model in a folder of its own, with links to its files and another configuration."""
+    from peftsearch.spec import model_location
+
+    source = Path(model_location(MODEL, Path.cwd()))
+    target.mkdir(exist_ok=True)
+    for file in source.iterdir():
+        if file.is_file() and file.name != "config.json":
+            (target / file.name).symlink_to(file)
+    config = json.loads((source / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (target / "config.json").write_text(json.dumps(config))
+    return target
