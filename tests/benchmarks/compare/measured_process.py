@@ -14,9 +14,9 @@ from pathlib import Path
 
 import psutil
 
-_SECONDS_BETWEEN_SAMPLES = 1.0
-_SAMPLES_BETWEEN_PSS = 5
-"""The proportional size takes the kernel a walk through every page table, so it is read more seldom."""
+SECONDS_BETWEEN_SAMPLES = 2.0
+SAMPLES_BETWEEN_PSS = 10
+"""Sampling takes time from what is measured; the proportional size takes the kernel a walk through page tables."""
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -77,11 +77,11 @@ def _watch(process: subprocess.Popen[bytes], kill_at: float) -> tuple[int, dict[
     while True:
         tree = _tree(process.pid)
         seen.update(tree)
-        for kind, value in memory_of(tree, proportional=samples % _SAMPLES_BETWEEN_PSS == 0).items():
+        for kind, value in memory_of(tree, proportional=samples % SAMPLES_BETWEEN_PSS == 0).items():
             peaks[kind] = max(peaks.get(kind, 0), value)
         samples += 1
         with contextlib.suppress(subprocess.TimeoutExpired):
-            status = process.wait(_SECONDS_BETWEEN_SAMPLES)
+            status = process.wait(SECONDS_BETWEEN_SAMPLES)
             break
         if time.time() >= kill_at:
             process.kill()

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import measured_process
 import pytest
 from bench_figures import add_ratios, busy_seconds, differences, figures_of, markdown, medians
 from floor_contender import random_trials
@@ -210,7 +211,8 @@ def test_records_are_read_in_the_order_in_which_they_ended(tmp_path: Path) -> No
     assert [one.trial for one in read_records(path)] == [1, 0]
 
 
-def test_memory_is_that_of_a_process_and_its_children(tmp_path: Path) -> None:
+def test_memory_is_that_of_a_process_and_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured_process, "SECONDS_BETWEEN_SAMPLES", 0.2)
     script = tmp_path / "grows.py"
     script.write_text(
         "import subprocess, sys, time\n"

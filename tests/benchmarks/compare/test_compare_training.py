@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -116,3 +117,24 @@ def test_hyperparameter_search_has_the_same_losses(folder: Path) -> None:
 def test_a_budget_larger_than_the_data_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="rows to train on"):
         prepare(tmp_path / "more", replace(BUDGET, rows=10_000), draw_trials(1, 1), cores=1)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_the_smallest_comparison_comes_to_its_table(tmp_path: Path) -> None:
+    # Of each kind of contender one, with one trial of the quickstart's model.
+    kinds = ("floor, process per core", "2 at a time", "hyperparameter_search", "peftsearch, plain")
+    sizes = {"ranks": 1, "rates": 1, "rows": 32, "validation": 16, "steps": 2, "evaluations": 1, "repeats": 1}
+    script = [str(HERE / "same_trials.py"), "--json", str(tmp_path / "out.json"), "--no-dropout"]
+    script += [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
+    script += [text for kind in kinds for text in ("--only", kind)]
+    done = subprocess.run([sys.executable, *script], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "out.json").read_text())["medians"]
+    assert [next(kind for kind in kinds if kind in name) for name in found] == list(kinds)
+    for name, figures in found.items():
+        assert 0 < figures["warm_up_seconds"] < figures["first_result_seconds"] <= figures["wall_seconds"], name
+        assert 0 < figures["training_seconds"] < figures["wall_seconds"], name
+        assert figures["examples_per_second"] == pytest.approx(32 / figures["wall_seconds"]), name
+        assert figures["peak_rss_gib"] > 0.2, name
+        assert name in done.stdout
