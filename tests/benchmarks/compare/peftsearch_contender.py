@@ -75,6 +75,7 @@ class Recorder:
                 learning_rate=values["learning_rate"],
                 step=rung.step,
                 final=rung.step == self.work.budget.steps,
+                # A study counts steps, not examples; that these were the examples, the losses show.
                 examples=sum(len(batch) for batch in self.work.batches[: rung.step]),
                 train_loss=rung.train_loss,
                 loss=rung.loss,

@@ -11,7 +11,6 @@ with OptunaSearch and ASHA until the deadline (seconds since 1970).
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import tempfile
 import time
@@ -80,7 +79,7 @@ def main() -> None:
 
     work = Work.read(options.folder)
     searching = options.search_seed is not None
-    storage = tempfile.mkdtemp(prefix="compare-ray-", dir=options.records.parent)
+    storage = tempfile.mkdtemp(prefix="compare-ray-", dir=options.records.parent.resolve())
     fixed = {
         "folder": str(options.folder.resolve()),
         "records": str(options.records.resolve()),
@@ -89,15 +88,17 @@ def main() -> None:
     }
 
     def train_driver_fn(config: dict[str, Any]) -> None:
-        name = f"train-trial_id={ray.tune.get_context().get_trial_id()}"
-        if "trial" not in config:
-            # A search numbers its trials itself.
-            config = {**config, "trial": int(ray.tune.get_context().get_trial_name().rpartition("_")[2])}
+        trial_id = ray.tune.get_context().get_trial_id()
+        # Tune's ids are hexadecimal digits, and perhaps an underscore among them.
+        number = int(trial_id.replace("_", ""), 16)
+        searched = config.get("of_list", config)
         trainer = ray.train.torch.TorchTrainer(
             train_fn_per_worker,
-            train_loop_config=config,
+            train_loop_config={**fixed, **searched, "trial": number},
             scaling_config=ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": options.threads}),
-            run_config=ray.train.RunConfig(name=name, callbacks=[TuneReportCallback()], storage_path=storage),
+            run_config=ray.train.RunConfig(
+                name=f"train-trial_id={trial_id}", callbacks=[TuneReportCallback()], storage_path=storage
+            ),
         )
         trainer.fit()
 
@@ -115,7 +116,6 @@ def main() -> None:
         from ray.tune.search.optuna import OptunaSearch
 
         space = {
-            **fixed,
             "rank": ray.tune.lograndint(SEARCHED_RANKS[0], SEARCHED_RANKS[1] + 1),
             "learning_rate": ray.tune.loguniform(*SEARCHED_RATES),
         }
@@ -128,17 +128,13 @@ def main() -> None:
             num_samples=-1,
             max_concurrent_trials=options.concurrency,
             time_budget_s=max(1.0, options.deadline - time.time()),
-            trial_name_creator=_numbered(),
         )
     else:
-        listed = [
-            {**fixed, "trial": trial.number, "rank": trial.rank, "learning_rate": trial.learning_rate}
-            for trial in work.trials
-        ]
+        listed = [{"rank": trial.rank, "learning_rate": trial.learning_rate} for trial in work.trials]
         space = {"of_list": ray.tune.grid_search(listed)}
         how = ray.tune.TuneConfig(max_concurrent_trials=options.concurrency)
     tuner = ray.tune.Tuner(
-        train_driver_fn if searching else lambda config: train_driver_fn(config["of_list"]),
+        train_driver_fn,
         param_space=space,
         tune_config=how,
         run_config=ray.tune.RunConfig(
@@ -152,11 +148,6 @@ def main() -> None:
     if results.errors and not searching:
         raise results.errors[0]
     ray.shutdown()
-
-
-def _numbered() -> Any:
-    count = itertools.count()
-    return lambda trial: f"trial_{next(count)}"
 
 
 if __name__ == "__main__":

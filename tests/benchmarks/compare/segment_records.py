@@ -15,7 +15,7 @@ class Record:
     """One evaluation of a trial, and the training before it.
 
     Attributes:
-        trial: Its number, in the order in which the contender began it.
+        trial: Its number; no other trial of the contender's has it.
         rank: LoRA rank.
         learning_rate: Peak learning rate.
         step: Steps done.

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trial_list
+import yaml
 from bare_loop import BareLoop, Progress
+from floor_contender import Lane, random_trials, run_lane
+from peftsearch_contender import VARIANTS, document
 from segment_records import read_records
 from trial_list import Budget, Trial, Work, draw_trials, prepare
+
+from peftsearch import Study
 
 HERE = Path(__file__).parent
 BUDGET = Budget(domain="topics", rows=96, validation=32, max_length=16, steps=18, evaluations=3, dropout=False)
@@ -60,10 +68,7 @@ def test_what_is_prepared_is_read_back(folder: Path) -> None:
 
 def test_the_bare_loop_has_the_losses_of_a_trial(folder: Path, tmp_path: Path) -> None:
     import torch
-    import yaml
-    from peftsearch_contender import document
 
-    from peftsearch import Study
     from peftsearch.training.distributed import WorkerGroup
     from peftsearch.training.segment import Segment, TrialPlan
     from peftsearch.training.worker import Worker
@@ -112,6 +117,41 @@ def test_hyperparameter_search_has_the_same_losses(folder: Path) -> None:
         assert end.train_loss == pytest.approx(expected.train_loss, rel=1e-4)
         assert end.accuracy == pytest.approx(expected.accuracy)
         assert (end.step, end.examples) == (expected.step, expected.examples)
+
+
+def test_a_random_search_ends_at_its_deadline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    records = folder / "records.jsonl"
+    lane = Lane(folder, records, threads=1, shuffled=False, search_seed=0, deadline=time.time() + 5)
+    run_lane(lane, multiprocessing.get_context("spawn").Value("q", 0))
+    found = read_records(records)
+    assert found
+    # What is under way at the deadline goes on to its next evaluation at most.
+    assert all(record.ended - record.seconds < lane.deadline for record in found)
+    drawn = list(itertools.islice(random_trials(0), found[-1].trial + 1))
+    assert all(record.rank == drawn[record.trial].rank for record in found)
+
+
+def test_hyperparameter_search_ends_after_its_deadline(folder: Path) -> None:
+    records = folder / "records.jsonl"
+    script = [str(HERE / "trainer_contender.py"), str(folder), str(records), "--threads", "1"]
+    script += ["--search-seed", "0", "--deadline", str(time.time())]
+    subprocess.run([sys.executable, *script], check=True, timeout=300, capture_output=True)
+    assert any(record.final for record in read_records(records))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("search_seed", [None, 3])
+def test_each_variant_is_a_study(folder: Path, tmp_path: Path, variant: str, search_seed: int | None) -> None:
+    work = Work.read(folder)
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(document(work, variant, search_seed)))
+    spec = Study.from_file(path, storage=tmp_path / "storage").spec
+    assert spec.training.precision == ("bf16" if variant == "bf16" else "fp32")
+    assert spec.search.sampler == ("grid" if search_seed is None else "tpe")
+    assert spec.search.scheduler == ("none" if search_seed is None else "pareto_asha")
+    if variant == "plain":
+        assert (spec.resources.slots, spec.resources.cpus_per_worker, spec.resources.pack) == (work.cores, 1, 1)
 
 
 def test_a_budget_larger_than_the_data_is_refused(folder: Path, tmp_path: Path) -> None:
