@@ -17,8 +17,9 @@ COLUMNS: tuple[tuple[str, str, int], ...] = (
     ("first_result_seconds", "first result s", 1),
     ("warm_up_seconds", "warm-up s", 1),
     ("training_seconds", "training s", 1),
+    ("closing_seconds", "closing s", 1),
     ("overhead_per_trial_seconds", "overhead/trial s", 3),
-    ("overhead_per_trial_with_warm_up_seconds", "with warm-up s", 3),
+    ("whole_overhead_per_trial_seconds", "whole overhead/trial s", 3),
     ("examples_per_second", "examples/s", 1),
     ("peak_rss_gib", "peak RSS GiB", 2),
     ("peak_pss_gib", "peak PSS GiB", 2),
@@ -47,8 +48,9 @@ def figures_of(records: Sequence[Record], run: Measured, lanes: int) -> Figures:
     - ``first_result_seconds``: from the start of the process to the first evaluation of a trial.
     - ``warm_up_seconds``: from the start of the process to the first training step.
     - ``training_seconds``: time in which the lanes trained and evaluated, see `busy_seconds`.
-    - ``overhead_per_trial_seconds``: (wall - warm-up - training) / trials.
-    - ``overhead_per_trial_with_warm_up_seconds``: (wall - training) / trials.
+    - ``closing_seconds``: from the last evaluation of a trial to the end of the process.
+    - ``overhead_per_trial_seconds``: (wall - warm-up - training - closing) / trials: what grows with the trials.
+    - ``whole_overhead_per_trial_seconds``: (wall - training) / trials.
     - ``examples_per_second``: trained examples over the wall time.
 
     Args:
@@ -61,14 +63,16 @@ def figures_of(records: Sequence[Record], run: Measured, lanes: int) -> Figures:
     intervals = [(record.ended - record.seconds, record.ended) for record in records]
     training = busy_seconds(intervals, lanes)
     warm_up = min(start for start, _ in intervals) - run.began
+    closing = run.ended - max(end for _, end in intervals)
     last = {record.trial: record for record in sorted(records, key=lambda record: record.step)}
     return {
         "wall_seconds": wall,
         "first_result_seconds": min(record.ended for record in records) - run.began,
         "warm_up_seconds": warm_up,
         "training_seconds": training,
-        "overhead_per_trial_seconds": (wall - warm_up - training) / trials,
-        "overhead_per_trial_with_warm_up_seconds": (wall - training) / trials,
+        "closing_seconds": closing,
+        "overhead_per_trial_seconds": (wall - warm_up - training - closing) / trials,
+        "whole_overhead_per_trial_seconds": (wall - training) / trials,
         "examples_per_second": sum(record.examples for record in last.values()) / wall,
         "peak_rss_gib": run.peak_rss / 2**30,
         "peak_pss_gib": None if run.peak_pss is None else run.peak_pss / 2**30,

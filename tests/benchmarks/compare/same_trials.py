@@ -52,14 +52,14 @@ class Contender:
 
 def contenders(cores: int, precision: str) -> list[Contender]:
     """All of them, in the order of the table. ``peftsearch, bf16`` is there where the others compute in fp32."""
-    threads = ("--threads", str(cores))
+    threads, half = ("--threads", str(cores)), str(max(1, cores // 2))
     per_core = ("floor_contender.py", "--lanes", str(cores), "--threads", "1")
     found = [
         Contender(FLOORS[0], ("floor_contender.py", "--lanes", "1", *threads), 1),
         Contender(FLOORS[1], per_core, cores),
         Contender(SHUFFLED, (*per_core, "--shuffled"), cores, exact=False),
         Contender("Ray's pattern, 1 at a time", ("ray_contender.py", "--concurrency", "1", *threads), 1),
-        Contender("Ray's pattern, 2 at a time", ("ray_contender.py", "--concurrency", "2", "--threads", "1"), 2),
+        Contender("Ray's pattern, 2 at a time", ("ray_contender.py", "--concurrency", "2", "--threads", half), 2),
         Contender("hyperparameter_search", ("trainer_contender.py", *threads), 1),
     ]
     for variant in VARIANTS:

@@ -97,7 +97,7 @@ def test_busy_time_is_that_of_the_lanes(intervals: list[tuple[float, float]], la
 
 def test_figures_of_a_run() -> None:
     run = Measured(began=100.0, ended=120.0, status=0, peak_rss=3 * GIB, peak_pss=2 * GIB, output="")
-    # Starts at 104 and 110: 4 s of warm-up, then 3 + 6 s of training in 16 s.
+    # From 104 to 107 and from 110 to 116: 4 s of warm-up, 9 s of training with a gap of 3 s, 4 s at the end.
     records = [
         record(0, 107.0, seconds=3.0, step=5, examples=80, final=False),
         record(1, 113.0, seconds=3.0, step=5, examples=80, final=False),
@@ -109,8 +109,9 @@ def test_figures_of_a_run() -> None:
         "first_result_seconds": 7.0,
         "warm_up_seconds": 4.0,
         "training_seconds": 9.0,
-        "overhead_per_trial_seconds": 3.5,
-        "overhead_per_trial_with_warm_up_seconds": 5.5,
+        "closing_seconds": 4.0,
+        "overhead_per_trial_seconds": 1.5,
+        "whole_overhead_per_trial_seconds": 5.5,
         "examples_per_second": 12.0,
         "peak_rss_gib": 3.0,
         "peak_pss_gib": 2.0,
