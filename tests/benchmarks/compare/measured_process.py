@@ -64,7 +64,14 @@ def measure(arguments: Sequence[str], *, kill_after: float, log: Path) -> Measur
             stderr=subprocess.STDOUT,
             env=environment,
         )
-        status, peaks = _watch(process, began + kill_after)
+        try:
+            status, peaks = _watch(process, began + kill_after)
+        except BaseException:
+            # Ctrl-C, above all: nobody watches it any more.
+            for one in reversed(_tree(process.pid)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+            raise
         ended = time.time()
     text = log.read_text(errors="replace")
     return Measured(began, ended, status, peaks.get("rss", 0), peaks.get("pss"), text[-3000:])
