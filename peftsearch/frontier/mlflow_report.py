@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterable
 
 from peftsearch.frontier.front import DomainFront, domain_fronts, pick
-from peftsearch.frontier.plots import front_html, front_png
+from peftsearch.frontier.page import front_html
+from peftsearch.frontier.plots import front_png
 from peftsearch.frontier.tables import (
     LINEAR_PROBE,
     MAJORITY,
