@@ -2,5 +2,6 @@
 
 from peftsearch.frontier.page.data import page_data
 from peftsearch.frontier.page.document import document, front_html, policy
+from peftsearch.frontier.page.studies import studies_html
 
-__all__ = ["document", "front_html", "page_data", "policy"]
+__all__ = ["document", "front_html", "page_data", "policy", "studies_html"]

@@ -46,14 +46,14 @@ def document(data: Mapping[str, Any], tables: str = "", *, live: Mapping[str, st
     Args:
         data: As `page_data` gives it.
         tables: HTML for readers whose browser runs no scripts.
-        live: Makes the page one that is served and asks for its data again: ``data`` (where), ``mlflow`` and
-            ``studies`` (links).
+        live: Makes the page one that is served and asks for its data again: ``data`` (where), ``studies`` (a link), and
+            ``mlflow`` (a link, where there is one).
     """
     return _template().substitute(
         policy=policy(live=live is not None),
         title=html.escape(f"{data['study']}: Pareto fronts"),
         study=html.escape(str(data["study"])),
-        style=_style(),
+        style=style(),
         data=script_json(data),
         live=script_json(live),
         tables=tables,
@@ -66,7 +66,7 @@ def policy(*, live: bool = False) -> str:
     that is served may ask its own server."""
     connect = "; connect-src 'self'" if live else ""
     return (
-        f"default-src 'none'; script-src '{_digest(_script())}'; style-src '{_digest(_style())}'; img-src data:; "
+        f"default-src 'none'; script-src '{digest(_script())}'; style-src '{digest(style())}'; img-src data:; "
         f"base-uri 'none'; form-action 'none'{connect}"
     )
 
@@ -104,24 +104,27 @@ def _text(text: str) -> str:
     return html.escape(text.encode("utf-8", "replace").decode())
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
+    """A script or style as a Content-Security-Policy names it."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 @cache
 def _template() -> Template:
-    return Template(_read("template.html"))
+    return Template(resource("template.html"))
 
 
 @cache
-def _style() -> str:
-    return _read("page.css")
+def style() -> str:
+    """The style sheet of all pages."""
+    return resource("page.css")
 
 
 @cache
 def _script() -> str:
-    return "(() => {\n'use strict';\n" + "\n".join(_read(f"js/{name}.js") for name in SCRIPTS) + "})();\n"
+    return "(() => {\n'use strict';\n" + "\n".join(resource(f"js/{name}.js") for name in SCRIPTS) + "})();\n"
 
 
-def _read(name: str) -> str:
+def resource(name: str) -> str:
+    """One of the files beside this one."""
     return files("peftsearch.frontier.page").joinpath(name).read_text(encoding="utf-8")

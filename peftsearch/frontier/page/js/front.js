@@ -116,7 +116,7 @@ function paintBold(svg, shown, frame, study, small) {
 // Draws the domain's plot into an element; returns where everything is.
 function drawFront(host, shown, study, {small = false, room = 0} = {}) {
   const width = Math.max(260, host.clientWidth);
-  const height = small ? 210 : Math.round(Math.max(Math.min(Math.max(width * 0.6, 300), 500), Math.min(room, width * 0.85)));
+  const height = small ? 210 : Math.round(Math.max(Math.min(Math.max(width * 0.6, 300), 500), Math.min(room, width * 1.1)));
   const frame = place(shown, width, height, small), axis = AXES[shown.axis];
   const back = s('svg', {width, height, 'aria-hidden': 'true'}), canvas = h('canvas', {'aria-hidden': 'true'});
   const over = s('svg', {class: 'over', width, height, 'aria-hidden': 'true'});

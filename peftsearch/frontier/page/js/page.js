@@ -91,7 +91,7 @@ function head() {
       lost ? h('span', {class: 'chip lost', role: 'status'}, 'no answer, trying again') : null,
       h('div', {class: 'links'},
         live ? h('a', {href: live.studies}, 'All studies') : null,
-        live ? h('a', {href: `${live.mlflow}#/experiments?searchFilter=${encodeURIComponent(study.study)}`}, 'MLflow') : null,
+        live?.mlflow ? h('a', {href: `${live.mlflow}#/experiments?searchFilter=${encodeURIComponent(study.study)}`}, 'MLflow') : null,
         h('button', {type: 'button', class: 'quiet', 'data-focus': 'theme', 'aria-pressed': String(isDark()), onclick: () => {
           forced = isDark() ? 'light' : 'dark';
           document.documentElement.style.colorScheme = forced;
@@ -254,7 +254,7 @@ function runningTable(domain) {
   const running = domain.trials.filter(trial => trial.state === 'RUNNING');
   if (!running.length) return null;
   const label = `Running trials of ${domain.name}`;
-  return h('div', {class: 'card'}, h('div', {class: 'table-head'}, h('h3', {}, 'Running now')), plainTable(label, [
+  return h('div', {class: 'card'}, h('div', {class: 'table-head'}, h('h3', {}, study.state === 'interrupted' ? 'Interrupted: these go on when the study is continued' : 'Running now')), plainTable(label, [
     {title: 'trial', cell: trial => String(trial.number)},
     {title: 'method', left: true, cell: trial => [glyph(study.methods[trial.method]), ' ', study.methods[trial.method].name]},
     {title: 'steps', cell: trial => trial.steps ? `${whole(trial.rungs.at(-1)?.step ?? 0)} of ${whole(trial.steps)}` : ''},

@@ -28,8 +28,8 @@ function dimensions(trials, domain) {
 function drawParallel(host, trials, domain, study, actions) {
   const width = Math.max(300, host.clientWidth), height = 300, margin = {left: 34, right: 44, top: 34, bottom: 14};
   const shown = trials.filter(trial => finished(trial));
-  if (!shown.length) {
-    host.replaceChildren(h('p', {class: 'small soft'}, 'No trial of this method has reached the full budget yet.'));
+  if (shown.length < 2) {
+    host.replaceChildren(h('p', {class: 'small soft'}, 'Fewer than two trials of this method are finished, so there is nothing to compare.'));
     return;
   }
   const axesOf = dimensions(shown, domain), step = axesOf.length > 1 ? (width - margin.left - margin.right) / (axesOf.length - 1) : 0;

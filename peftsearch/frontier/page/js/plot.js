@@ -50,10 +50,12 @@ function axes(width, height, x, y, margin, titles) {
     group.append(s('line', {class: 'grid', x1: at, x2: at, y1: margin.top, y2: bottom}),
       s('text', {x: at, y: bottom + 17, 'text-anchor': 'middle'}, titles.xTick(value)));
   }
-  for (const value of y.ticks(Math.max(3, Math.floor((bottom - margin.top) / 55)))) {
+  const steps = y.ticks(Math.max(3, Math.floor((bottom - margin.top) / 55)));
+  const digits = Math.max(0, ...steps.map(value => (String(value).split('.')[1] ?? '').length));
+  for (const value of steps) {
     const at = y.at(value).toFixed(1);
     group.append(s('line', {class: 'grid', x1: margin.left, x2: right, y1: at, y2: at}),
-      s('text', {x: margin.left - 7, y: Number(at) + 4, 'text-anchor': 'end'}, titles.yTick(value)));
+      s('text', {x: margin.left - 7, y: Number(at) + 4, 'text-anchor': 'end'}, !y.log && Math.abs(value) < 1000 && digits < 7 ? value.toFixed(digits) : titles.yTick(value)));
   }
   group.append(s('line', {class: 'axis', x1: margin.left, x2: right, y1: bottom, y2: bottom}));
   if (titles.x) {

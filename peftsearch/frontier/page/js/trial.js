@@ -21,9 +21,9 @@ function numbersOf(trial, domain, study, live) {
   if (trial.state === 'RUNNING' && trial.steps) {
     rows.push(['steps', `${whole(trial.rungs.at(-1)?.step ?? 0)} of ${whole(trial.steps)}`]);
   }
-  if (trial.run && live) {
+  if (trial.run && live?.mlflow) {
     rows.push(['in MLflow', h('a', {href: `${live.mlflow}#/runs/${encodeURIComponent(trial.run)}`}, 'its run')]);
-  } else if (trial.run) rows.push(['MLflow run', trial.run]);
+  } else if (trial.run) rows.push(['MLflow run', h('span', {class: 'code'}, trial.run)]);
   return h('dl', {class: 'numbers'}, rows.map(([title, text, main]) => [h('dt', {}, title), h('dd', {class: main && 'main'}, text)]));
 }
 
@@ -113,10 +113,7 @@ function curveOf(trial, domain, study) {
 }
 
 function trialPanel(trial, domain, study, live, actions) {
-  const curve = curveOf(trial, domain, study), columns = [
-    {title: 'hyperparameter', left: true, cell: ([name]) => name},
-    {title: 'value', cell: ([name, value]) => valueText(name, value)},
-  ];
+  const curve = curveOf(trial, domain, study);
   return {
     draw: curve.draw,
     parts: [
@@ -125,8 +122,8 @@ function trialPanel(trial, domain, study, live, actions) {
       badges(trial, domain), numbersOf(trial, domain, study, live), exportOf(trial, domain, study, actions),
       curve.parts,
       h('h4', {}, 'Hyperparameters'),
-      trial.settings.length ? plainTable(`Hyperparameters of trial ${trial.number}`, columns, trial.settings)
-        : h('p', {class: 'small soft'}, 'This method has none.'),
+      trial.settings.length ? h('dl', {class: 'numbers', id: 'settings'}, trial.settings.map(([name, value]) =>
+        [h('dt', {}, name), h('dd', {}, valueText(name, value))])) : h('p', {class: 'small soft'}, 'This method has none.'),
     ],
   };
 }
