@@ -22,6 +22,8 @@ PATIENCE = 60.0
 _FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-default-apps"),
+    # Frames stay in the tab's process, where a script can be evaluated in them.
+    "--disable-features=IsolateSandboxedIframes",
     *("--disable-extensions", "--mute-audio", "--force-color-profile=srgb", "--remote-debugging-pipe"),
 )
 _KEYS = {"Enter": ("\r", 13), " ": (" ", 32), "Tab": ("", 9), "Escape": ("", 27), "Home": ("", 36), "End": ("", 35)}
@@ -80,18 +82,29 @@ class Page:
         while not self._loaded:
             self._next(deadline)
 
-    def evaluate(self, script: str) -> Any:
-        """The value of an expression in the page, as JSON gives it; promises are waited for.
+    def evaluate(self, script: str, context: int | None = None) -> Any:
+        """The value of an expression in the page, or in a `frame`, as JSON gives it; promises are waited for.
 
         Raises:
             RuntimeError: The script fails.
         """
         found = self.call(
-            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True, userGesture=True
+            "Runtime.evaluate",
+            expression=script,
+            returnByValue=True,
+            awaitPromise=True,
+            userGesture=True,
+            **({} if context is None else {"contextId": context}),
         )
         if "exceptionDetails" in found:
             raise RuntimeError(json.dumps(found["exceptionDetails"])[:2000])
         return found["result"].get("value")
+
+    def frame(self) -> int:
+        """Where to evaluate in the page's first frame; it sees the frame's elements and not its scripts' names."""
+        (found,) = self.call("Page.getFrameTree")["frameTree"]["childFrames"]
+        world = self.call("Page.createIsolatedWorld", frameId=found["frame"]["id"])
+        return int(world["executionContextId"])
 
     def wait(self, script: str, seconds: float = PATIENCE) -> None:
         """Until an expression in the page is true."""

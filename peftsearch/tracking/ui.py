@@ -98,7 +98,9 @@ def ui_environment() -> dict[str, str]:
 def serve_ui(
     storage: Path, host: str = "127.0.0.1", port: int = 5000, names: Sequence[str] = (), extra: Sequence[str] = ()
 ) -> int:
-    """Serve the MLflow UI, and the studies' live pages beside it (`peftsearch.live`), until it is stopped (Ctrl-C); returns the server's exit status, 0 after Ctrl-C.
+    """Serve the MLflow UI, and the studies' live pages beside it (`peftsearch.live`), until it is stopped (Ctrl-C).
+
+    Returns the server's exit status, 0 after Ctrl-C.
 
     Args:
         storage: The storage folder.

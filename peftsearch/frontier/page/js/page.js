@@ -189,7 +189,7 @@ function keyOf(shown) {
   const items = [
     [mark(s('circle', {r: 4, fill: grey})), 'on the front'],
     view.dominated && [mark(s('circle', {r: 3, fill: grey, opacity: 0.4})), 'dominated'],
-    view.pruned && [mark(s('path', {d: 'M-3,-3L3,3M-3,3L3,-3', opacity: 0.7, ...stroke})), 'pruned, at its last evaluation (far worse ones at the edge)'],
+    view.pruned && [mark(s('path', {d: 'M-3,-3L3,3M-3,3L3,-3', opacity: 0.7, ...stroke})), 'pruned, at its last evaluation; far worse ones at the edge'],
     shown.placed.some(trial => trial.state === 'RUNNING') && [mark(s('circle', {r: 3.6, ...stroke})), 'running'],
     shown.placed.some(trial => trial.confirmed) && [mark(s('path', {d: 'M0,-4V4M-3,-4h6M-3,4h6M-4,0h8', ...stroke})), 'mean ± std over seeds'],
     shown.domain.baselines.length && [mark(s('path', {d: 'M-7,0H7', 'stroke-dasharray': '1.5 3', ...stroke})), 'baseline, the model as it is'],
