@@ -1,6 +1,6 @@
 """A storage's studies as live Pareto pages, inside MLflow's own server: one port, and MLflow's check of who asks.
 
-`app` is a plugin of MLflow (entry point ``mlflow.app``): ``peftsearch ui`` starts ``mlflow server --app-name peftsearch``.
+`app` is a plugin of MLflow (entry point ``mlflow.app``), with which ``peftsearch ui`` starts ``mlflow server``.
 """
 
 from __future__ import annotations
@@ -66,9 +66,7 @@ class Pages:
         from peftsearch.frontier.page import studies_html
 
         return HTMLResponse(
-            studies_html(
-                *self._once("", _statuses), str(storage_folder()), pages=f"{PREFIX}/studies/", mlflow="/"
-            ),
+            studies_html(*self._once("", _statuses), str(storage_folder()), pages=f"{PREFIX}/studies/", mlflow="/"),
             headers=_HEADERS,
         )
 

@@ -46,7 +46,12 @@ def _confirmations(counts: Mapping[str, int | None]) -> dict[str, str]:
 
 
 def watch(
-    study: Study, console: Console, interval: float, *, as_json: bool = False, sleep: Callable[[float], None] = time.sleep
+    study: Study,
+    console: Console,
+    interval: float,
+    *,
+    as_json: bool = False,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> None:
     """Show where a study stands until it is finished.
 
@@ -103,7 +108,9 @@ def _view(found: Mapping[str, Any], fronts: Mapping[str, DomainFront], interval:
     bar.add_row(
         ProgressBar(total=max(1, planned), completed=ended, width=24),
         Text(f"{ended} of {planned} trials"),
-        Text(", ".join(f"{counts[state]} {state}" for state in ("running", "pruned", "complete", "failed")), style="dim"),
+        Text(
+            ", ".join(f"{counts[state]} {state}" for state in ("running", "pruned", "complete", "failed")), style="dim"
+        ),
     )
     parts: list[RenderableType] = [head, bar, _domains(fronts)]
     if confirmed := _confirmations(found["confirmations"]):

@@ -16,8 +16,8 @@ def hypervolume_history(
     """The front's hypervolume after so many trials had ended.
 
     Args:
-        records: Trials of one domain. Those that have ended count in the order of their ends; where it was not recorded,
-            by number.
+        records: Trials of one domain. Those that have ended count in the order of their ends, or by number where
+            these were not recorded.
         direction: Of the domain's metric.
         total_parameters: See `hypervolume`.
         points: At most about so many moments, evenly spaced over the trials.

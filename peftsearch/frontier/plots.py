@@ -151,7 +151,8 @@ def _x_range(front: DomainFront) -> tuple[float, float]:
 
 
 def is_log(front: DomainFront) -> bool:
-    """Whether the metric needs a logarithmic axis: perplexities of failed configurations would press all others together."""
+    """Whether the metric needs a logarithmic axis: perplexities of failed configurations would press all others
+    together."""
     return front.facts.direction == "minimize" and far_apart(
         [record.value for record in [*complete(front.records), *_pruned(front)] if record.value is not None]
         + [value for _, value in baseline_lines(front)]

@@ -1,4 +1,4 @@
-"""The Pareto page's file and its data: all of the ledger, nothing from elsewhere, and commands that do what they say."""
+"""The Pareto page's file and its data: all of the ledger, nothing else, and commands that do what they say."""
 
 from __future__ import annotations
 
@@ -182,7 +182,9 @@ def test_sparse_and_odd_studies(kind: str, facts: StudyFacts) -> None:
         "pruned": [make_record(0, 0.3, 10, state=TrialState.PRUNED)],
         "one": [make_record(0, 0.3, 0)],
         "nan": [make_record(0, float("nan"), 10), make_record(1, float("inf"), 10)],
-        "nothing to compare": [make_record(0, 0.5, 10, model="unknown/model", method="new", hyperparameters={"a": [1]})],
+        "nothing to compare": [
+            make_record(0, 0.5, 10, model="unknown/model", method="new", hyperparameters={"a": [1]})
+        ],
     }[kind]
     data = embedded(front_html(records, facts))
     assert len(data["trials"]["number"]) == len(records)

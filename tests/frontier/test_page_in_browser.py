@@ -76,11 +76,17 @@ def test_the_front_is_the_ledgers(browser: Page, tmp_path: Path, study: tuple[li
         for record in fronts[domain].front:
             assert f"{record.value:.3f}" in shown
             assert f"{record.trainable_parameters:,}" in shown
-        bars = browser.evaluate("[...document.querySelectorAll('#front [data-error]')].map(e => Number(e.dataset.error))")
+        bars = browser.evaluate(
+            "[...document.querySelectorAll('#front [data-error]')].map(e => Number(e.dataset.error))"
+        )
         assert sorted(bars) == [r.number for r in of_domain(study, domain) if r.confirmed]
-        assert fronts[domain].facts.metric.replace("_", " ") in browser.evaluate("document.querySelector('#front').textContent")
+        assert fronts[domain].facts.metric.replace("_", " ") in browser.evaluate(
+            "document.querySelector('#front').textContent"
+        )
         for baseline in fronts[domain].facts.baselines["package:tiny/model"].values():
-            assert f"{baseline.title} {baseline.value:.3f}" in browser.evaluate("document.querySelector('#front').textContent")
+            assert f"{baseline.title} {baseline.value:.3f}" in browser.evaluate(
+                "document.querySelector('#front').textContent"
+            )
 
 
 def test_a_trial_is_fixed_by_a_click_and_says_all_about_itself(
@@ -137,7 +143,9 @@ def test_a_dominated_trial_names_the_one_that_beats_it(
     assert (other.value or 0) >= (record.value or 0)
 
 
-def test_filters_by_method_and_budget(browser: Page, tmp_path: Path, study: tuple[list[TrialRecord], StudyFacts]) -> None:
+def test_filters_by_method_and_budget(
+    browser: Page, tmp_path: Path, study: tuple[list[TrialRecord], StudyFacts]
+) -> None:
     show(browser, tmp_path, study)
     mine = of_domain(study, "clinical")
     without = [record for record in mine if record.method != "lora"]
@@ -233,7 +241,10 @@ def test_tables_sort_and_name_everything_for_screen_readers(
     tree = browser.call("Accessibility.getFullAXTree")["nodes"]
     for node in tree:
         role = node.get("role", {}).get("value")
-        if role in ("button", "combobox", "slider", "tab", "link", "table", "application", "img") and not node["ignored"]:
+        if (
+            role in ("button", "combobox", "slider", "tab", "link", "table", "application", "img")
+            and not node["ignored"]
+        ):
             assert node.get("name", {}).get("value"), node
     # A table for each plot: the front's, the learning curve's, the hypervolume's.
     assert browser.evaluate("document.querySelectorAll('table[aria-label]').length") >= 3
@@ -284,7 +295,9 @@ def test_readable_in_light_and_dark_at_a_desk_and_on_a_phone(
     assert bright == (theme == "light")
 
 
-def test_the_reader_may_turn_dark_on(browser: Page, tmp_path: Path, study: tuple[list[TrialRecord], StudyFacts]) -> None:
+def test_the_reader_may_turn_dark_on(
+    browser: Page, tmp_path: Path, study: tuple[list[TrialRecord], StudyFacts]
+) -> None:
     show(browser, tmp_path, study)
     before = browser.evaluate("getComputedStyle(document.body).backgroundColor")
     browser.click("[data-focus=theme]")

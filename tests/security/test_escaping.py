@@ -111,7 +111,8 @@ class Elements(html.parser.HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.found[tag, tuple(sorted(name for name, _ in attrs))] += 1
         for name, value in attrs:
-            if name.startswith("on") or (name in ("href", "src") and not (value or "").startswith(("#", "data:,"))):
+            ours = ("#", "data:,", "/peftsearch/studies/")
+            if name.startswith("on") or (name in ("href", "src") and not (value or "").startswith(ours)):
                 self.acting.append(f"<{tag} {name}={value}>")
 
 

@@ -140,9 +140,7 @@ def _domain(front: DomainFront, facts: StudyFacts, total: int, storage: str | No
         "verdict": {"paid": said.paid, "sentence": said.sentence},
         "picks": picks,
         "front": [record.number for record in front.front],
-        "commands": {
-            str(record.number): export_command(front, record, facts.study, storage) for record in front.front
-        },
+        "commands": {str(record.number): export_command(front, record, facts.study, storage) for record in front.front},
     }
 
 

@@ -94,9 +94,7 @@ def _tables(records: list[TrialRecord], facts: StudyFacts, domain: str | None) -
         )
         if not rows:
             body = f'<tr><td colspan="{len(columns)}">No trial has reached the full budget yet.</td></tr>'
-        sections.append(
-            f"<h2>{_text(name)}</h2><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        )
+        sections.append(f"<h2>{_text(name)}</h2><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
     return "".join(sections)
 
 

@@ -29,9 +29,10 @@ def studies_html(
     rows = []
     for found in studies:
         name = html.escape(str(found["study"]))
+        address = f"{html.escape(pages)}{quote(str(found['study']), safe='')}"
         cells = "".join(f"<td>{found['counts'][key]:,}</td>" for key in _COUNTS)
         rows.append(
-            f'<tr><th scope="row" class="l"><a href="{html.escape(pages)}{quote(str(found["study"]), safe="")}">{name}</a>'
+            f'<tr><th scope="row" class="l"><a href="{address}">{name}</a>'
             f'</th><td class="l">{html.escape(found["state"])}</td>{cells}<td>{found["planned"]:,}</td></tr>'
         )
     for study, reason in unreadable.items():
