@@ -1,4 +1,4 @@
-"""``peftsearch ui`` serves the studies' pages beside MLflow: they follow the ledger, under the names of MLflow alone."""
+"""``peftsearch ui`` serves the studies' pages beside MLflow: they follow the ledger, under MLflow's names alone."""
 
 from __future__ import annotations
 
@@ -94,15 +94,15 @@ def server(study: Study) -> Iterator[str]:
     with (study.folder.path / "ui.log").open("wb") as log:
         process = subprocess.Popen(command, stderr=log, stdout=log)
     url = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        with suppress(OSError):
-            urllib.request.urlopen(f"{url}/health", timeout=10).close()
-            break
-        time.sleep(0.3)
-    else:
-        raise RuntimeError((study.folder.path / "ui.log").read_text())
     try:
+        deadline = time.monotonic() + 300
+        while True:
+            with suppress(OSError):
+                urllib.request.urlopen(f"{url}/health", timeout=10).close()
+                break
+            if time.monotonic() > deadline or process.poll() is not None:
+                raise RuntimeError((study.folder.path / "ui.log").read_text())
+            time.sleep(0.3)
         yield url
     finally:
         os.kill(process.pid, signal.SIGTERM)
