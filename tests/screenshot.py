@@ -31,6 +31,7 @@ def main() -> None:
     with chromium() as page:
         page.size(options.width, options.height or 900, phone=options.phone, scale=options.scale)
         page.theme("dark" if options.dark else "light")
+        page.call("Emulation.setScrollbarsHidden", hidden=True)
         page.open(address + (f"#{hash_part}" if hash_part else ""))
         picture = page.picture(whole=options.height is None)
         for problem in page.problems:

@@ -16,7 +16,7 @@ from typing import Any
 from peftsearch.frontier.front import DomainFront, domain_fronts, pick
 from peftsearch.frontier.history import hypervolume_history
 from peftsearch.frontier.plots import baseline_lines, is_log, method_colour, method_symbol, methods_in_order
-from peftsearch.frontier.tables import verdict
+from peftsearch.frontier.tables import key_hyperparameters, verdict
 from peftsearch.spec import StudyError, StudyFacts, TrialRecord, TrialState, suggest
 
 # Lighter twins of `method_colour`, which were chosen for white paper.
@@ -147,12 +147,14 @@ def _domain(front: DomainFront, facts: StudyFacts, total: int, storage: str | No
 def _trials(fronts: Sequence[DomainFront], methods: Sequence[str], models: Sequence[str]) -> dict[str, Any]:
     """The trials column by column: with ten thousand of them, names would be most of the file.
 
-    ``names`` holds each method's hyperparameters in order, and ``hyperparameters`` each trial's values in that order;
+    ``names`` holds each method's hyperparameters in order, ``keys`` those that differ among its trials, and
+    ``hyperparameters`` each trial's values in the order of ``names``;
     ``ladders`` holds the steps and epochs of evaluations, which most trials share, and ``rungs`` each trial's
     ``[ladder, values, losses, training losses]``.
     """
     pairs = [(index, record) for index, front in enumerate(fronts) for record in front.records]
     records = [record for _, record in pairs]
+    keys = key_hyperparameters(records)
     method, model = ({name: index for index, name in enumerate(names)} for names in (methods, models))
     names: list[dict[str, None]] = [{} for _ in methods]
     for record in records:
@@ -186,6 +188,7 @@ def _trials(fronts: Sequence[DomainFront], methods: Sequence[str], models: Seque
         "steps": [record.total_steps for record in records],
         "seed": [record.seed for record in records],
         "names": [list(found) for found in names],
+        "keys": [list(keys.get(name, ())) for name in methods],
         "hyperparameters": [
             [_value(record.hyperparameters.get(name)) for name in names[method[record.method]]] for record in records
         ],

@@ -9,7 +9,7 @@ const AXES = {
 };
 
 function decode(data) {
-  const columns = data.trials;
+  const columns = data.trials, keys = columns.keys.map(names => new Set(names));
   const trials = columns.number.map((number, index) => {
     const method = columns.method[index], [ladder, values, losses, trainLosses] = columns.rungs[index];
     const [steps, epochs] = columns.ladders[ladder] ?? [[], []], confirmed = columns.confirmed[index];
@@ -18,6 +18,8 @@ function decode(data) {
       .filter(([, value]) => value !== null && value !== undefined);
     return {
       number, method, settings,
+      // In tables and beside the mouse: what tells a method's trials apart.
+      short: settings.filter(([name, value]) => keys[method].has(name) && value !== ''),
       domain: columns.domain[index],
       model: columns.model[index],
       state: columns.states[columns.state[index]],
@@ -53,7 +55,7 @@ function decode(data) {
 }
 
 const finished = trial => trial.state === 'COMPLETE' && trial.value !== null;
-const settingsText = trial => trial.settings.map(([name, value]) => settingText(name, value)).join(' ');
+const settingsText = trial => trial.short.map(([name, value]) => settingText(name, value)).join(' ');
 const xOf = (trial, axis) => axis.endsWith('parameters') && trial[axis] !== null ? Math.max(trial[axis], 1) : trial[axis];
 
 // Trials that no other beats in the metric without more of what is on the axis; equal ones are all kept.

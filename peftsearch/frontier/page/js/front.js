@@ -40,7 +40,7 @@ function drawBaselines(svg, shown, frame, small) {
   if (!shown.placed.length) return;
   for (const baseline of lines.sort((a, b) => b.value - a.value)) {
     const below = baseline.value < y.low, above = baseline.value > y.high, at = frame.yOf(baseline.value);
-    const name = `${below ? '↓ ' : above ? '↑ ' : ''}${clip(baseline.title, Math.floor(width / 9))} ${metricText(baseline.value)}`;
+    const name = `${below ? '↓ ' : above ? '↑ ' : ''}${clip(baseline.title, Math.floor(width / 10))} ${metricText(baseline.value)}`;
     let text = at - 5;
     // Of two close lines the lower one's name stands below it; of three, further below.
     while (taken.some(other => Math.abs(other - text) < 13)) text += text < at ? 19 : 13;
@@ -116,7 +116,7 @@ function paintBold(svg, shown, frame, study, small) {
 // Draws the domain's plot into an element; returns where everything is.
 function drawFront(host, shown, study, {small = false, room = 0} = {}) {
   const width = Math.max(260, host.clientWidth);
-  const height = small ? 210 : Math.round(Math.max(Math.min(Math.max(width * 0.6, 300), 500), Math.min(room, width * 1.1)));
+  const height = small ? 210 : Math.round(Math.max(Math.min(Math.max(width * 0.6, 330), 500), Math.min(room, width * 1.1)));
   const frame = place(shown, width, height, small), axis = AXES[shown.axis];
   const back = s('svg', {width, height, 'aria-hidden': 'true'}), canvas = h('canvas', {'aria-hidden': 'true'});
   const over = s('svg', {class: 'over', width, height, 'aria-hidden': 'true'});
@@ -153,7 +153,7 @@ function tipOf(trial, shown, study) {
   lines.push(`${whole(trial.trainable_parameters)} trainable parameters`);
   if (shown.axis !== 'trainable_parameters') lines.push(`${axis.title}: ${axis.text(trial[shown.axis])}`);
   if (study.models.length > 1) lines.push(clip(study.models[trial.model].name, 80));
-  lines.push(...trial.settings.map(([name, value]) => clip(settingText(name, value), 80)));
+  lines.push(...trial.short.map(([name, value]) => clip(settingText(name, value), 80)));
   return lines;
 }
 

@@ -188,11 +188,11 @@ function keyOf(shown) {
   const grey = 'currentColor', stroke = {stroke: grey, 'stroke-width': 1.2, fill: 'none'};
   const items = [
     [mark(s('circle', {r: 4, fill: grey})), 'on the front'],
-    view.dominated && [mark(s('circle', {r: 3, fill: grey, opacity: 0.4})), 'dominated'],
-    view.pruned && [mark(s('path', {d: 'M-3,-3L3,3M-3,3L3,-3', opacity: 0.7, ...stroke})), 'pruned, at its last evaluation; far worse ones at the edge'],
+    shown.placed.some(trial => trial.state === 'COMPLETE' && !shown.bold.has(trial)) && [mark(s('circle', {r: 3, fill: grey, opacity: 0.4})), 'dominated'],
+    shown.placed.some(trial => trial.state === 'PRUNED') && [mark(s('path', {d: 'M-3,-3L3,3M-3,3L3,-3', opacity: 0.7, ...stroke})), 'pruned, at its last evaluation; far worse ones at the edge'],
     shown.placed.some(trial => trial.state === 'RUNNING') && [mark(s('circle', {r: 3.6, ...stroke})), 'running'],
     shown.placed.some(trial => trial.confirmed) && [mark(s('path', {d: 'M0,-4V4M-3,-4h6M-3,4h6M-4,0h8', ...stroke})), 'mean ± std over seeds'],
-    shown.domain.baselines.length && [mark(s('path', {d: 'M-7,0H7', 'stroke-dasharray': '1.5 3', ...stroke})), 'baseline, the model as it is'],
+    shown.domain.baselines.length && [mark(s('path', {d: 'M-7,0H7', 'stroke-dasharray': '1.5 3', ...stroke})), 'baseline, without tuning'],
   ];
   return h('p', {class: 'key'}, items.filter(Boolean).map(([picture, text]) => h('span', {}, picture, text)));
 }
@@ -207,8 +207,6 @@ function columnsOf(domain, shown) {
     {key: 'method', title: 'method', left: true, value: trial => study.methods[trial.method].name,
       cell: trial => [glyph(study.methods[trial.method]), ' ', study.methods[trial.method].name]},
     several && {key: 'model', title: 'model', left: true, value: trial => study.models[trial.model].name, cell: trial => study.models[trial.model].name},
-    {key: 'state', title: 'state', left: true, value: trial => domain.onFront.has(trial.number) ? ' front' : trial.state.toLowerCase(),
-      cell: trial => domain.onFront.has(trial.number) ? h('span', {class: 'dot'}, 'on the front') : trial.state.toLowerCase()},
     {key: 'value', title: domain.title, big: domain.better > 0, value: trial => trial.value,
       cell: trial => trial.value === null ? '' : finished(trial) ? h('b', {}, metricText(trial.value)) : metricText(trial.value)},
     confirmed && {key: 'mean', title: 'over seeds', big: domain.better > 0, value: trial => trial.confirmed?.mean,
@@ -219,8 +217,10 @@ function columnsOf(domain, shown) {
     keys && {key: 'axis', title: axis.title, value: trial => trial[shown.axis], cell: trial => trial[shown.axis] === null ? '' : axis.text(trial[shown.axis])},
     shown.axis !== 'train_seconds' && {key: 'time', title: 'training time', value: trial => trial.train_seconds,
       cell: trial => trial.train_seconds === null ? '' : timeText(trial.train_seconds)},
+    {key: 'state', title: 'state', left: true, value: trial => domain.onFront.has(trial.number) ? ' front' : trial.state.toLowerCase(),
+      cell: trial => domain.onFront.has(trial.number) ? h('span', {class: 'dot'}, 'on the front') : trial.state.toLowerCase()},
     {key: 'settings', title: 'hyperparameters', left: true, wrap: true, value: settingsText, cell: trial => trial.error
-      ? h('span', {class: 'error-text'}, clip(trial.error, 160)) : trial.settings.map(([name, value]) => [h('span', {}, clip(settingText(name, value), 60)), ' '])},
+      ? h('span', {class: 'error-text'}, clip(trial.error, 160)) : trial.short.map(([name, value]) => [h('span', {}, clip(settingText(name, value), 60)), ' '])},
   ].filter(Boolean);
 }
 
