@@ -306,6 +306,28 @@ def test_the_reader_may_turn_dark_on(
     assert browser.evaluate("document.querySelector('[data-focus=theme]').getAttribute('aria-pressed')") == "true"
 
 
+def test_perplexities_of_two_models(browser: Page, tmp_path: Path) -> None:
+    plain = make_facts()
+    (name, model), *_ = plain.models.items()
+    clinical = plain.domains["clinical"].model_copy(update={"metric": "perplexity", "direction": "minimize"})
+    facts = plain.model_copy(update={"domains": {"clinical": clinical}, "models": {name: model, "other": model}})
+    found = [(40.0, 100), (12.5, 1000), (90_000.0, 2000), (11.0, 5000)]
+    records = [
+        make_record(index, value, size, model=name if index % 2 else "other")
+        for index, (value, size) in enumerate(found)
+    ]
+    show(browser, tmp_path, (records, facts), "")
+    assert browser.evaluate(FRONT_MARKS) == [0, 1, 3]
+    assert browser.evaluate("document.querySelector('#sentence').innerText").startswith("3 trials on this front")
+    assert "outside 0 to 1" in browser.evaluate("document.querySelector('#history').innerText")
+    browser.evaluate(
+        "(() => { const e = document.querySelector('#model'); e.value = '1'; e.dispatchEvent(new Event('change')); })()"
+    )
+    assert browser.evaluate(FRONT_MARKS) == [0]
+    browser.click("[data-focus=scope-finished]")
+    assert browser.evaluate(ROWS) == [0, 2]
+
+
 def test_domains_are_compared(browser: Page, tmp_path: Path, study: tuple[list[TrialRecord], StudyFacts]) -> None:
     show(browser, tmp_path, study, "")
     fronts = domain_fronts(*study)

@@ -7,16 +7,13 @@ import csv
 import html.parser
 import io
 import json
-import os
 import re
-import shutil
-import subprocess
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
+from browser import CHROMIUM, chromium
 
 from peftsearch.spec import DomainFacts, ModelFacts, StudyFacts, TrialRecord, TrialState
 
@@ -290,22 +287,14 @@ def test_json_is_json() -> None:
         assert json.loads(json.dumps(value)) == value
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-def titles(files: list[Path], folder: Path) -> list[str]:
+def titles(files: list[Path]) -> list[str]:
     """The titles that the pages have once all of their scripts have run."""
     found = []
-    for file in files:
-        command: list[Any] = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"]
-        command += ["--no-first-run", "--disable-background-networking", "--disable-component-update"]
-        command += ["--disable-sync", "--disable-dev-shm-usage", "--virtual-time-budget=4000"]
-        command += [f"--user-data-dir={folder / 'profile'}", "--dump-dom", file.as_uri()]
-        environment = {**os.environ, "HOME": str(folder)}
-        done = subprocess.run(command, capture_output=True, timeout=240, check=False, env=environment)
-        match = re.search(rb"<title>(.*?)</title>", done.stdout, re.DOTALL)
-        assert match, done.stderr[-2000:]
-        found.append(html.unescape(match[1].decode()))
+    with chromium() as page:
+        for file in files:
+            page.open(file.as_uri())
+            page.evaluate("new Promise(done => setTimeout(done, 1000))")
+            found.append(page.evaluate("document.title"))
     return found
 
 
@@ -321,7 +310,7 @@ def test_no_script_of_the_data_runs_in_a_browser(tmp_path: Path) -> None:
             if name.endswith(".html"):
                 pages.append(tmp_path / f"{kind}.html")
                 pages[-1].write_bytes(data)
-    found = titles(pages, tmp_path)
+    found = titles(pages)
     assert found[0] == "OWNED"
     assert len(found) == 3
     assert "OWNED" not in found[1:]

@@ -320,6 +320,11 @@ function drawHistory(domain) {
     at('history-table').replaceChildren();
     return;
   }
+  if (domain.front.length && domain.hypervolume === 0) {
+    host.replaceChildren(h('p', {class: 'small soft'}, `It says nothing of a metric outside 0 to 1, such as this ${domain.title}.`));
+    at('history-table').replaceChildren();
+    return;
+  }
   lineChart(host, {label: `Hypervolume of ${domain.name} over ${ended} ended trials: ${domain.hypervolume.toFixed(4)} at the end`,
     x: 'ended trials', y: 'hypervolume', height: 250, floor: 0,
     series: [{points: domain.history, colour: ink('link'), step: true}]});
