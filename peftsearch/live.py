@@ -42,8 +42,9 @@ def app() -> FastAPI:
         Route("/studies/{name}/data.json", pages.data),
     ]
     # Before MLflow's own route, which takes every path; its middlewares (hosts, headers) are around all routes.
-    mlflow.router.routes.insert(0, Mount(PREFIX, routes=routes))
-    return mlflow
+    server: FastAPI = mlflow
+    server.router.routes.insert(0, Mount(PREFIX, routes=routes))
+    return server
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,9 @@ class Pages:
 
         from peftsearch.frontier.page import studies_html
 
-        return HTMLResponse(
-            studies_html(*self._once("", _statuses), str(storage_folder()), pages=f"{PREFIX}/studies/", mlflow="/"),
-            headers=_HEADERS,
-        )
+        found, unreadable = self._once("", _statuses)
+        page = studies_html(found, unreadable, str(storage_folder()), pages=f"{PREFIX}/studies/", mlflow="/")
+        return HTMLResponse(page, headers=_HEADERS)
 
     def page(self, request: Request) -> Response:
         """A study's page."""

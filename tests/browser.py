@@ -72,11 +72,12 @@ class Page:
                 return answer
 
     def open(self, address: str) -> None:
-        """Go to a page, and wait until its scripts have run once."""
+        """Go to a page, and wait until its scripts have run once; another place of the same page is no load."""
         self.requests.clear()
         self.problems.clear()
         self._loaded = False
-        self.call("Page.navigate", url=address)
+        if "loaderId" not in self.call("Page.navigate", url=address):
+            return
         deadline = time.monotonic() + PATIENCE
         while not self._loaded:
             self._next(deadline)
