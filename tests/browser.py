@@ -116,7 +116,7 @@ class Page:
 
     def click(self, selector: str) -> None:
         """Scroll an element into view and click its middle, as a mouse does."""
-        x, y = self._middle(selector)
+        x, y = self.middle(selector)
         self.click_at(x, y)
 
     def click_at(self, x: float, y: float) -> None:
@@ -150,7 +150,8 @@ class Page:
         found = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         return base64.b64decode(found["data"])
 
-    def _middle(self, selector: str) -> tuple[float, float]:
+    def middle(self, selector: str) -> tuple[float, float]:
+        """Scroll an element into view; where its middle is in the window."""
         box = self.evaluate(
             f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
             "if (!e) return null; e.scrollIntoView({block: 'center', behavior: 'instant'});"

@@ -348,7 +348,7 @@ def test_hovering_shows_the_configuration(
 ) -> None:
     show(browser, tmp_path, study)
     record = domain_fronts(*study)["clinical"].front[-1]
-    x, y = browser._middle(f"#front [data-trial='{record.number}']")
+    x, y = browser.middle(f"#front [data-trial='{record.number}']")
     browser.hover_at(x, y)
     tip = browser.evaluate("document.querySelector('#front .tip').innerText")
     assert tip.startswith(f"Trial {record.number}: {record.method}")
@@ -426,7 +426,7 @@ def test_ten_thousand_trials_are_shown_at_once(browser: Page, tmp_path: Path) ->
     assert len(shown) == 25
     browser.click("[data-focus=more]")
     assert len(browser.evaluate(ROWS)) == 125
-    x, y = browser._middle("#front")
+    x, y = browser.middle("#front")
     moved = browser.evaluate(
         "(() => { const began = performance.now(); const f = document.querySelector('#front');"
         f"for (let i = 0; i < 20; i++) f.onpointermove({{clientX: {x} + i * 9, clientY: {y}}});"
