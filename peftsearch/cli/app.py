@@ -162,38 +162,36 @@ def list_command(storage: StorageOption = None, as_json: JsonOption = False) -> 
 
 
 @app.command()
-def status(name: NameArgument, storage: StorageOption = None, as_json: JsonOption = False) -> None:
+def status(
+    name: NameArgument,
+    storage: StorageOption = None,
+    as_json: JsonOption = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Until the study is finished; with --json, one object per line and change")
+    ] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="With --watch: seconds between two looks")] = 2.0,
+) -> None:
     """Say where a study stands.
 
-    Example: `peftsearch status quickstart --json`
+    With --watch a terminal shows it anew until the study is finished or Ctrl-C is pressed; a file gets a line for
+    every change.
+
+    Example: `peftsearch status quickstart --watch`
     """
+    from peftsearch.cli.status import status_lines
+    from peftsearch.cli.status import watch as watch_study
     from peftsearch.study import Study
 
-    found = Study.open(name, storage).status()
+    chosen = Study.open(name, storage)
+    if watch:
+        watch_study(chosen, out, interval, as_json=as_json)
+        return
+    found = chosen.status()
     if as_json:
         _print_json(found)
         return
-    counts = ", ".join(f"{number} {state}" for state, number in found["counts"].items())
-    lines = {
-        "study": found["study"],
-        "state": found["state"] + (f" ({found['error']})" if found["error"] else ""),
-        "trials": f"{counts} of {found['planned']} planned",
-        **_confirmations(found["confirmations"]),
-        "elapsed": f"{found['elapsed_seconds']:.0f} s",
-        "folder": found["folder"],
-        "ledger": found["ledger"],
-        "MLflow": f"{found['mlflow_tracking_uri'] or 'off'}, experiment {found['mlflow_experiment']}",
-    }
-    for key, value in lines.items():
+    for key, value in status_lines(found).items():
         out.print(f"{key:>9}  {value}", markup=False)
-
-
-def _confirmations(counts: dict[str, int | None]) -> dict[str, str]:
-    if counts["planned"] == 0 and not counts["done"]:
-        return {}
-    failed = f", {counts['failed']} failed" if counts["failed"] else ""
-    planned = "after the search" if counts["planned"] is None else f"of {counts['planned']} planned"
-    return {"confirmed": f"{counts['done']} re-trainings{failed} {planned}"}
 
 
 @app.command()
@@ -249,7 +247,9 @@ def frontier(
     if csv:
         _write(csv, trials_csv([record for front in fronts.values() for record in front.front]))
     if html:
-        _write(html, front_html(records, chosen_facts).encode())
+        standing = chosen.status()
+        page = front_html(records, chosen_facts, state=standing["state"], planned=standing["planned"], storage=storage)
+        _write(html, page.encode())
     if png:
         _write(png, front_png(records, chosen_facts))
     if as_json:
@@ -366,7 +366,9 @@ def ui(
         typer.Option("--allowed-host", metavar="NAME", help="A further name by which browsers reach it; repeatable"),
     ] = None,
 ) -> None:
-    """Open the MLflow UI on the storage's studies.
+    """Open MLflow's UI and the studies' live Pareto pages.
+
+    The pages are under /peftsearch/ of the same address, and follow running studies by themselves.
 
     Example: `peftsearch ui --port 5001`
     """

@@ -2,7 +2,8 @@
 
 from peftsearch.frontier.front import DomainFront, Pick, complete, domain_fronts, front, hypervolume, pick
 from peftsearch.frontier.mlflow_report import domain_report
-from peftsearch.frontier.plots import front_figure, front_html, front_png
+from peftsearch.frontier.page import front_html
+from peftsearch.frontier.plots import front_figure, front_png
 from peftsearch.frontier.tables import (
     Verdict,
     domain_json,

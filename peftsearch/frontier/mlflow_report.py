@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from urllib.parse import quote
 
 from peftsearch.frontier.front import DomainFront, domain_fronts, pick
-from peftsearch.frontier.plots import front_html, front_png
+from peftsearch.frontier.page import front_html
+from peftsearch.frontier.plots import front_png
 from peftsearch.frontier.tables import (
     LINEAR_PROBE,
     MAJORITY,
@@ -99,8 +101,10 @@ def _markdown(front: DomainFront, facts: StudyFacts, rows: int) -> str:
             "",
             front_markdown(front, facts, rows),
             "",
-            f"Hypervolume {front.hypervolume:.4f}. The interactive picture is the artifact `front.html`, "
-            "as an image `front.png`; tables are `front.json`, `front.parquet` and `trials.parquet`.",
+            f"Hypervolume {front.hypervolume:.4f}. The Pareto page is the artifact `front.html` "
+            f"([live]({_live(front, facts)}) "
+            "where `peftsearch ui` serves MLflow), the picture `front.png`; tables are `front.json`, "
+            "`front.parquet` and `trials.parquet`.",
         ]
     counts = ", ".join(f"{count} {state}" for state, count in front.counts.items())
     rows_text = ", ".join(f"{count:,} {split}" for split, count in front.facts.rows.items())
@@ -108,6 +112,11 @@ def _markdown(front: DomainFront, facts: StudyFacts, rows: int) -> str:
     lines.append(f"- Labels: {len(front.facts.labels)}; data: {escape_markdown(front.facts.source)}")
     lines += [f"- Note: {escape_markdown(warning)}" for warning in front.facts.warnings]
     return "\n".join(lines) + "\n"
+
+
+def _live(front: DomainFront, facts: StudyFacts) -> str:
+    """Where the page is beside MLflow, see `peftsearch.live`; nothing in the names is Markdown any more."""
+    return f"/peftsearch/studies/{quote(facts.study, safe='')}#{quote(front.domain, safe='')}"
 
 
 def _text(front: DomainFront) -> str:

@@ -1,4 +1,4 @@
-"""Pictures of the front: interactive (plotly), as one page that works offline, and as a PNG (matplotlib).
+"""Pictures of the front: interactive (plotly), and as a PNG (matplotlib).
 
 Imports of plotly and matplotlib take a second each, so they wait until a picture is wanted.
 """
@@ -14,7 +14,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from peftsearch.frontier.front import DomainFront, complete, domain_fronts
-from peftsearch.frontier.tables import front_columns, front_rows, verdict
 from peftsearch.spec import Confirmed, StudyError, StudyFacts, TrialRecord, TrialState, suggest
 from peftsearch.tracking.names import configuration_text, shorten
 
@@ -38,11 +37,12 @@ def method_colour(index: int) -> str:
 
 def method_marker(index: int) -> str:
     """Matplotlib's symbol of the study's method number ``index``."""
-    return _MATPLOTLIB_SYMBOLS[_symbol(index)]
+    return _MATPLOTLIB_SYMBOLS[method_symbol(index)]
 
 
-def _symbol(index: int) -> int:
-    """From the eighth method on, colours come back with another symbol."""
+def method_symbol(index: int) -> int:
+    """Number of the symbol of the study's method number ``index``: circle, square, diamond, triangle, star, pentagon,
+    hexagon. From the eighth method on, colours come back with another symbol."""
     return (index + index // len(_COLOURS)) % len(_COLOURS)
 
 
@@ -56,49 +56,6 @@ def front_figure(records: Iterable[TrialRecord], domain: str, facts: StudyFacts)
         StudyError: The study has no such domain.
     """
     return _figure(_domain(records, domain, facts), facts)
-
-
-def front_html(records: Iterable[TrialRecord], facts: StudyFacts, domain: str | None = None) -> str:
-    """One self-contained page: for each domain (or one) the plot with its table beside it. It opens offline.
-
-    Equal trials give an equal page, to the byte.
-
-    Raises:
-        StudyError: The study has no such domain.
-    """
-    import plotly.io
-    import plotly.offline
-
-    fronts = list(domain_fronts(records, facts).values())
-    if domain is not None:
-        fronts = [_domain(records, domain, facts)]
-    sections = []
-    for index, front in enumerate(fronts):
-        plot = plotly.io.to_html(
-            # The section's heading names the domain already.
-            _figure(front, facts).update_layout(title=None, margin={"t": 30}),
-            full_html=False,
-            include_plotlyjs=False,
-            include_mathjax=False,
-            div_id=f"front-{index}",
-            default_height="460px",
-            config={"displayModeBar": False, "responsive": True},
-        )
-        sections.append(_section(front, facts, plot))
-    title = html.escape(f"{facts.study}: metric against trainable parameters")
-    description = f"<p>{html.escape(facts.description)}</p>" if facts.description else ""
-    return _PAGE.format(
-        title=title,
-        study=html.escape(facts.study),
-        description=description,
-        models=html.escape(
-            ", ".join(f"{name} ({model.total_parameters:,} parameters)" for name, model in facts.models.items())
-        ),
-        style=_STYLE,
-        plotly=plotly.offline.get_plotlyjs(),
-        sections="\n".join(sections),
-        script=_SCRIPT,
-    )
 
 
 def front_png(records: Iterable[TrialRecord], facts: StudyFacts, domain: str | None = None) -> bytes:
@@ -193,11 +150,12 @@ def _x_range(front: DomainFront) -> tuple[float, float]:
     return 10 ** (low - margin), 10 ** (high + margin)
 
 
-def _is_log(front: DomainFront) -> bool:
-    """Perplexities of failed configurations would press all others together."""
+def is_log(front: DomainFront) -> bool:
+    """Whether the metric needs a logarithmic axis: perplexities of failed configurations would press all others
+    together."""
     return front.facts.direction == "minimize" and far_apart(
         [record.value for record in [*complete(front.records), *_pruned(front)] if record.value is not None]
-        + [value for _, value in _baselines(front)]
+        + [value for _, value in baseline_lines(front)]
     )
 
 
@@ -218,13 +176,13 @@ def log_y(axis: Axes) -> None:
 
 def _y_range(front: DomainFront) -> tuple[float, float]:
     values = [record.value for record in [*complete(front.records), *_pruned(front)] if record.value is not None]
-    values += [value for _, value in _baselines(front)]
+    values += [value for _, value in baseline_lines(front)]
     for item in _confirmed(front):
         values += [item.mean - item.std, item.mean + item.std]
-    if _is_log(front):
+    if is_log(front):
         values = [value for value in values if value > 0]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    if _is_log(front):
+    if is_log(front):
         room = (high / low) ** 0.06
         return low / room, high * room
     margin = max(0.08 * (high - low), 0.005)
@@ -244,8 +202,8 @@ def _steps(front: DomainFront, right: float) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _baselines(front: DomainFront) -> list[tuple[str, float]]:
-    """Titles and values; the model's name is added where there are several."""
+def baseline_lines(front: DomainFront) -> list[tuple[str, float]]:
+    """Titles and values of a domain's baselines; the model's name is added where there are several."""
     by_model = list(front.facts.baselines.items())
     found: dict[str, float] = {}
     for model, named in by_model:
@@ -259,8 +217,8 @@ def _baselines(front: DomainFront) -> list[tuple[str, float]]:
 
 def _label_sides(front: DomainFront, low: float, high: float) -> list[bool]:
     """For each baseline whether its label stands above its line; of two close lines the lower one's stands below."""
-    values = [value for _, value in _baselines(front)]
-    if _is_log(front):
+    values = [value for _, value in baseline_lines(front)]
+    if is_log(front):
         values, low, high = [math.log(value) for value in values], math.log(low), math.log(high)
     above = [True] * len(values)
     order = sorted(range(len(values)), key=lambda index: values[index])
@@ -333,7 +291,7 @@ def _figure(front: DomainFront, facts: StudyFacts) -> go.Figure:
                 legendrank=1000 + style,
                 showlegend=group.method not in shown,
                 marker={
-                    "symbol": _PLOTLY_SYMBOLS[_symbol(style)],
+                    "symbol": _PLOTLY_SYMBOLS[method_symbol(style)],
                     "size": 12 if group.on_front else 8,
                     "color": method_colour(style),
                     "opacity": 1.0 if group.on_front else 0.4,
@@ -358,7 +316,7 @@ def _figure(front: DomainFront, facts: StudyFacts) -> go.Figure:
                 hoverinfo="skip",
             )
         )
-    baselines, log = _baselines(front), _is_log(front)
+    baselines, log = baseline_lines(front), is_log(front)
     sides = _label_sides(front, bottom, top)
     for (title, value), above in zip(baselines, sides, strict=True):
         figure.add_hline(
@@ -418,117 +376,6 @@ def _hover(record: TrialRecord, front: DomainFront, facts: StudyFacts) -> str:
     return "<br>".join([*lines, f"trained {record.train_seconds:.1f} s"])
 
 
-# --- the page ---
-
-
-def _section(front: DomainFront, facts: StudyFacts, plot: str) -> str:
-    rows = front_rows(front, facts)
-    columns = front_columns(front, rows)
-    left = {"method", "model", "configuration"}
-    head = "".join(
-        f'<th scope="col"{_align(field in left)}>{html.escape(title)}</th>' for field, title in columns.items()
-    )
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td{_align(field in left)}>{_cell(field, getattr(row, field))}</td>" for field in columns)
-        + "</tr>"
-        for row in rows
-    )
-    if not rows:
-        body = f'<tr><td colspan="{len(columns)}">No trial has reached the full budget yet.</td></tr>'
-    counts = ", ".join(f"{count} {state}" for state, count in front.counts.items())
-    fill = {
-        "name": html.escape(front.domain),
-        "verdict": html.escape(verdict(front).sentence),
-        "counts": html.escape(counts),
-        "hypervolume": f"{front.hypervolume:.4f}",
-        "head": head,
-        "body": body,
-        "plot": plot,
-    }
-    return _SECTION.format(**fill)
-
-
-def _cell(field: str, text: str) -> str:
-    if field != "configuration":
-        return html.escape(text)
-    return " ".join(f"<span>{html.escape(part)}</span>" for part in text.split())
-
-
-def _align(left: bool) -> str:
-    return ' class="l"' if left else ""
-
-
-_SECTION = """<section aria-label="{name}">
-<h2>{name}</h2>
-<p class="verdict">{verdict}</p>
-<div class="pair">
-<div class="plot">{plot}</div>
-<div class="table">
-<p class="caption">The front: no other trial has a better metric with fewer trainable parameters. Trials: {counts}.
-Hypervolume {hypervolume}.</p>
-<table aria-label="Front of {name}">
-<thead><tr>{head}</tr></thead>
-<tbody>{body}</tbody>
-</table></div>
-</div>
-</section>"""
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<link rel="icon" href="data:,">
-<style>{style}</style>
-<script>{plotly}</script>
-</head>
-<body>
-<header><h1>{study}</h1>{description}<p class="models">{models}</p></header>
-<main>
-{sections}
-</main>
-<script>{script}</script>
-</body>
-</html>
-"""
-
-_STYLE = """
-:root { --paper: #ffffff; --ink: #1f2937; --faint: #6b7280; --line: #e5e7eb; }
-@media (prefers-color-scheme: dark) { :root { --paper: #15181d; --ink: #e5e7eb; --faint: #9ca3af; --line: #333a45; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1700px; padding: 1rem 1.25rem 3rem; background: var(--paper); color: var(--ink);
-  font: 15px/1.45 system-ui, sans-serif; }
-h1 { margin: 0.2rem 0; font-size: 1.5rem; } h2 { margin: 1.6rem 0 0.2rem; font-size: 1.2rem; }
-p { margin: 0.2rem 0; } .models, .caption { color: var(--faint); overflow-wrap: anywhere; }
-.pair { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 1.25rem; align-items: start; }
-@media (max-width: 1150px) { .pair { grid-template-columns: minmax(0, 1fr); } }
-.plot { min-width: 0; } .table { overflow-x: auto; padding-top: 0.6rem; }
-table { border-collapse: collapse; width: 100%; font-size: 0.82rem; font-variant-numeric: tabular-nums; }
-.caption { font-size: 0.85rem; padding-bottom: 0.5rem; }
-th, td { padding: 0.28rem 0.35rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { font-weight: 600; } .l { text-align: left; } td span { white-space: nowrap; }
-"""
-
-# Plotly's colours are part of each plot, so the page's light or dark ink is handed to it.
-_SCRIPT = """
-(() => {
-  const dark = matchMedia('(prefers-color-scheme: dark)');
-  const paint = () => document.querySelectorAll('.plotly-graph-div').forEach(plot => {
-    const ink = dark.matches ? '#e5e7eb' : '#1f2937', line = dark.matches ? '#333a45' : '#e5e7eb';
-    Plotly.relayout(plot, {
-      paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)', 'font.color': ink,
-      'xaxis.gridcolor': line, 'yaxis.gridcolor': line, 'xaxis.zerolinecolor': line, 'yaxis.zerolinecolor': line,
-    });
-  });
-  paint();
-  dark.addEventListener('change', paint);
-})();
-"""
-
-
 # --- matplotlib ---
 
 
@@ -542,7 +389,7 @@ def draw_front(axis: Axes, front: DomainFront, facts: StudyFacts) -> None:
     bottom, top = _y_range(front)
     axis.set_xscale("log")
     axis.set_xlim(low, high)
-    if _is_log(front):
+    if is_log(front):
         log_y(axis)
     axis.set_ylim(bottom, top)
     axis.xaxis.set_major_locator(LogLocator(base=10, numticks=12))
@@ -559,7 +406,7 @@ def draw_front(axis: Axes, front: DomainFront, facts: StudyFacts) -> None:
     axis.set_xlabel("trainable parameters")
     axis.set_ylabel(_metric(front))
 
-    baselines = _baselines(front)
+    baselines = baseline_lines(front)
     sides = _label_sides(front, bottom, top)
     for (title, value), above in zip(baselines, sides, strict=True):
         axis.axhline(value, color=_BASELINE_COLOUR, linewidth=1, linestyle=(0, (1, 2)), zorder=1)

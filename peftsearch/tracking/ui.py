@@ -1,4 +1,4 @@
-"""The MLflow UI on a storage folder's studies."""
+"""The MLflow UI on a storage folder's studies, with their Pareto pages beside it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import psutil
@@ -20,6 +21,10 @@ import psutil
 from peftsearch.spec import StudyError
 from peftsearch.tracking.mlflow_store import default_artifacts, default_tracking_uri, relocate_artifacts
 
+PLUGIN = "peftsearch"
+"""The entry point by which MLflow's server finds `peftsearch.live`."""
+# A page asks every few seconds: nobody wants a line on the terminal for each.
+_WITH_PAGES = ("--app-name", PLUGIN, "--uvicorn-opts=--no-access-log")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -94,7 +99,9 @@ def ui_environment() -> dict[str, str]:
 def serve_ui(
     storage: Path, host: str = "127.0.0.1", port: int = 5000, names: Sequence[str] = (), extra: Sequence[str] = ()
 ) -> int:
-    """Serve the MLflow UI until it is stopped (Ctrl-C); returns the server's exit status, 0 after Ctrl-C.
+    """Serve the MLflow UI, and the studies' live pages beside it (`peftsearch.live`), until it is stopped (Ctrl-C).
+
+    Returns the server's exit status, 0 after Ctrl-C.
 
     Args:
         storage: The storage folder.
@@ -104,7 +111,8 @@ def serve_ui(
         extra: Further options of ``mlflow server``.
 
     Raises:
-        StudyError: The storage holds no MLflow store yet, or the port is in use.
+        StudyError: The storage holds no MLflow store yet, or the port is in use, or peftsearch was installed before it
+            had pages.
     """
     store = Path(default_tracking_uri(storage).removeprefix("sqlite:///"))
     if not store.is_file():
@@ -113,10 +121,13 @@ def serve_ui(
             "run one, or name another folder with --storage"
         )
     _check_names(names)
+    if PLUGIN not in entry_points(group="mlflow.app").names:
+        raise StudyError("the installed peftsearch is older than this code: install it again (pip install -e .)")
     check_port(host, port)
     # Without the last part MLflow shows what it has for chats and agents, and hides training runs behind a switch.
     address = f"http://{_for_url(host)}:{port}/#/experiments?workflowType=machine_learning"
-    print(f"MLflow UI: {address}  (Ctrl-C stops it)", file=sys.stderr, flush=True)
+    print(f"MLflow UI:    {address}  (Ctrl-C stops it)", file=sys.stderr, flush=True)
+    print(f"Pareto pages: http://{_for_url(host)}:{port}/peftsearch/", file=sys.stderr, flush=True)
     if not _is_loopback(host):
         print(
             f"MLflow asks nobody for a password: whoever reaches port {port} of this machine sees and changes all runs",
@@ -128,7 +139,9 @@ def serve_ui(
         relocate_artifacts(default_tracking_uri(storage), default_artifacts(storage))
     # In a session of its own the server does not get the terminal's Ctrl-C: it is ended below, with its workers, once.
     process = subprocess.Popen(
-        [*ui_command(storage, host, port, names), *extra], env=ui_environment(), start_new_session=True
+        [*ui_command(storage, host, port, names), *_WITH_PAGES, *extra],
+        env=ui_environment() | {"PEFTSEARCH_STORAGE": str(storage)},
+        start_new_session=True,
     )
     try:
         with _terminate_as_interrupt():

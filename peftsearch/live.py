@@ -1,0 +1,158 @@
+"""A storage's studies as live Pareto pages, inside MLflow's own server: one port, and MLflow's check of who asks.
+
+`app` is a plugin of MLflow (entry point ``mlflow.app``), with which ``peftsearch ui`` starts ``mlflow server``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from peftsearch.spec import StudyError
+from peftsearch.storage import list_studies, storage_folder
+from peftsearch.study import Study
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+PREFIX = "/peftsearch"
+"""Where the pages are; MLflow has all other paths."""
+FRESH = 2.0
+"""Seconds for which what was read of a ledger is shown to everybody who asks."""
+
+
+def app() -> FastAPI:
+    """MLflow's application with the pages of the studies in the storage (``PEFTSEARCH_STORAGE``)."""
+    from mlflow.server.fastapi_app import app as mlflow
+    from starlette.routing import Mount, Route
+
+    pages = Pages()
+    routes = [
+        Route("/", pages.studies),
+        Route("/studies/{name}", pages.page),
+        Route("/studies/{name}/data.json", pages.data),
+    ]
+    # Before MLflow's own route, which takes every path; its middlewares (hosts, headers) are around all routes.
+    server: FastAPI = mlflow
+    server.router.routes.insert(0, Mount(PREFIX, routes=routes))
+    return server
+
+
+@dataclass(frozen=True)
+class _Known:
+    value: Any
+    until: float
+
+
+class Pages:
+    """Answers requests. A ledger is read at most once at a time, and no more often than it takes to read it."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, _Known] = {}
+        self._locks: dict[str, threading.Lock] = {}
+
+    def studies(self, request: Request) -> Response:
+        """The list of studies."""
+        from starlette.responses import HTMLResponse
+
+        from peftsearch.frontier.page import studies_html
+
+        found, unreadable = self._once("", _statuses)
+        page = studies_html(found, unreadable, str(storage_folder()), pages=f"{PREFIX}/studies/", mlflow="/")
+        return HTMLResponse(page, headers=_HEADERS)
+
+    def page(self, request: Request) -> Response:
+        """A study's page."""
+        from starlette.responses import HTMLResponse
+
+        from peftsearch.frontier.page import document, policy
+
+        name = request.path_params["name"]
+        try:
+            data, mlflow = self._study(name)
+        except StudyError as error:
+            return _refusal(error)
+        live = {
+            "data": f"{PREFIX}/studies/{quote(name, safe='')}/data.json",
+            "studies": f"{PREFIX}/",
+            **({"mlflow": mlflow} if mlflow else {}),
+        }
+        rule = f"{policy(live=True)}; frame-ancestors 'self'"
+        return HTMLResponse(document(data, live=live), headers={**_HEADERS, "Content-Security-Policy": rule})
+
+    def data(self, request: Request) -> Response:
+        """A study's data as JSON; 304 where the asker has it already."""
+        from starlette.responses import Response
+
+        try:
+            data, _ = self._study(request.path_params["name"])
+        except StudyError as error:
+            return _refusal(error)
+        body = json.dumps(data, separators=(",", ":"), allow_nan=False).encode()
+        tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+        headers = {**_HEADERS, "ETag": tag}
+        if request.headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers=headers)
+        return Response(body, media_type="application/json", headers=headers)
+
+    def _study(self, name: str) -> tuple[dict[str, Any], str | None]:
+        found: tuple[dict[str, Any], str | None] = self._once(f"study {name}", lambda: _read(name))
+        return found
+
+    def _once(self, key: str, read: Callable[[], Any]) -> Any:
+        with self._locks.setdefault(key, threading.Lock()):
+            known = self._known.get(key)
+            if known is None or time.monotonic() > known.until:
+                began = time.monotonic()
+                value = read()
+                taken = time.monotonic() - began
+                known = self._known[key] = _Known(value, time.monotonic() + max(FRESH, 4 * taken))
+            return known.value
+
+
+_HEADERS = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
+
+
+def _read(name: str) -> tuple[dict[str, Any], str | None]:
+    from peftsearch.frontier.page import page_data
+
+    study = Study.open(name)
+    storage = str(study.folder.storage)
+    status = study.status()
+    data = page_data(
+        study.trials(),
+        study.facts(),
+        state=status["state"],
+        planned=status["planned"],
+        storage=None if storage == str(Path.home() / "peftsearch") else storage,
+    )
+    wanted = study.spec.tracking.mlflow
+    # A study that writes to another server has no runs in this one.
+    uri = study.public_tracking_uri or ""
+    mlflow = "/" if wanted == "auto" else f"{uri.rstrip('/')}/" if uri.startswith(("http://", "https://")) else None
+    return data, mlflow
+
+
+def _statuses() -> tuple[list[dict[str, Any]], dict[str, str]]:
+    statuses, unreadable = [], {}
+    for name in list_studies(storage_folder()):
+        try:
+            statuses.append(Study.open(name).status())
+        except Exception as error:  # whatever is wrong with one study, the others are still there
+            unreadable[name] = (str(error).splitlines() or [type(error).__name__])[0]
+    return statuses, unreadable
+
+
+def _refusal(error: StudyError) -> Response:
+    from starlette.responses import PlainTextResponse
+
+    return PlainTextResponse(f"{error}\n", status_code=404, headers=_HEADERS)

@@ -1,0 +1,457 @@
+"""The Pareto page in a real browser: what it shows is what the ledger holds, by mouse and by keyboard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import CHROMIUM, Page, chromium
+from frontier_study import confirm_best, make_facts, make_record, make_study
+
+from peftsearch.frontier import domain_fronts, front, front_html
+from peftsearch.frontier.tables import key_hyperparameters
+from peftsearch.spec import StudyFacts, TrialRecord, TrialState
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine"),
+]
+
+FRONT_MARKS = "[...document.querySelectorAll('#front [data-trial]')].map(mark => Number(mark.dataset.trial))"
+ROWS = "[...document.querySelectorAll('#trials tbody tr')].map(row => Number(row.dataset.number))"
+PANEL = "document.querySelector('#fixed').innerText"
+
+
+@pytest.fixture(scope="module")
+def tab() -> Iterator[Page]:
+    with chromium() as page:
+        yield page
+
+
+@pytest.fixture
+def browser(tab: Page) -> Iterator[Page]:
+    """A tab at a desk; whatever a test does, nothing may be complained about and nothing but the page asked for."""
+    tab.size(1360, 900)
+    tab.theme("light")
+    yield tab
+    assert tab.problems == []
+    assert {address.split(":")[0] for address in tab.requests} <= {"file", "data"}
+    assert len([address for address in tab.requests if address.startswith("file")]) == 1
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[TrialRecord], StudyFacts]:
+    facts = make_facts()
+    return confirm_best(make_study(14), facts, tmp_path_factory.mktemp("confirmed")), facts
+
+
+def show(
+    browser: Page,
+    folder: Path,
+    study: tuple[list[TrialRecord], StudyFacts],
+    place: str = "#clinical",
+    **options: Any,
+) -> None:
+    file = folder / "page.html"
+    file.write_text(front_html(*study, **options))
+    browser.open("about:blank")
+    browser.open(file.as_uri() + place)
+
+
+def of_domain(study: tuple[list[TrialRecord], StudyFacts], domain: str) -> list[TrialRecord]:
+    return [record for record in study[0] if record.domain == domain]
+
+
+def test_the_front_is_the_ledgers(browser: Page, tmp_path: Path, study: tuple[list[TrialRecord], StudyFacts]) -> None:
+    show(browser, tmp_path, study)
+    fronts = domain_fronts(*study)
+    for domain in ("clinical", "legal"):
+        browser.click(f"[role=tab]:nth-of-type({2 if domain == 'clinical' else 3})")
+        expected = [record.number for record in fronts[domain].front]
+        assert browser.evaluate(FRONT_MARKS) == expected
+        assert browser.evaluate(ROWS) == expected
+        shown = browser.evaluate("document.querySelector('#trials').innerText")
+        for record in fronts[domain].front:
+            assert f"{record.value:.3f}" in shown
+            assert f"{record.trainable_parameters:,}" in shown
+        bars = browser.evaluate(
+            "[...document.querySelectorAll('#front [data-error]')].map(e => Number(e.dataset.error))"
+        )
+        assert sorted(bars) == [r.number for r in of_domain(study, domain) if r.confirmed]
+        assert fronts[domain].facts.metric.replace("_", " ") in browser.evaluate(
+            "document.querySelector('#front').textContent"
+        )
+        for baseline in fronts[domain].facts.baselines["package:tiny/model"].values():
+            assert f"{baseline.title} {baseline.value:.3f}" in browser.evaluate(
+                "document.querySelector('#front').textContent"
+            )
+
+
+def test_a_trial_is_fixed_by_a_click_and_says_all_about_itself(
+    browser: Page, tmp_path: Path, study: tuple[list[TrialRecord], StudyFacts]
+) -> None:
+    show(browser, tmp_path, study)
+    found = domain_fronts(*study)["clinical"]
+    record = next(record for record in found.front if record.confirmed)
+    assert record.confirmed
+    browser.click(f"#front [data-trial='{record.number}']")
+    text = browser.evaluate(PANEL)
+    assert f"Trial {record.number} {record.method}" in text
+    assert f"{record.confirmed.mean:.3f} ± {record.confirmed.std:.3f}" in text
+    assert f"{record.confirmed.test_mean:.3f} ± {record.confirmed.test_std:.3f}" in text
+    assert f"{record.trainable_parameters:,}" in text
+    assert browser.evaluate("document.querySelector('[data-fixed]').dataset.fixed") == str(record.number)
+    assert browser.evaluate("document.querySelector('#settings').innerText").split("\n")[::2] == list(
+        record.hyperparameters
+    )
+    command = browser.evaluate("document.querySelector('.command code').textContent")
+    assert command.startswith("peftsearch export example --to adapters --domain clinical")
+    curve = browser.evaluate("[...document.querySelectorAll('#fixed circle title')].map(e => e.textContent)")
+    assert [line.rsplit(": ", 1)[1] for line in curve] == [f"{rung.value:.3f}" for rung in record.rungs]
+    browser.click("#fixed details summary")
+    table = browser.evaluate("document.querySelector('#fixed details table').innerText")
+    assert all(str(rung.step) in table for rung in record.rungs)
+    assert browser.evaluate("location.hash") == f"#clinical/{record.number}"
+
+
+def test_the_command_is_copied(browser: Page, tmp_path: Path, study: tuple[list[TrialRecord], StudyFacts]) -> None:
+    show(browser, tmp_path, study)
+    browser.click("[data-focus=copy]")
+    browser.wait("document.querySelector('[data-focus=copy]').textContent === 'Copied'", 10)
+    assert browser.evaluate("getSelection().toString()") == browser.evaluate(
+        "document.querySelector('.command code').textContent"
+    )
+
+
+def test_a_dominated_trial_names_the_one_that_beats_it(
+    browser: Page, tmp_path: Path, study: tuple[list[TrialRecord], StudyFacts]
+) -> None:
+    found = domain_fronts(*study)["clinical"]
+    numbers = {record.number for record in found.front}
+    record = next(
+        r for r in found.records if r.state is TrialState.COMPLETE and r.number not in numbers and r.value is not None
+    )
+    show(browser, tmp_path, study, f"#clinical/{record.number}")
+    assert "dominated" in browser.evaluate(PANEL)
+    assert browser.evaluate("document.querySelector('.command')") is None
+    browser.click("[data-focus=beaten]")
+    other = next(r for r in found.records if f"Trial {r.number} " in browser.evaluate(PANEL))
+    assert other.number in numbers
+    assert other.trainable_parameters <= record.trainable_parameters
+    assert (other.value or 0) >= (record.value or 0)
+
+
+def test_filters_by_method_and_budget(
+    browser: Page, tmp_path: Path, study: tuple[list[TrialRecord], StudyFacts]
+) -> None:
+    show(browser, tmp_path, study)
+    mine = of_domain(study, "clinical")
+    without = [record for record in mine if record.method != "lora"]
+    browser.click("[data-focus=method-0]")
+    assert browser.evaluate(FRONT_MARKS) == [record.number for record in front(without, "maximize")]
+    assert browser.evaluate("document.activeElement.dataset.focus") == "method-0"
+    browser.click("[data-focus=method-0]")
+    browser.evaluate(
+        "(() => { const e = document.querySelector('#budget'); e.value = 60;"
+        "e.dispatchEvent(new Event('input')); e.dispatchEvent(new Event('change')); })()"
+    )
+    text = browser.evaluate("document.querySelector('output').textContent")
+    limit = int(text.removeprefix("at most ").replace(",", ""))
+    small = [record for record in mine if record.trainable_parameters <= limit]
+    assert 0 < len(small) < len(mine)
+    assert browser.evaluate(FRONT_MARKS) == [record.number for record in front(small, "maximize")]
+    browser.click("[data-focus=scope-all]")
+    shown = browser.evaluate(ROWS)
+    assert set(shown) <= {record.number for record in small}
+    assert f"{len(small)} shown, of {len(mine)}" in browser.evaluate("document.querySelector('#table').innerText")
+
+
+def test_other_axes_have_fronts_of_their_own(
+    browser: Page, tmp_path: Path, study: tuple[list[TrialRecord], StudyFacts]
+) -> None:
+    records = [
+        record.model_copy(update={"train_seconds": 1.0 + (record.number * 7919) % 100, "peak_memory_bytes": None})
+        for record in study[0]
+    ]
+    show(browser, tmp_path, (records, study[1]))
+    options = browser.evaluate("[...document.querySelectorAll('#axis option')].map(o => o.value)")
+    assert options == ["trainable_parameters", "exported_parameters", "train_seconds", "latency"]
+    browser.evaluate(
+        "(() => { const e = document.querySelector('#axis'); e.value = 'train_seconds';"
+        "e.dispatchEvent(new Event('change')); })()"
+    )
+    done = [r for r in records if r.domain == "clinical" and r.state is TrialState.COMPLETE]
+    expected = [
+        r.number
+        for r in done
+        if not any(
+            (o.value or 0) >= (r.value or 0)
+            and o.train_seconds <= r.train_seconds
+            and (o.value, o.train_seconds) != (r.value, r.train_seconds)
+            for o in done
+        )
+    ]
+    assert sorted(browser.evaluate(FRONT_MARKS)) == sorted(expected)
+    assert "training time" in browser.evaluate("document.querySelector('#sentence').innerText")
+
+
+def test_the_keyboard_is_enough(browser: Page, tmp_path: Path, study: tuple[list[TrialRecord], StudyFacts]) -> None:
+    show(browser, tmp_path, study)
+    numbers = [record.number for record in domain_fronts(*study)["clinical"].front]
+    browser.key("Tab")
+    assert browser.evaluate("document.activeElement.className") == "skip"
+    for _ in range(40):
+        browser.key("Tab")
+        if browser.evaluate("document.activeElement.id") == "front":
+            break
+    assert browser.evaluate("document.activeElement.id") == "front"
+    browser.key("Home")
+    browser.key("Enter")
+    assert f"Trial {numbers[0]} " in browser.evaluate(PANEL)
+    assert browser.evaluate("document.activeElement.id") == "front"
+    browser.key("ArrowRight")
+    said = browser.evaluate("document.querySelector('#said').textContent")
+    assert said.startswith(f"Trial {numbers[1]},")
+    browser.key("Enter")
+    assert f"Trial {numbers[1]} " in browser.evaluate(PANEL)
+    browser.key("End")
+    browser.key(" ")
+    assert f"Trial {numbers[-1]} " in browser.evaluate(PANEL)
+    browser.evaluate("document.querySelector('[role=tab][aria-selected=true]').focus()")
+    browser.key("ArrowRight")
+    assert browser.evaluate("document.activeElement.textContent") == "legal"
+    assert "legal" in browser.evaluate("document.querySelector('h2').innerText")
+
+
+def test_tables_sort_and_name_everything_for_screen_readers(
+    browser: Page, tmp_path: Path, study: tuple[list[TrialRecord], StudyFacts]
+) -> None:
+    show(browser, tmp_path, study)
+    browser.click("[data-focus=scope-finished]")
+    browser.click("[data-focus=sort-value]")
+    done = [r for r in of_domain(study, "clinical") if r.state is TrialState.COMPLETE]
+    values = {record.number: record.value for record in done}
+    shown = browser.evaluate(ROWS)
+    assert [values[n] for n in shown] == sorted((values[n] for n in shown), reverse=True)
+    assert values[shown[0]] == max(value for value in values.values() if value is not None)
+    assert browser.evaluate("document.querySelector('th[aria-sort]').getAttribute('aria-sort')") == "descending"
+    assert browser.evaluate("document.activeElement.dataset.focus") == "sort-value"
+    tree = browser.call("Accessibility.getFullAXTree")["nodes"]
+    for node in tree:
+        role = node.get("role", {}).get("value")
+        if (
+            role in ("button", "combobox", "slider", "tab", "link", "table", "application", "img")
+            and not node["ignored"]
+        ):
+            assert node.get("name", {}).get("value"), node
+    # A table for each plot: the front's, the learning curve's, the hypervolume's.
+    assert browser.evaluate("document.querySelectorAll('table[aria-label]').length") >= 3
+    assert browser.evaluate("document.querySelectorAll('h1').length") == 1
+
+
+def contrast(one: list[float], other: list[float]) -> float:
+    """Of two colours, as WCAG 2 has it."""
+
+    def light(colour: list[float]) -> float:
+        parts = [c / 255 for c in colour[:3]]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted((light(one), light(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1360, 390])
+def test_readable_in_light_and_dark_at_a_desk_and_on_a_phone(
+    browser: Page, tmp_path: Path, study: tuple[list[TrialRecord], StudyFacts], theme: str, width: int
+) -> None:
+    browser.size(width, 844, phone=width < 500)
+    browser.theme(theme)
+    show(browser, tmp_path, study)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    pairs = browser.evaluate(
+        """(() => {
+          const numbers = text => (text.match(/[\\d.]+/g) || []).map(Number);
+          const paper = element => {
+            for (let e = element; e; e = e.parentElement) {
+              const found = getComputedStyle(e).backgroundColor;
+              if (numbers(found).length === 3) return numbers(found);
+            }
+            return null;
+          };
+          return [...document.querySelectorAll('h1, h2, h3, p, td, th, dt, dd, button, label, legend, .plot text')]
+            .filter(e => e.textContent.trim() && e.getClientRects().length)
+            .map(e => [e.tagName + ' ' + e.textContent.slice(0, 30),
+              numbers(e.tagName === 'text' ? getComputedStyle(e).fill : getComputedStyle(e).color), paper(e)]);
+        })()"""
+    )
+    assert len(pairs) > 60
+    weak = [text for text, ink, paper in pairs if contrast(ink, paper) < 4.5]
+    assert weak == []
+    bright = sum(browser.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")) > 384
+    assert bright == (theme == "light")
+
+
+def test_the_reader_may_turn_dark_on(
+    browser: Page, tmp_path: Path, study: tuple[list[TrialRecord], StudyFacts]
+) -> None:
+    show(browser, tmp_path, study)
+    before = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    browser.click("[data-focus=theme]")
+    assert browser.evaluate("getComputedStyle(document.body).backgroundColor") != before
+    assert browser.evaluate("document.querySelector('[data-focus=theme]').getAttribute('aria-pressed')") == "true"
+
+
+def test_perplexities_of_two_models(browser: Page, tmp_path: Path) -> None:
+    plain = make_facts()
+    (name, model), *_ = plain.models.items()
+    clinical = plain.domains["clinical"].model_copy(update={"metric": "perplexity", "direction": "minimize"})
+    facts = plain.model_copy(update={"domains": {"clinical": clinical}, "models": {name: model, "other": model}})
+    found = [(40.0, 100), (12.5, 1000), (90_000.0, 2000), (11.0, 5000)]
+    records = [
+        make_record(index, value, size, model=name if index % 2 else "other")
+        for index, (value, size) in enumerate(found)
+    ]
+    show(browser, tmp_path, (records, facts), "")
+    assert browser.evaluate(FRONT_MARKS) == [0, 1, 3]
+    assert browser.evaluate("document.querySelector('#sentence').innerText").startswith("3 trials on this front")
+    assert "outside 0 to 1" in browser.evaluate("document.querySelector('#history').innerText")
+    browser.evaluate(
+        "(() => { const e = document.querySelector('#model'); e.value = '1'; e.dispatchEvent(new Event('change')); })()"
+    )
+    assert browser.evaluate(FRONT_MARKS) == [0]
+    browser.click("[data-focus=scope-finished]")
+    assert browser.evaluate(ROWS) == [0, 2]
+
+
+def test_domains_are_compared(browser: Page, tmp_path: Path, study: tuple[list[TrialRecord], StudyFacts]) -> None:
+    show(browser, tmp_path, study, "")
+    fronts = domain_fronts(*study)
+    text = browser.evaluate("document.querySelector('main').innerText")
+    for found in fronts.values():
+        assert f"{found.hypervolume:.4f}" in text
+        for method in study[1].methods:
+            best = max(r.value or 0 for r in found.records if r.method == method and r.state is TrialState.COMPLETE)
+            assert f"{best:.3f}" in text
+    best = fronts["legal"].best
+    assert best
+    browser.click(f"[data-focus=cell-1-{study[1].methods.index(best.method)}]")
+    assert f"Trial {best.number} {best.method}" in browser.evaluate(PANEL)
+
+
+def test_hovering_shows_the_configuration(
+    browser: Page, tmp_path: Path, study: tuple[list[TrialRecord], StudyFacts]
+) -> None:
+    show(browser, tmp_path, study)
+    record = domain_fronts(*study)["clinical"].front[-1]
+    x, y = browser.middle(f"#front [data-trial='{record.number}']")
+    browser.hover_at(x, y)
+    tip = browser.evaluate("document.querySelector('#front .tip').innerText")
+    assert tip.startswith(f"Trial {record.number}: {record.method}")
+    assert f"{record.value:.3f}" in tip
+    differing = key_hyperparameters(study[0])[record.method]
+    assert all(name.replace("learning_rate", "lr") in tip for name in differing)
+    browser.hover_at(x, y - 400)
+    assert browser.evaluate("document.querySelector('#front .tip').hidden")
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_without_a_finished_trial_it_says_so_and_shows_what_runs(browser: Page, tmp_path: Path, begun: bool) -> None:
+    rungs = [{"step": 30, "epoch": 1.0, "value": 0.42, "loss": 1.0, "train_loss": 1.1}]
+    records = [
+        make_record(0, 0.42, 9000, state=TrialState.RUNNING, rungs=rungs),
+        make_record(1, None, 9000, state=TrialState.RUNNING),
+        make_record(2, 0.2, 9000, state=TrialState.PRUNED),
+    ]
+    show(browser, tmp_path, (records if begun else [], make_facts()), state="running")
+    text = browser.evaluate("document.querySelector('main').innerText")
+    assert "No trial of clinical has reached the full budget yet" in text
+    if begun:
+        assert "2 run now, 1 was pruned" in text
+        assert "Running now" in text
+        assert "30 of 90" in text
+        assert "0.420" in text
+        assert "not evaluated yet" in text
+        assert set(browser.evaluate(ROWS)) == {0, 1, 2}
+    else:
+        assert "None has begun" in text
+
+
+NASTY = "</script><script>document.title='OWNED'</script> \"quoted\" 'x' <b onclick=alert(1)> & 🩺 ‮txt‬"
+
+
+def test_quotes_brackets_and_emoji_are_shown_as_they_are(browser: Page, tmp_path: Path) -> None:
+    plain = make_facts(description=NASTY)
+    clinical = plain.domains["clinical"].model_copy(update={"warnings": (NASTY,), "labels": (NASTY, "b")})
+    facts = plain.model_copy(update={"domains": {NASTY.replace("/", "|"): clinical}})
+    (domain,) = facts.domains
+    records = [
+        make_record(0, 0.5, 10, domain=domain, method="lora<b>", hyperparameters={"init_text": NASTY, "rank": 4}),
+        make_record(1, 0.4, 99, domain=domain, method="lora<b>", hyperparameters={"init_text": "x", "rank": 8}),
+        make_record(2, None, 10, domain=domain, state=TrialState.FAILED, error=NASTY),
+    ]
+    show(browser, tmp_path, (records, facts), "")
+    text = browser.evaluate("document.body.innerText")
+    assert NASTY in text
+    assert domain in text
+    assert "lora<b>" in text
+    assert browser.evaluate("document.querySelectorAll('main b[onclick], script').length") == 3
+    assert "OWNED" not in browser.evaluate("document.title").replace(domain, "")
+    assert NASTY in browser.evaluate("document.querySelector('#settings').innerText")
+
+
+def test_ten_thousand_trials_are_shown_at_once(browser: Page, tmp_path: Path) -> None:
+    records, facts = make_study(1250), make_facts()
+    show(browser, tmp_path, (records, facts))
+    fronts = domain_fronts(records, facts)
+    assert browser.evaluate(FRONT_MARKS) == [record.number for record in fronts["clinical"].front]
+    # Processor time of the page, so that a busy machine does not fail this.
+    spent = {
+        item["name"]: item["value"]
+        for item in (browser.call("Performance.enable"), browser.call("Performance.getMetrics"))[1]["metrics"]
+    }
+    assert spent["Nodes"] < 20_000
+    browser.evaluate("document.querySelector('[data-focus=scope-all]').click()")
+    took = browser.evaluate(
+        "(async () => { const began = performance.now(); document.querySelector('[data-focus=method-1]').click();"
+        "await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));"
+        "return performance.now() - began; })()"
+    )
+    assert took < 3000
+    shown = browser.evaluate(ROWS)
+    assert len(shown) == 25
+    browser.click("[data-focus=more]")
+    assert len(browser.evaluate(ROWS)) == 125
+    x, y = browser.middle("#front")
+    moved = browser.evaluate(
+        "(() => { const began = performance.now(); const f = document.querySelector('#front');"
+        f"for (let i = 0; i < 20; i++) f.onpointermove({{clientX: {x} + i * 9, clientY: {y}}});"
+        "return (performance.now() - began) / 20; })()"
+    )
+    assert moved < 100
+
+
+def test_a_page_in_a_frame_without_an_address_works(
+    browser: Page, tmp_path: Path, study: tuple[list[TrialRecord], StudyFacts]
+) -> None:
+    """As MLflow shows an artifact: in a frame that may run scripts and nothing else."""
+    page = json.dumps(front_html(*study, "clinical")).replace("<", "\\u003c")
+    outer = tmp_path / "outer.html"
+    outer.write_text(
+        "<!doctype html><title>x</title><link rel=icon href='data:,'><iframe sandbox='allow-scripts' width=1200 "
+        f"height=800></iframe><script>document.querySelector('iframe').srcdoc = {page}</script>"
+    )
+    browser.open("about:blank")
+    browser.open(outer.as_uri())
+    frame = browser.frame()
+    numbers = [record.number for record in domain_fronts(*study)["clinical"].front]
+    assert browser.evaluate(FRONT_MARKS, frame) == numbers
+    browser.evaluate(f"document.querySelector('[data-focus=trial-{numbers[0]}]').click()", frame)
+    assert f"Trial {numbers[0]} " in browser.evaluate(PANEL, frame)
+    browser.evaluate("document.querySelector('[data-focus=copy]').click()", frame)
+    browser.evaluate("new Promise(done => setTimeout(done, 300))")
+    assert browser.evaluate("document.querySelector('[data-focus=copy]').textContent", frame) in ("Copied", "Selected")

@@ -1,0 +1,44 @@
+"""A picture of a page, as a browser shows it; the README's pictures are made with it.
+
+    python tests/screenshot.py front.html --to dashboards/pictures/pareto-page.png --width 1280 --height 1600
+
+The address is a file or a URL; what follows ``#`` in it is kept, so that ``front.html#legal/12`` shows that domain with
+trial 12. Needs Chromium.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from browser import CHROMIUM, chromium
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("address", help="a file, or a URL")
+    parser.add_argument("--to", type=Path, required=True, help="the PNG file")
+    parser.add_argument("--width", type=int, default=1280)
+    parser.add_argument("--height", type=int, help="cut there; the whole page where absent")
+    parser.add_argument("--scale", type=float, default=1, help="pixels of the picture per pixel of the page")
+    parser.add_argument("--dark", action="store_true")
+    parser.add_argument("--phone", action="store_true")
+    options = parser.parse_args()
+    if CHROMIUM is None:
+        raise SystemExit("no Chromium on this machine")
+    file, _, hash_part = options.address.partition("#")
+    address = file if "://" in file else Path(file).resolve().as_uri()
+    with chromium() as page:
+        page.size(options.width, options.height or 900, phone=options.phone, scale=options.scale)
+        page.theme("dark" if options.dark else "light")
+        page.call("Emulation.setScrollbarsHidden", hidden=True)
+        page.open(address + (f"#{hash_part}" if hash_part else ""))
+        picture = page.picture(whole=options.height is None)
+        for problem in page.problems:
+            print(problem)
+    options.to.parent.mkdir(parents=True, exist_ok=True)
+    options.to.write_bytes(picture)
+
+
+if __name__ == "__main__":
+    main()
