@@ -357,6 +357,67 @@ def evaluate(
 
 
 @app.command()
+def predict(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER_DIR", help="An exported adapter")],
+    source: Annotated[Path, typer.Option("--input", help="CSV, JSON Lines or Parquet, by its suffix")],
+    output: Annotated[Path, typer.Option(help="The same; the input's columns, and the predictions after them")],
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--column",
+            metavar="[ROLE=]NAME",
+            help="Column with the text where it is called otherwise than in the study's data; repeatable",
+        ),
+    ] = None,
+    name: Annotated[str, typer.Option(help="Column of the predictions")] = "prediction",
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per forward pass")] = 64,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to predict; auto: on a GPU where there is one")
+    ] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output where it exists")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the base model brings along")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Predict every row of a file with an exported adapter.
+
+    Rows without a text get an empty prediction and are reported (exit status 1); none is left out.
+
+    Example: `peftsearch predict adapters/legal/00012-lora --input clauses.csv --output predicted.csv --column clause`
+    """
+    from peftsearch.cli.prediction import show_prediction
+    from peftsearch.export import predict_file
+
+    with show_prediction(err) as (begun, done):
+        found = predict_file(
+            adapter,
+            source,
+            output,
+            columns=columns or (),
+            name=name,
+            batch_size=batch_size,
+            device=device,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            begun=begun,
+            done=done,
+        )
+    for sentence in found.sentences():
+        err.print(sentence, markup=False)
+    if as_json:
+        _print_json({**found.__dict__, "output": str(found.output)})
+    else:
+        rate = found.rows / max(found.seconds, 1e-9)
+        err.print(
+            f"{found.rows:,} rows in {found.seconds:.1f} s on {found.device} ({rate:,.0f} a second)", markup=False
+        )
+        out.print(str(found.output), markup=False)
+    if found.unpredicted:
+        raise typer.Exit(1)
+
+
+@app.command()
 def ui(
     storage: StorageOption = None,
     host: Annotated[str, typer.Option(help="Address to listen on; loopback unless you say otherwise")] = "127.0.0.1",

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from peftsearch.frontier.front import DomainFront, domain_fronts
+from peftsearch.frontier.front import DomainFront, choose, domain_fronts
 from peftsearch.spec import StudyError, StudyFacts, TrialRecord, TrialState, suggest
 from peftsearch.tracking.names import configuration_text
 
@@ -51,8 +51,23 @@ def domain_json(front: DomainFront) -> dict[str, Any]:
             },
             "front": [record.model_dump(mode="json") for record in front.front],
             "front_by_model": {model: [record.number for record in own] for model, own in front.by_model.items()},
+            "picks": picks_json(front),
         }
     )
+    return found
+
+
+def picks_json(front: DomainFront) -> dict[str, Any]:
+    """The trial of each pick that gives one, and why another stood back, where one did; {} for an empty front."""
+    found = {}
+    for how in ("best", "knee", "smallest") if front.front else ():
+        (choice,) = choose(front.front, how, front.facts.direction)
+        other = choice.instead_of
+        found[how] = {
+            "number": choice.record.number,
+            "instead_of": other.number if other is not None else None,
+            "reason": choice.reason,
+        }
     return found
 
 
