@@ -32,7 +32,7 @@ def provenance(study_folder: Path) -> dict[str, str]:
     facts = {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpus": str(os.cpu_count()),
     }
     for name in _PACKAGES:
@@ -47,7 +47,8 @@ def provenance(study_folder: Path) -> dict[str, str]:
     return facts
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What the processor is called."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -23,6 +23,7 @@ from peftsearch.export import ExportedAdapter, evaluate_adapter
 from peftsearch.export.card import OWN_METHODS
 from peftsearch.export.contents import _without_passwords
 from peftsearch.export.verify import Job, score_folders
+from peftsearch.frontier import escape_markdown
 from peftsearch.spec import StudyError, StudyFile, TrialState
 from peftsearch.storage import read_json, write_json
 from peftsearch.study import Study
@@ -63,7 +64,7 @@ def trained(
     data = document("tiny", f"package:{PACKAGE}/model", topics_csv, {method: method for method in METHODS})
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(root))
-        patch.setenv("PYTHONPATH", str(root))
+        patch.setenv("PYTHONPATH", str(root), prepend=os.pathsep)
         trials = {method: (method, CONFIGURATIONS[method]) for method in METHODS}
         yield train_study(data, topics_csv.parent, tmp_path_factory.mktemp("storage"), trials)
 
@@ -158,7 +159,8 @@ def test_the_card_is_one_that_the_hub_reads(method: str, exported: dict[str, Exp
     item = exported[method]
     card = ModelCard.load(item.folder / "README.md")
     assert card.data.library_name == ("transformers" if method == "full" else "peft")
-    assert card.data.base_model == f"package:{PACKAGE}/model"
+    assert card.data.base_model is None, "the Hub takes only its own models there"
+    assert escape_markdown(f"package:{PACKAGE}/model") in card.text
     assert card.data.pipeline_tag == "text-classification"
     assert card.data.metrics == ["accuracy", "f1", "micro_f1", "weighted_f1", "balanced_accuracy", "mcc"]
     assert "peftsearch" in card.data.tags
