@@ -44,12 +44,7 @@ def check_repo(repo: HubRepo, study: str, domain: str) -> None:
     """
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
-    from huggingface_hub.utils import validate_repo_id
 
-    try:
-        validate_repo_id(repo.id)
-    except HFValidationError:
-        raise StudyError(f"--push {repo.id!r} is no name of a repository: write OWNER/NAME") from None
     if "/" not in repo.id:
         raise StudyError(f"--push {repo.id!r} does not say whose repository it is: write OWNER/{repo.id}")
     with _answering(repo):
@@ -58,6 +53,8 @@ def check_repo(repo: HubRepo, study: str, domain: str) -> None:
             there = set(api.list_repo_files(repo.id))
         except RepositoryNotFoundError:
             return
+        except HFValidationError:
+            raise StudyError(f"--push {repo.id!r} is no name of a repository: write OWNER/NAME") from None
         if not there - {".gitattributes", "README.md"}:
             return
         try:
@@ -80,11 +77,10 @@ def push_folder(folder: Path, repo: HubRepo, *, private: bool, message: str) -> 
         StudyError: The Hub cannot be reached or refuses.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    disable_progress_bars()
     new = sorted(file.name for file in folder.iterdir())
-    with _answering(repo):
+    with _answering(repo), disable_progress_bars():
         api = HfApi(library_name="peftsearch")
         address = api.create_repo(repo.id, private=private, exist_ok=True)
         old = sorted(set(api.list_repo_files(repo.id)) - {*new, ".gitattributes"})
@@ -100,6 +96,8 @@ def _answering(repo: HubRepo) -> Iterator[None]:
 
     try:
         yield
+    except StudyError:
+        raise
     except OfflineModeIsEnabled:
         raise StudyError("nothing can be pushed with HF_HUB_OFFLINE=1 in the environment: unset it") from None
     except LocalTokenNotFoundError:

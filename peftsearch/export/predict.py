@@ -351,7 +351,7 @@ def _example(
     """What the task reads of a row, by role; or what is wrong with it."""
     found: dict[str, Any] = {}
     for role, column in mapped.items():
-        reads = _READERS.get(role, _text)
+        reads: Callable[[Any, str], Any] = _READERS.get(role, _text)
         if isinstance(column, str):
             value: Any = record.get(column)
             where = f"the column {column!r}"

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from peftsearch.domains.tasks.base import Prediction
-from peftsearch.training.evaluate import to_device
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +71,8 @@ def measure_speed(model: nn.Module, domain: PreparedDomain, split: str, batch_si
         device: ``cpu`` or ``cuda``.
     """
     import torch
+
+    from peftsearch.training.evaluate import to_device
 
     data, task = domain.split(split), domain.task
     order = np.argsort(domain.lengths(split), kind="stable")

@@ -323,7 +323,7 @@ def _staging(to: Place | None) -> Iterator[tuple[Path, Path]]:
         with tempfile.TemporaryDirectory(prefix="peftsearch-export-") as folder:
             yield Path(folder) / "staging", Path(folder)
         return
-    made = [folder for folder in (to, *to.parents) if not folder.exists()]
+    made = [place for place in (to, *to.parents) if not place.exists()]
     staging = to / f".export-{uuid.uuid4().hex[:8]}"
     try:
         with _writing(to):
@@ -331,9 +331,9 @@ def _staging(to: Place | None) -> Iterator[tuple[Path, Path]]:
         yield staging, to
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        for folder in made:
+        for place in made:
             try:
-                folder.rmdir()
+                place.rmdir()
             except OSError:
                 break
 

@@ -9,22 +9,25 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hub_server import TOKEN, card_errors, hub_server
+from hub_server import TOKEN, Repository, card_errors, hub_server
 from huggingface_hub import ModelCard
+from pyarrow import fs
 from s3_server import S3Server
 from tiny_models import SAMPLES
 from trained_study import CONFIGURATIONS, document, train_study
 
 from peftsearch.cli.app import run_app
 from peftsearch.export import ExportedAdapter, Predictor, predict_file
-from peftsearch.files import names, place
-from peftsearch.spec import StudyError
+from peftsearch.export.convert import check_form
+from peftsearch.files import names, place, write_bytes
+from peftsearch.methods import METHODS
+from peftsearch.spec import StudyError, TrialRecord, TrialState
 from peftsearch.storage import read_json
 from peftsearch.study import Study
 
@@ -35,12 +38,7 @@ TRIALS: dict[str, tuple[str, dict[str, Any]]] = {
     "ia3": ("ia3", SAMPLES["ia3"] | {"learning_rate": 5e-2}),
     "layer_norm": ("layer_norm", SAMPLES["layer_norm"]),
     "full": ("full", CONFIGURATIONS["full"]),
-    "qlora": ("qlora", SAMPLES["qlora"]),
-    "adapter": ("adapter", CONFIGURATIONS["adapter"]),
-    "prompt": ("prompt", CONFIGURATIONS["prompt"]),
-    "bitfit": ("bitfit", SAMPLES["bitfit"]),
 }
-MERGED = ("lora", "rslora", "dora", "ia3", "layer_norm", "full")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,84 +73,131 @@ def predicted(folder: Path, study: Study, output: Path) -> list[str]:
     return [json.loads(line)["prediction"] for line in output.read_text().splitlines()]
 
 
+@pytest.fixture(scope="module")
+def plain(study: Study, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ExportedAdapter]:
+    """Every adapter as it was trained, by domain."""
+    return {item.record.domain: item for item in study.export(tmp_path_factory.mktemp("plain"))}
+
+
+@pytest.fixture(scope="module")
+def merged(study: Study, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ExportedAdapter]:
+    """Every adapter merged into its base."""
+    return {item.record.domain: item for item in study.export(tmp_path_factory.mktemp("merged"), form="merged")}
+
+
+def folder_of(item: ExportedAdapter) -> Path:
+    assert isinstance(item.folder, Path)
+    return item.folder
+
+
 # --- merged ---
 
 
-@pytest.mark.parametrize("domain", MERGED)
-def test_a_merged_model_needs_nothing_but_transformers(domain: str, study: Study, tmp_path: Path) -> None:
-    (plain,) = study.export(tmp_path / "plain", domain=domain)
-    (merged,) = study.export(tmp_path / "merged", domain=domain, form="merged")
-    assert isinstance(plain.folder, Path)
-    assert isinstance(merged.folder, Path)
-    assert merged.folder.name == f"{plain.folder.name}-merged"
-    assert merged.score == pytest.approx(plain.score, abs=1e-3)
-    there = {path.name for path in merged.folder.iterdir()}
-    assert {"config.json", "model.safetensors"} <= there
+@pytest.mark.parametrize("domain", TRIALS)
+def test_a_merged_model_is_the_adapters_equal(
+    domain: str, plain: dict[str, ExportedAdapter], merged: dict[str, ExportedAdapter], study: Study, tmp_path: Path
+) -> None:
+    adapter, model = folder_of(plain[domain]), folder_of(merged[domain])
+    assert model.name == f"{adapter.name}-merged"
+    assert merged[domain].score == pytest.approx(plain[domain].score, abs=1e-3)
+    there = {path.name for path in model.iterdir()}
+    assert {"config.json", "model.safetensors", "labels.json", "provenance.json", "tokenizer.json"} <= there
     assert "adapter_config.json" not in there
-    config = read_json(merged.folder / "config.json")
-    assert config["id2label"] == {"0": "contract", "1": "disease", "2": "market"}
-    card = ModelCard.load(merged.folder / "README.md")
-    assert card.data.library_name == "transformers"
-    code = code_of(merged.folder)
-    assert "peft" not in code.replace(str(merged.folder), "").replace("peftsearch", "")
-    program = (
-        f"{code}\nimport sys\nassert not any(name.split('.')[0] in ('peft', 'peftsearch') for name in sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-    )
-    assert done.returncode == 0, done.stderr
-    own = predicted(plain.folder, study, tmp_path / "plain.jsonl")
-    assert predicted(merged.folder, study, tmp_path / "merged.jsonl") == own
+    assert read_json(model / "config.json")["id2label"] == {"0": "contract", "1": "disease", "2": "market"}
+    assert read_json(model / "provenance.json")["form"] == "merged"
+    assert ModelCard.load(model / "README.md").data.library_name == "transformers"
+    own = predicted(adapter, study, tmp_path / "plain.jsonl")
+    assert predicted(model, study, tmp_path / "merged.jsonl") == own
     assert len(set(own)) > 1, "an answer that never changes would say little"
 
 
-def test_merging_leaves_the_study_as_it_is(study: Study, tmp_path: Path) -> None:
-    for form in ("merged", "adapter"):
-        exported = study.export(tmp_path / form, domain="lora", form=form, tolerance=1e-6)  # type: ignore[arg-type]
-    assert exported[0].score == pytest.approx(study.trials()[0].value, abs=1e-9)
+def test_merged_models_need_nothing_but_transformers(merged: dict[str, ExportedAdapter], tmp_path: Path) -> None:
+    lines = [
+        "import sys",
+        "from pathlib import Path",
+        "for path in sys.argv[1:]:",
+        "    exec(Path(path).read_text(), {})",
+    ]
+    lines.append("assert not any(name.split('.')[0] in ('peft', 'peftsearch') for name in sys.modules)")
+    for domain, item in merged.items():
+        (tmp_path / f"{domain}.py").write_text(code_of(folder_of(item)))
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines), *(str(tmp_path / f"{domain}.py") for domain in merged)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len(TRIALS)
 
 
-@pytest.mark.parametrize(
-    ("domain", "why"),
-    [
-        ("adapter", "a bottleneck adapter is a layer of its own"),
-        ("prompt", "its soft tokens stand in front of every text"),
-        ("bitfit", "its biases are kept beside the base's"),
-        ("qlora", "its base is stored as nf4"),
-    ],
-)
-def test_what_cannot_be_merged_is_refused(domain: str, why: str, study: Study, tmp_path: Path) -> None:
-    with pytest.raises(StudyError, match=rf"trial \d+ \({domain}\) cannot be merged: {why}"):
-        study.export(tmp_path / "out", domain=domain, form="merged")
+def test_merging_leaves_the_study_as_it_is(
+    study: Study, merged: dict[str, ExportedAdapter], plain: dict[str, ExportedAdapter]
+) -> None:
+    for record in study.trials():
+        assert plain[record.domain].score == pytest.approx(record.value, abs=1e-9)
+
+
+def trial(method: str, **hyperparameters: Any) -> TrialRecord:
+    return TrialRecord(
+        number=7,
+        model="m",
+        domain="d",
+        method=method,
+        state=TrialState.COMPLETE,
+        seed=0,
+        trainable_parameters=1,
+        hyperparameters=hyperparameters,
+    )
+
+
+def test_every_method_can_be_merged_or_says_why_not() -> None:
+    reasons = {
+        "adapter": "a bottleneck adapter is a layer of its own",
+        "hybrid": "its bottleneck adapter is a layer of its own",
+        "prompt": "its soft tokens stand in front of every text",
+        "p_tuning": "its soft tokens stand in front of every text",
+        "prefix": "its keys and values stand in front of every text",
+        "p_tuning_v2": "its keys and values stand in front of every text",
+        "bitfit": "its biases are kept beside the base's",
+        "qlora": "its base is stored as nf4",
+    }
+    done = {method for method, _ in TRIALS.values()}
+    assert done | set(reasons) == set(METHODS)
+    for method, why in reasons.items():
+        with pytest.raises(StudyError, match=rf"trial 7 \({method}\) cannot be merged: {why}"):
+            check_form("merged", trial(method, **SAMPLES[method]))
+
+
+def test_what_cannot_be_is_refused_before_any_work(study: Study, tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"trial 3 \(ia3\) cannot become a plain LoRA: it is no low-rank update"):
+        study.export(tmp_path / "out", domain="ia3", form="lora")
+    with pytest.raises(StudyError, match="unknown form 'lore'; did you mean 'lora'"):
+        study.export(tmp_path / "out", form="lore")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 
 # --- as a plain LoRA ---
 
 
-def test_a_rank_stabilised_lora_becomes_a_plain_one(study: Study, tmp_path: Path) -> None:
-    (plain,) = study.export(tmp_path / "plain", domain="rslora")
+def test_a_rank_stabilised_lora_becomes_a_plain_one(
+    study: Study, plain: dict[str, ExportedAdapter], tmp_path: Path
+) -> None:
     (lora,) = study.export(tmp_path / "lora", domain="rslora", form="lora")
-    assert isinstance(plain.folder, Path)
-    assert isinstance(lora.folder, Path)
-    before, after = (read_json(folder / "adapter_config.json") for folder in (plain.folder, lora.folder))
+    adapter, converted = folder_of(plain["rslora"]), folder_of(lora)
+    before, after = (read_json(folder / "adapter_config.json") for folder in (adapter, converted))
     assert (before["use_rslora"], after["use_rslora"]) == (True, False)
     assert (after["r"], after["lora_alpha"], after["task_type"]) == (4, 4, "SEQ_CLS")
-    assert lora.score == pytest.approx(plain.score, abs=1e-3)
-    own = predicted(plain.folder, study, tmp_path / "plain.jsonl")
-    assert predicted(lora.folder, study, tmp_path / "lora.jsonl") == own
+    assert lora.score == pytest.approx(plain["rslora"].score, abs=1e-3)
+    assert predicted(converted, study, tmp_path / "b.jsonl") == predicted(adapter, study, tmp_path / "a.jsonl")
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(compile(code_of(lora.folder), "card", "exec"), {})
+        exec(compile(code_of(converted), "card", "exec"), {})
     assert printed.getvalue().startswith("[")
 
 
-@pytest.mark.parametrize(
-    ("domain", "why"), [("dora", "DoRA changes the length of weights too"), ("ia3", "it is no low-rank update")]
-)
-def test_what_cannot_become_a_plain_lora_is_refused(domain: str, why: str, study: Study, tmp_path: Path) -> None:
-    with pytest.raises(StudyError, match=rf"cannot become a plain LoRA: {why}"):
-        study.export(tmp_path / "out", domain=domain, form="lora")
+def test_dora_is_no_plain_lora() -> None:
+    with pytest.raises(StudyError, match="cannot become a plain LoRA: DoRA changes the length of weights too"):
+        check_form("lora", trial("lora", variant="dora"))
 
 
 def test_peft_drops_the_magnitudes_of_dora() -> None:
@@ -177,22 +222,16 @@ def test_peft_drops_the_magnitudes_of_dora() -> None:
 # --- timed and picked ---
 
 
-@pytest.fixture(scope="module")
-def exported(study: Study, tmp_path_factory: pytest.TempPathFactory) -> ExportedAdapter:
-    return study.export(tmp_path_factory.mktemp("exported"), domain="lora")[0]
-
-
-def test_speed_is_measured_and_shown(exported: ExportedAdapter) -> None:
-    assert isinstance(exported.folder, Path)
-    speed = exported.speed
+def test_speed_is_measured_and_shown(plain: dict[str, ExportedAdapter]) -> None:
+    folder, speed = folder_of(plain["lora"]), plain["lora"].speed
     assert speed is not None
     assert 0 < speed.latency_ms <= speed.latency_p95_ms < 1000 * 60
     assert speed.batch_size == 60
     assert speed.threads == 1
     # Many at a time are faster than one at a time.
     assert speed.examples_per_second > 1000 / speed.latency_p95_ms
-    assert read_json(exported.folder / "provenance.json")["speed"] == speed.as_json()
-    card = (exported.folder / "README.md").read_text()
+    assert read_json(folder / "provenance.json")["speed"] == speed.as_json()
+    card = (folder / "README.md").read_text()
     assert f"{speed.latency_ms:.3g} ms for one example by itself" in card
     assert speed.hardware in card.replace("\\", "")
 
@@ -254,8 +293,6 @@ def test_an_export_goes_into_an_object_store(study: Study, s3_server: S3Server, 
     # The card's code brings it here and loads it.
     copy = tmp_path / "card"
     copy.mkdir()
-    from pyarrow import fs
-
     fs.copy_files(str(item.folder), str(copy))
     code = code_of(copy)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
@@ -264,8 +301,6 @@ def test_an_export_goes_into_an_object_store(study: Study, s3_server: S3Server, 
     assert Predictor.load(tmp_path / "00000-lora").predict([{"text": "fever"}])
     # Again: an earlier export is replaced; what is not one is left alone.
     study.export(to, domain="lora")
-    from peftsearch.files import write_bytes
-
     write_bytes(item.folder / "provenance.json", b"{}")
     with pytest.raises(StudyError, match="exists and is not an earlier export"):
         study.export(to, domain="lora")
@@ -273,23 +308,45 @@ def test_an_export_goes_into_an_object_store(study: Study, s3_server: S3Server, 
         study.export(s3_server.storage("x", bucket="nobodys"), domain="lora")
 
 
-def run_export(study: Study, url: str, *options: str, token: str | None = TOKEN) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: huggingface_hub reads its server's address when it is imported."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(study.folder.storage / "hf")}
+PROGRAM = """
+import contextlib, io, json, os, sys
+from peftsearch.cli.app import run_app
+
+found = []
+for token, arguments in json.load(sys.stdin):
+    os.environ.pop("HF_TOKEN", None)
     if token is not None:
-        environment["HF_TOKEN"] = token
-    command = [sys.executable, "-m", "peftsearch", "export", "forms", "--storage", str(study.folder.storage)]
-    return subprocess.run([*command, *options], capture_output=True, text=True, env=environment)
+        os.environ["HF_TOKEN"] = token
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = run_app(arguments)
+    found.append([status, out.getvalue(), err.getvalue()])
+print(json.dumps(found))
+"""
+
+
+def run_exports(
+    study: Study, url: str, cases: Sequence[tuple[str | None, Sequence[str]]]
+) -> list[tuple[int, str, str]]:
+    """Exports with a token each, in a process of their own: huggingface_hub reads its server's address when it is
+    imported. Their exit statuses and what they wrote."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(study.folder.storage) + "-hf"}
+    command = ["export", "forms", "--storage", str(study.folder.storage)]
+    given = json.dumps([[token, [*command, *options]] for token, options in cases])
+    done = subprocess.run([sys.executable, "-c", PROGRAM], input=given, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return [tuple(item) for item in json.loads(done.stdout)]
 
 
 def test_an_export_is_pushed_to_a_repository(study: Study, tmp_path: Path) -> None:
+    push = ("--push", "me/legal", "--domain", "lora")
     with hub_server() as hub:
-        done = run_export(study, hub.url, "--push", "me/legal", "--domain", "lora", "--json")
-        assert done.returncode == 0, done.stderr
-        (item,) = json.loads(done.stdout)["exported"]
+        ((status, out, err),) = run_exports(study, hub.url, [(TOKEN, [*push, "--json"])])
+        assert status == 0, err
+        (item,) = json.loads(out)["exported"]
         assert (item["folder"], item["repository"]) == (None, f"{hub.url}/me/legal")
-        assert TOKEN not in done.stdout + done.stderr
+        assert TOKEN not in out + err
         pushed = hub.repositories["me/legal"]
         assert pushed.private
         assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "labels.json"} <= set(pushed.files)
@@ -304,51 +361,50 @@ def test_an_export_is_pushed_to_a_repository(study: Study, tmp_path: Path) -> No
         assert loaded.returncode == 0, loaded.stderr
         assert loaded.stdout.startswith("[")
 
-        # Another trial of the same domain is a further commit; its own files take the place of the others.
-        done = run_export(
-            study, hub.url, "--push", "me/legal", "--domain", "lora", "--merge", "--to", str(tmp_path / "o")
-        )
-        assert done.returncode == 0, done.stderr
+        # Another form of it is a further commit; its files take the place of the others.
+        options = [*push, "--merge", "--to", str(tmp_path / "out")]
+        ((status, _, err),) = run_exports(study, hub.url, [(TOKEN, options)])
+        assert status == 0, err
         assert "adapter_model.safetensors" not in pushed.files
         assert "model.safetensors" in pushed.files
         assert len(pushed.commits) == 2
-        assert "snapshot_download" not in (tmp_path / "o/lora/00000-lora-merged/README.md").read_text().split("# or")[0]
+        local = (tmp_path / "out" / "lora" / "00000-lora-merged" / "README.md").read_text()
+        assert f"folder = '{tmp_path}/out/lora/00000-lora-merged'" in local
 
 
 def test_a_repository_is_not_taken_from_anybody(study: Study) -> None:
     with hub_server() as hub:
-        assert run_export(study, hub.url, "--push", "me/legal", "--domain", "lora").returncode == 0
-        cases: list[tuple[tuple[str, ...], str | None, str]] = [
-            (("me/legal", "--domain", "ia3"), TOKEN, "is taken: it holds an adapter of the study 'forms' for 'lora'"),
-            (("me/legal", "--domain", "ia3", "--pick", "best"), "hf_of_somebody_else", "is taken"),
-            (("you/new", "--domain", "lora"), "hf_of_somebody_else", "set HF_TOKEN to a token that may"),
-            (("you/new", "--domain", "lora"), None, "set HF_TOKEN to a token that may"),
-            (("me/new",), TOKEN, "holds one adapter, and 10 trials are picked"),
-            (("legal", "--domain", "lora"), TOKEN, "does not say whose repository it is: write OWNER/legal"),
-            (("me/le gal", "--domain", "lora"), TOKEN, "is no name of a repository"),
+        ours = json.dumps({"study": "forms", "domain": {"name": "lora"}}).encode()
+        hub.repositories["me/legal"] = Repository(True, {"provenance.json": ours})
+        hub.repositories["me/mine"] = Repository(True, {"model.bin": b"x"})
+        other = "hf_of_somebody_else"
+        cases: list[tuple[str | None, Sequence[str], str]] = [
+            (TOKEN, ("me/legal", "--domain", "ia3"), "is taken: it holds an adapter of the study 'forms' for 'lora'"),
+            (TOKEN, ("me/mine", "--domain", "lora"), "is taken: it holds something else"),
+            (TOKEN, ("me/new",), "holds one adapter, and 6 trials are picked"),
+            (TOKEN, ("legal", "--domain", "lora"), "does not say whose repository it is: write OWNER/legal"),
+            (TOKEN, ("me/le gal", "--domain", "lora"), "is no name of a repository"),
+            (other, ("you/new", "--domain", "lora"), "set HF_TOKEN to a token that may"),
+            (None, ("you/new", "--domain", "lora"), "set HF_TOKEN to a token that may"),
         ]
-        for (repo, *options), token, message in cases:
-            done = run_export(study, hub.url, "--push", repo, *options, token=token)
-            assert done.returncode == 2, done.stderr
-            assert message in done.stderr
-            assert "hf_of_somebody_else" not in done.stderr
-        hub.repositories["me/mine"] = type(hub.repositories["me/legal"])(True, {"model.bin": b"x"})
-        done = run_export(study, hub.url, "--push", "me/mine", "--domain", "lora")
-        assert "is taken: it holds something else" in done.stderr
+        found = run_exports(study, hub.url, [(token, ("--push", *options)) for token, options, _ in cases])
+        for (_, options, message), (status, out, err) in zip(cases, found, strict=True):
+            assert (status, out) == (2, ""), (options, err)
+            assert message in err, (options, err)
+            assert other not in err
         assert set(hub.repositories) == {"me/legal", "me/mine"}
-    done = run_export(study, hub.url, "--push", "me/legal", "--domain", "lora")
-    assert done.returncode == 2
-    assert "cannot be reached" in done.stderr
+    ((status, _, err),) = run_exports(study, hub.url, [(TOKEN, ("--push", "me/legal", "--domain", "lora"))])
+    assert status == 2
+    assert "cannot be reached" in err
 
 
-def test_cards_are_what_the_hub_takes(study: Study, exported: ExportedAdapter) -> None:
-    assert isinstance(exported.folder, Path)
-    card = (exported.folder / "README.md").read_text()
-    assert card_errors(card) == []
-    loaded = ModelCard(card)
-    again = ModelCard(str(loaded))
-    assert again.data.to_dict() == loaded.data.to_dict()
-    assert len(loaded.data.eval_results) == 6
+def test_cards_are_what_the_hub_takes(plain: dict[str, ExportedAdapter], merged: dict[str, ExportedAdapter]) -> None:
+    for item in (*plain.values(), *merged.values()):
+        card = (folder_of(item) / "README.md").read_text()
+        assert card_errors(card) == []
+        loaded = ModelCard(card)
+        assert ModelCard(str(loaded)).data.to_dict() == loaded.data.to_dict()
+        assert len(loaded.data.eval_results) == 6
     # The check can fail.
-    assert card_errors(card.replace("type: lora", "type: a b")) != []
+    assert card_errors(card.replace("type: full", "type: a b")) != []
     assert card_errors(card.replace("tags:", "base_model: /here\ntags:", 1)) != []
