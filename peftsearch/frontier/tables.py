@@ -71,6 +71,14 @@ def picks_json(front: DomainFront) -> dict[str, Any]:
     return found
 
 
+def picks_sentence(front: DomainFront) -> str:
+    """Which trial each pick gives, and where error bars decided; empty for an empty front."""
+    found = picks_json(front)
+    named = [f"{how}: trial {pick['number']}" for how, pick in found.items()]
+    reasons = dict.fromkeys(pick["reason"] for pick in found.values() if pick["reason"])
+    return ". ".join(["Picks: " + ", ".join(named), *reasons]) + "." if named else ""
+
+
 def trials_json(records: Iterable[TrialRecord], study: str) -> dict[str, Any]:
     """What ``peftsearch trials --json`` prints."""
     found: dict[str, Any] = _finite({"study": study, "trials": [r.model_dump(mode="json") for r in records]})
@@ -368,7 +376,9 @@ def front_renderables(
             raise StudyError(f"the study {facts.study!r} has no domain {domain!r}{suggest(domain, fronts)}")
         found = verdict(fronts[domain])
         style = {True: "green", False: "yellow", None: ""}[found.paid]
-        shown += [front_table(fronts[domain], facts), Text(_one_line(found.sentence), style=style), Text("")]
+        shown += [front_table(fronts[domain], facts), Text(_one_line(found.sentence), style=style)]
+        shown += [Text(line) for line in (picks_sentence(fronts[domain]),) if line]
+        shown.append(Text(""))
     return shown
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hub_server import card_errors
 from task_data import task_domain
 from tiny_models import SAMPLES, tiny_encoder, tiny_encoder_decoder
 from trained_study import train_study
@@ -40,14 +44,27 @@ def quiet_machine() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory, quiet_machine: None) -> dict[str, ExportedAdapter]:
-    """An exported LoRA for every task, by task."""
-    found: dict[str, ExportedAdapter] = {}
+def studies(tmp_path_factory: pytest.TempPathFactory, quiet_machine: None) -> list[tuple[Study, Path]]:
+    """Studies with a trained LoRA for every task, each in a domain of the task's name, and their folders."""
+    found = []
     for name, make, tasks in (("encoder", tiny_encoder, READING), ("t5", tiny_encoder_decoder, WRITING)):
         folder = tmp_path_factory.mktemp(name)
-        study = _train(make(folder / "model"), tasks, folder)
-        found |= {item.record.domain: item for item in study.export(folder / "adapters")}
+        found.append((_train(make(folder / "model"), tasks, folder), folder))
     return found
+
+
+@pytest.fixture(scope="module")
+def exported(studies: list[tuple[Study, Path]]) -> dict[str, ExportedAdapter]:
+    """The exported LoRAs, by task."""
+    return {item.record.domain: item for study, folder in studies for item in study.export(folder / "adapters")}
+
+
+@pytest.fixture(scope="module")
+def merged(studies: list[tuple[Study, Path]]) -> dict[str, ExportedAdapter]:
+    """The same as complete models. That they score what the ledger says is a part of exporting them."""
+    return {
+        item.record.domain: item for study, folder in studies for item in study.export(folder / "merged", form="merged")
+    }
 
 
 def _train(model: Path, tasks: tuple[str, ...], folder: Path) -> Study:
@@ -169,6 +186,18 @@ def test_each_text_has_a_perplexity_of_its_own(exported: dict[str, ExportedAdapt
     apart = [predictor.predict([{"text": text}])[0] for text in texts]
     assert [row[""] for row in together] == pytest.approx([row[""] for row in apart], rel=1e-4)
     assert len({round(row[""], 6) for row in together}) == 3
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_code_of_a_merged_models_card_runs(task: str, merged: dict[str, ExportedAdapter]) -> None:
+    card = (Path(str(merged[task].folder)) / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code, "card", "exec"), {})
+    # How well an encoder fills in words takes more than a card can show.
+    assert bool(printed.getvalue().strip()) == (task != "language_modeling")
+    assert ("pipeline_tag: fill-mask" in card) == (task == "language_modeling")
+    assert card_errors(card) == []
 
 
 # --- files ---
