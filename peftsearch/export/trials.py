@@ -165,24 +165,28 @@ def export_trials(
         to = to.expanduser().absolute()
     repo = HubRepo(push) if push is not None else None
     limits: dict[str, Any] = {"max_parameters": max_parameters, "min_metric": min_metric}
-    chosen = _choose(study, domain, pick if max_latency is None else "frontier", told, **limits)
+    chosen = _choose(study, domain, pick, told, **limits)
+    if max_latency is not None:
+        # What is fast enough is known later.
+        chosen = _choose(study, domain, "frontier", lambda _: None, **limits)
+    chosen = _with_form(chosen, form, told)
     records = [choice.record for choice in chosen]
-    for record in records:
-        check_form(form, record)
     if repo is not None:
         # A latency may leave one of several.
         if max_latency is None or pick == "frontier" or len({record.domain for record in records}) > 1:
             _check_one(repo, records)
         check_repo(repo, study.facts.study, records[0].domain)
 
+    named = [f"{record.domain}/{_name_of(record, form)}" for record in records]
+    if to is not None:
+        _check_targets(to, [to / name for name in named], records, study.facts.study)
+    for record in records:
+        if not exists(_weights(study, record)):
+            raise StudyError(missing_weights(record, _weights(study, record)))
+
     with _staging(to) as (staging, local):
-        places = [_place_of(to, record, form) or local / _name_of(record, form) for record in records]
-        if to is not None:
-            _check_targets(to, places, records, study.facts.study)
-        for record in records:
-            if not exists(_weights(study, record)):
-                raise StudyError(missing_weights(record, _weights(study, record)))
-        staged = [staging / record.domain / _name_of(record, form) for record in records]
+        places = [(to or local) / name for name in named]
+        staged = [staging / name for name in named]
         shown: list[Place | HubRepo] = [repo if to is None and repo is not None else place for place in places]
         told(f"Exporting {len(records)} trial{'s' if len(records) != 1 else ''} to {to or repo}")
         written = write_folders(study, to or local, staging, staged, shown, records, form)
@@ -256,8 +260,21 @@ def _name_of(record: TrialRecord, form: Form) -> str:
     return f"{record.number:05d}-{record.method}{ending}"
 
 
-def _place_of(to: Place | None, record: TrialRecord, form: Form) -> Place | None:
-    return None if to is None else to / record.domain / _name_of(record, form)
+def _with_form(chosen: Sequence[Choice], form: Form, told: Callable[[str], None]) -> list[Choice]:
+    """The trials that can have that form; the others are told of."""
+    left: list[Choice] = []
+    refused: list[StudyError] = []
+    for choice in chosen:
+        try:
+            check_form(form, choice.record)
+            left.append(choice)
+        except StudyError as error:
+            refused.append(error)
+    if not left:
+        raise refused[0]
+    for error in refused:
+        told(f"Left out: {error.message}")
+    return left
 
 
 def _choose(

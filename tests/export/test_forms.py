@@ -183,7 +183,11 @@ def test_what_cannot_be_is_refused_before_any_work(study: Study, tmp_path: Path)
 def test_a_rank_stabilised_lora_becomes_a_plain_one(
     study: Study, plain: dict[str, ExportedAdapter], tmp_path: Path
 ) -> None:
-    (lora,) = study.export(tmp_path / "lora", domain="rslora", form="lora")
+    told: list[str] = []
+    items = study.export(tmp_path / "lora", pick="best", form="lora", told=told.append)
+    assert [item.record.domain for item in items] == ["lora", "rslora"]
+    assert len([text for text in told if text.startswith("Left out: trial ")]) == 4
+    lora = items[1]
     adapter, converted = folder_of(plain["rslora"]), folder_of(lora)
     before, after = (read_json(folder / "adapter_config.json") for folder in (adapter, converted))
     assert (before["use_rslora"], after["use_rslora"]) == (True, False)
@@ -244,6 +248,8 @@ def test_a_latency_is_a_limit(study: Study, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     (item,) = study.export(tmp_path / "out", domain="lora", pick="best", max_latency=1e6)
     assert item.record.number == 0
+    with pytest.raises(StudyError, match="unknown pick 'bets'; did you mean 'best'"):
+        study.export(tmp_path / "out", pick="bets", max_latency=1e6)
     with pytest.raises(StudyError, match="must be above 0 ms"):
         study.export(tmp_path / "out", max_latency=0.0)
 
