@@ -12,6 +12,7 @@ from peftsearch.spec import StudyError, TrialRecord, suggest
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from peftsearch.domains import PreparedDomain
 
@@ -83,10 +84,25 @@ def convert(adapter: Path, folder: Path, form: Form, domain: PreparedDomain, *, 
         _write_lora(model, folder)
         return
     with quiet_loading():
+        _unwrap_trained(model.get_base_model())
         merged = model.merge_and_unload()
         for name, value in domain.task.config_kwargs(exported.labels).items():
             setattr(merged.config, name, value)
         merged.save_pretrained(str(folder))
+
+
+def _unwrap_trained(model: nn.Module) -> None:
+    """Put modules that were trained in full where PEFT keeps them beside the base's own.
+
+    PEFT 0.21.2 does so too, and fails at modules without a weight of their own, such as a pooler, for tuners other than
+    LoRA (`BaseTuner._replace_module`).
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.modules_to_save[module.active_adapters[0]])
 
 
 def _write_lora(model: Any, folder: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from trained_study import CONFIGURATIONS, document, train_study
+from trained_study import CONFIGURATIONS, document, lively_base, train_study
 
 from peftsearch.domains import load_raw
 from peftsearch.export import ExportedAdapter, evaluate_adapter
@@ -56,11 +56,7 @@ def trained(
     package = root / PACKAGE
     package.mkdir()
     (package / "__init__.py").touch()
-    shutil.copytree(tiny_base, package / "model")
-    # A freshly initialised BERT sees no difference between texts; with larger weights even a prompt can do something.
-    file = package / "model" / "model.safetensors"
-    tensors = {name: 8 * tensor if tensor.ndim == 2 else tensor for name, tensor in load_file(file).items()}
-    save_file(tensors, file, metadata={"format": "pt"})
+    lively_base(tiny_base, package / "model")
     data = document("tiny", f"package:{PACKAGE}/model", topics_csv, {method: method for method in METHODS})
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(root))

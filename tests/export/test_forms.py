@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard
 from pyarrow import fs
 from s3_server import S3Server
 from tiny_models import SAMPLES
-from trained_study import CONFIGURATIONS, document, train_study
+from trained_study import CONFIGURATIONS, document, lively_base, train_study
 
 from peftsearch.cli.app import run_app
 from peftsearch.export import ExportedAdapter, Predictor, predict_file
@@ -30,6 +30,8 @@ from peftsearch.methods import METHODS
 from peftsearch.spec import StudyError, TrialRecord, TrialState
 from peftsearch.storage import read_json
 from peftsearch.study import Study
+
+pytestmark = pytest.mark.slow
 
 TRIALS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", CONFIGURATIONS["lora"]),
@@ -54,8 +56,9 @@ def quiet_machine() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def study(tiny_base: Path, topics_csv: Path, tmp_path_factory: pytest.TempPathFactory, quiet_machine: None) -> Study:
     """A finished trial for each of `TRIALS`, each in a domain of its own."""
-    data = document("forms", str(tiny_base), topics_csv, {domain: method for domain, (method, _) in TRIALS.items()})
-    data["training"]["epochs"] = 4
+    base = lively_base(tiny_base, tmp_path_factory.mktemp("base") / "model")
+    data = document("forms", str(base), topics_csv, {domain: method for domain, (method, _) in TRIALS.items()})
+    data["training"]["epochs"] = 6
     return train_study(data, topics_csv.parent, tmp_path_factory.mktemp("storage"), TRIALS)
 
 
