@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from peftsearch.files import RemotePath, StorageError, check_bucket, delete_tree, persist, reason, write_bytes
+from peftsearch.files import RemotePath, StorageError, check_bucket, delete_tree, persist, place, reason, write_bytes
 from peftsearch.fork import Origin, shared_cells, take_over
 from peftsearch.holder import Lease, hold, is_held, last_driver
 from peftsearch.spec import (
@@ -47,6 +47,7 @@ from peftsearch.tracking.ledger import CLAIMS, Ledger, LedgerCell, Owner, hide_p
 if TYPE_CHECKING:
     from peftsearch.events import StudyEvents
     from peftsearch.export import ExportedAdapter
+    from peftsearch.export.convert import Form
     from peftsearch.frontier import DomainFront
     from peftsearch.search.plan import StudyPlan
     from peftsearch.tracking.mlflow_tracker import MlflowTracker
@@ -384,13 +385,17 @@ class Study:
 
     def export(
         self,
-        to: str | os.PathLike[str],
+        to: str | os.PathLike[str] | None = None,
         *,
         domain: str | None = None,
         pick: str = "frontier",
         max_parameters: int | None = None,
         min_metric: float | None = None,
-        tolerance: float = 1e-6,
+        max_latency: float | None = None,
+        form: Form = "adapter",
+        push: str | None = None,
+        private: bool = True,
+        tolerance: float | None = None,
         told: Callable[[str], None] | None = None,
     ) -> list[ExportedAdapter]:
         """Pareto-optimal trials as verified PEFT folders; arguments and errors as `peftsearch.export.export_trials`."""
@@ -410,11 +415,15 @@ class Study:
         )
         return export_trials(
             study,
-            Path(to),
+            None if to is None else place(to),
             domain=domain,
             pick=pick,
             max_parameters=max_parameters,
             min_metric=min_metric,
+            max_latency=max_latency,
+            form=form,
+            push=push,
+            private=private,
             tolerance=tolerance,
             told=told,
         )

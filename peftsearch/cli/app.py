@@ -261,32 +261,51 @@ def frontier(
 @app.command()
 def export(
     name: NameArgument,
-    to: Annotated[Path, typer.Option(help="Folder for the adapters; one folder each")],
+    to: Annotated[
+        str | None, typer.Option(help="Folder for the adapters, one folder each; or s3://BUCKET/PREFIX, gs://...")
+    ] = None,
     domain: DomainOption = None,
     pick: Annotated[
-        Literal["frontier", "best", "knee"],
-        typer.Option(help="All of the front, its best metric, or where further parameters stop paying"),
+        Literal["frontier", "best", "knee", "smallest"],
+        typer.Option(
+            help="All of the front, its best metric, where further parameters stop paying, or its fewest parameters"
+        ),
     ] = "frontier",
     max_parameters: Annotated[
         int | None, typer.Option(help="Only trials with at most so many trainable parameters")
     ] = None,
     min_metric: Annotated[float | None, typer.Option(help="Only trials with at least this metric")] = None,
+    max_latency: Annotated[
+        float | None,
+        typer.Option(help="Only trials that take at most so many milliseconds for one example, measured here"),
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Complete models, which transformers loads by itself")] = False,
+    as_lora: Annotated[bool, typer.Option("--as-lora", help="Plain LoRA adapters, converted by PEFT")] = False,
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Push the one that is picked to a repository of the Hub")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private/--public", help="Who sees a repository that --push makes")] = True,
     tolerance: Annotated[
-        float,
+        float | None,
         typer.Option(
-            help="Allowed difference between the reloaded score and the ledger's; 0 on the hardware that trained"
+            help="Allowed difference between the reloaded score and the ledger's (default: 1e-6; 1e-3 with --merge and "
+            "--as-lora)"
         ),
-    ] = 1e-6,
+    ] = None,
     storage: StorageOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Write Pareto-optimal adapters as PEFT folders.
 
-    Each is reloaded in a fresh process and scored again; one whose score differs from the ledger's is refused.
+    Each is reloaded in a fresh process, scored again and timed; one whose score differs from the ledger's is refused.
+    Trials that are tied within their error bars count as equal: the cheaper one is picked.
 
     Example: `peftsearch export quickstart --to adapters --domain legal --pick knee`
     """
     from peftsearch.study import Study
 
+    if merge and as_lora:
+        raise StudyError("--merge and --as-lora exclude each other: a merged model has no adapter left")
     chosen = Study.open(name, storage)
     exported = chosen.export(
         to,
@@ -294,11 +313,24 @@ def export(
         pick=pick,
         max_parameters=max_parameters,
         min_metric=min_metric,
+        max_latency=max_latency,
+        form="merged" if merge else "lora" if as_lora else "adapter",
+        push=push,
+        private=private,
         tolerance=tolerance,
         told=lambda text: err.print(text, markup=False),
     )
+    if as_json:
+        _print_json({"study": chosen.name, "exported": [item.as_json() for item in exported]})
+        return
     for item in exported:
-        out.print(str(item.folder), markup=False)
+        out.print(str(item.folder or item.repository), markup=False)
+    folder = exported[0].folder
+    if isinstance(folder, Path):
+        command = shlex.join(
+            ["peftsearch", "predict", str(folder), "--input", "YOURS.csv", "--output", "predicted.csv"]
+        )
+        err.print(f"Predict your own texts:\n  {command}", markup=False)
 
 
 @app.command()
@@ -354,6 +386,67 @@ def evaluate(
         return
     for key, value in result["scores"].items():
         out.print(f"{key:>40}  {value:.4f}", markup=False)
+
+
+@app.command()
+def predict(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER_DIR", help="An exported adapter")],
+    source: Annotated[Path, typer.Option("--input", help="CSV, JSON Lines or Parquet, by its suffix")],
+    output: Annotated[Path, typer.Option(help="The same; the input's columns, and the predictions after them")],
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--column",
+            metavar="[ROLE=]NAME",
+            help="Column with the text where it is called otherwise than in the study's data; repeatable",
+        ),
+    ] = None,
+    name: Annotated[str, typer.Option(help="Column of the predictions")] = "prediction",
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per forward pass")] = 64,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to predict; auto: on a GPU where there is one")
+    ] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output where it exists")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the base model brings along")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Predict every row of a file with an exported adapter.
+
+    Rows without a text get an empty prediction and are reported (exit status 1); none is left out.
+
+    Example: `peftsearch predict adapters/legal/00012-lora --input clauses.csv --output predicted.csv --column clause`
+    """
+    from peftsearch.cli.prediction import show_prediction
+    from peftsearch.export import predict_file
+
+    with show_prediction(err) as (begun, done):
+        found = predict_file(
+            adapter,
+            source,
+            output,
+            columns=columns or (),
+            name=name,
+            batch_size=batch_size,
+            device=device,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            begun=begun,
+            done=done,
+        )
+    for sentence in found.sentences():
+        err.print(sentence, markup=False)
+    if as_json:
+        _print_json({**found.__dict__, "output": str(found.output)})
+    else:
+        rate = found.rows / max(found.seconds, 1e-9)
+        err.print(
+            f"{found.rows:,} rows in {found.seconds:.1f} s on {found.device} ({rate:,.0f} a second)", markup=False
+        )
+        out.print(str(found.output), markup=False)
+    if found.unpredicted:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from peftsearch.export.convert import Form
+from peftsearch.export.hub import HubRepo
 from peftsearch.export.usage import Use, usage
+from peftsearch.files import Place, is_local
 from peftsearch.frontier import escape_markdown
 from peftsearch.methods import METHODS
 from peftsearch.spec import DomainFacts, DomainSpec, ModelFacts, StudyFacts, StudySpec, TrialRecord
 from peftsearch.spec.locations import PACKAGE_PREFIX
+
+if TYPE_CHECKING:
+    from peftsearch.export.speed import Speed
 
 SPLIT = "validation"
 """The split that trials are compared on, and exports are verified on."""
@@ -44,21 +51,22 @@ class CardFacts:
         spec: The study.
         facts: What is known of it beside the trials.
         record: The trial.
-        folder: Where the exported folder will be.
+        folder: Where the exported folder will be: here, in an object store, or in a repository of the Hub.
         location: Where the base model was loaded from: a folder or a Hub id.
         revision: Hub revision of the base: the commit where that is known.
-        trust_remote_code: Whether the base needs code that it brings along.
         auto_model: The class of `transformers` that has the head.
         use: What is done with it.
         base_has_head: Whether the base brings a head of its own, which must be left behind.
         pad_token_id: What the base has to be told about padding, where its own configuration is silent.
         quantization: Arguments of `transformers.BitsAndBytesConfig` for the base, or None.
+        trust_remote_code: Whether the base needs code that it brings along.
+        form: What becomes of the adapter.
     """
 
     spec: StudySpec
     facts: StudyFacts
     record: TrialRecord
-    folder: Path
+    folder: Place | HubRepo
     location: str
     revision: str | None
     auto_model: str
@@ -67,6 +75,7 @@ class CardFacts:
     pad_token_id: int | None
     quantization: Mapping[str, Any] | None = None
     trust_remote_code: bool = False
+    form: Form = "adapter"
 
     @property
     def domain(self) -> DomainFacts:
@@ -86,7 +95,12 @@ class CardFacts:
     @property
     def complete(self) -> bool:
         """Whether the folder holds a complete model rather than an adapter."""
-        return METHODS[self.record.method].trains_copy
+        return METHODS[self.record.method].trains_copy or self.form == "merged"
+
+    @property
+    def own_method(self) -> bool:
+        """Whether it takes this package to load it."""
+        return self.record.method in OWN_METHODS and not self.complete
 
     @property
     def base_on_hub(self) -> bool:
@@ -108,6 +122,7 @@ def model_card(card: CardFacts) -> str:
         f"trainable parameters in its domain. It trains {record.trainable_parameters:,} parameters, "
         f"{100 * record.trainable_parameters / max(1, card.model.total_parameters):.3g} % of the base model's "
         f"{card.model.total_parameters:,}, the task head included.",
+        *_form(card),
         *([escape_markdown(card.facts.description)] if card.facts.description else []),
         "## How to load it",
         *_loading_notes(card),
@@ -131,7 +146,6 @@ def loading_code(card: CardFacts) -> str:
     """Python that loads the model and shows its use, with `transformers` and `peft` (and, for methods that are not
     PEFT's own, ``import peftsearch``) alone.
     """
-    own_method = card.record.method in OWN_METHODS
     package, _, inside = card.record.model.removeprefix(PACKAGE_PREFIX).partition("/")
     in_package = card.record.model.startswith(PACKAGE_PREFIX) and not card.complete
     labels, quantised = bool(card.domain.labels), card.quantization is not None
@@ -139,13 +153,14 @@ def loading_code(card: CardFacts) -> str:
 
     imports = ["import json"] if labels else []
     imports += ["from importlib.util import find_spec"] if in_package else []
-    imports += ["from pathlib import Path", ""] if labels or in_package else []
-    imports += ["import peftsearch  # makes its methods known to PEFT"] if own_method else []
-    imports += ["import torch", *(["from peft import PeftModel"] if not card.complete else [])]
+    remote = not isinstance(card.folder, HubRepo) and not is_local(card.folder)
+    imports += ["from pathlib import Path", ""] if labels or in_package or remote else []
+    imports += ["import peftsearch  # makes its methods known to PEFT"] if card.own_method else []
+    imports += ["import torch", *_fetch_import(card), *(["from peft import PeftModel"] if not card.complete else [])]
     names = [card.auto_model, "AutoTokenizer", *(["BitsAndBytesConfig"] if quantised else [])]
     imports += [f"from transformers import {', '.join(names)}", ""]
 
-    lines = [f"folder = {str(card.folder)!r}  # or huggingface_hub.snapshot_download(ID)"]
+    lines = _fetch(card)
     if not card.complete:
         if in_package:
             place = f"find_spec({package!r}).submodule_search_locations[0]"
@@ -182,16 +197,51 @@ def loading_code(card: CardFacts) -> str:
     return "\n".join([*imports, *lines, *(["", "", *shown] if shown else [])]) + "\n"
 
 
+def speed_section(speed: Speed) -> str:
+    """The card's words about what was measured."""
+    return f"## Speed\n\nMeasured after the export: {escape_markdown(speed.sentence())}.\n"
+
+
+def _form(card: CardFacts) -> list[str]:
+    if card.form == "merged" and not METHODS[card.record.method].trains_copy:
+        return ["The adapter is merged into its base: this is a complete model, which `transformers` loads by itself."]
+    if card.form == "lora":
+        return ["It was converted into a plain LoRA (`peft.convert_to_lora`): its scale is in its weights."]
+    return []
+
+
+def _fetch_import(card: CardFacts) -> list[str]:
+    if isinstance(card.folder, HubRepo):
+        return ["from huggingface_hub import snapshot_download"]
+    return [] if is_local(card.folder) else ["from pyarrow import fs"]
+
+
+def _fetch(card: CardFacts) -> list[str]:
+    """Lines after which the files are in ``folder``."""
+    if isinstance(card.folder, HubRepo):
+        return [f"folder = snapshot_download({card.folder.id!r})"]
+    if is_local(card.folder):
+        return [f"folder = {str(card.folder)!r}  # or huggingface_hub.snapshot_download(ID)"]
+    return [
+        f"folder = {card.folder.name!r}",
+        "Path(folder).mkdir(exist_ok=True)",
+        f"fs.copy_files({str(card.folder)!r}, folder)",
+    ]
+
+
 def _metadata(card: CardFacts) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     record, source = card.record, card.domain_spec.data.source or ""
     pipeline = _PIPELINE_TAGS.get(card.domain.task)
+    if card.domain.task == "language_modeling" and card.use.architecture == "encoder":
+        pipeline = "fill-mask"
     hub_data = source.removeprefix("hub:") if source.startswith("hub:") else None
     results = [
         EvalResult(
             task_type=pipeline or card.domain.task,
-            dataset_type=hub_data or record.domain,
+            # The Hub takes an id here, or what looks like one.
+            dataset_type=hub_data or _slug(record.domain) or "data",
             dataset_name=record.domain,
             dataset_split=SPLIT,
             metric_type=_HUB_METRICS.get(name, (name, {}))[0],
@@ -200,12 +250,13 @@ def _metadata(card: CardFacts) -> str:
             metric_value=value,
         )
         for name, value in record.scores.items()
-        if "/" not in name
+        if "/" not in name and math.isfinite(value)
     ]
     data = ModelCardData(
-        base_model=record.model if not card.base_on_hub else card.location,
+        # The Hub refuses a base that is none of its own; the card's text names it.
+        base_model=card.location if card.base_on_hub else None,
         # The Hub's words; see https://huggingface.co/docs/hub/model-cards#specifying-a-base-model
-        base_model_relation="finetune" if card.complete else "adapter",
+        base_model_relation=("finetune" if card.complete else "adapter") if card.base_on_hub else None,
         datasets=[hub_data] if hub_data else None,
         library_name="transformers" if card.complete else "peft",
         pipeline_tag=pipeline,
@@ -221,7 +272,7 @@ def _metadata(card: CardFacts) -> str:
 def _loading_notes(card: CardFacts) -> list[str]:
     needs = ["transformers", *([] if card.complete else ["peft"])]
     needs += ["bitsandbytes"] if card.quantization is not None else []
-    needs += ["peftsearch"] if card.record.method in OWN_METHODS else []
+    needs += ["peftsearch"] if card.own_method else []
     notes = [f"It needs torch, {', '.join(needs[:-1]) + ' and ' if needs[:-1] else ''}{needs[-1]}."]
     if not card.complete and card.record.model.startswith(PACKAGE_PREFIX):
         package = card.record.model.removeprefix(PACKAGE_PREFIX).partition("/")[0]

@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftsearch.export.card import SPLIT, CardFacts, model_card
+from peftsearch.export.card import SPLIT, CardFacts, model_card, speed_section
 from peftsearch.export.folder import CARD, LABELS, PROVENANCE
-from peftsearch.files import Place
+from peftsearch.files import Place, read_json
 from peftsearch.methods import METHODS
 from peftsearch.spec import StudyError, TrialRecord, without_passwords
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from peftsearch.domains import PreparedDomain
+    from peftsearch.export.speed import Speed
     from peftsearch.training.base_model import FrozenBase
 
 
@@ -102,6 +103,11 @@ def write_folder(folder: Path, model: nn.Module, card: CardFacts, labels: tuple[
             model.save_pretrained(str(folder), save_embedding_layers=False)
         else:
             model.save_pretrained(str(folder))  # type: ignore[operator]
+    describe_folder(folder, card, labels, ledger)
+
+
+def describe_folder(folder: Path, card: CardFacts, labels: tuple[str, ...], ledger: str) -> None:
+    """Write labels, card and provenance beside a model; arguments and errors as `write_folder`."""
     (folder / CARD).write_text(model_card(card), encoding="utf-8")
     _write_json(folder / LABELS, list(labels))
     _write_json(folder / PROVENANCE, _provenance(folder, card, ledger))
@@ -110,18 +116,24 @@ def write_folder(folder: Path, model: nn.Module, card: CardFacts, labels: tuple[
         file.chmod((folder / CARD).stat().st_mode)
 
 
-def note_verified(folder: Path, score: float, loss: float, examples: int, packages: dict[str, str]) -> None:
-    """Add to the provenance what the fresh process found."""
+def note_verified(
+    folder: Path, score: float, loss: float, examples: int, speed: Speed | None, packages: dict[str, str]
+) -> None:
+    """Add to the provenance, and to the card, what the fresh process found."""
     path = folder / PROVENANCE
     known = json.loads(path.read_text(encoding="utf-8"))
     known["verified"] = {"score": score, "loss": loss, "split": SPLIT, "examples": examples, "environment": packages}
+    if speed is not None:
+        known["speed"] = speed.as_json()
+        with (folder / CARD).open("a", encoding="utf-8") as card:
+            card.write(f"\n{speed_section(speed)}")
     _write_json(path, known)
 
 
-def is_earlier_export(folder: Path, study: str, record: TrialRecord) -> bool:
+def is_earlier_export(folder: Place, study: str, record: TrialRecord) -> bool:
     """Whether a folder is an export of this very trial; a study of the same name elsewhere began at another moment."""
     try:
-        known = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        known = read_json(folder / PROVENANCE)
         trial = known["trial"]
         found = (known["study"], trial["number"], trial["started"], trial["method"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -159,11 +171,12 @@ def _keep_untrained(model: Any, fresh: frozenset[str]) -> None:
 
 def _provenance(folder: Path, card: CardFacts, ledger: str) -> dict[str, Any]:
     record = card.record
-    weights = next(iter(sorted(folder.glob("*.safetensors"))))
+    weights = min(folder.glob("*.safetensors"))
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "study": card.facts.study,
+        "form": card.form,
         "trial": record.model_dump(mode="json"),
         "score": {"metric": card.domain.metric, "value": record.value, "split": SPLIT},
         "exported": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from peftsearch.spec import StudyError, package_path
 from peftsearch.spec.locations import PACKAGE_PREFIX
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from peftsearch.domains import PreparedDomain
+    from peftsearch.domains import Task
+    from peftsearch.domains.tasks import Head
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -25,6 +26,18 @@ LABELS = "labels.json"
 beside ``adapter_config.json`` would make `transformers` look for a complete model in the folder."""
 PROVENANCE = "provenance.json"
 CARD = "README.md"
+
+
+class HasTask(Protocol):
+    """What loading needs to know of a domain."""
+
+    @property
+    def task(self) -> Task:
+        """What the model does."""
+
+    @property
+    def head(self) -> Head:
+        """The class of `transformers` that does it."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +106,7 @@ class ExportedFolder:
             folder, tuple(labels), base, config.get("revision"), model.get("pad_token_id"), model.get("quantization")
         )
 
-    def load(self, domain: PreparedDomain, device: torch.device, *, trust_remote_code: bool = False) -> nn.Module:
+    def load(self, domain: HasTask, device: torch.device, *, trust_remote_code: bool = False) -> nn.Module:
         """The model in evaluation mode, by `transformers` and `peft` alone: nothing of the study is used.
 
         Args:

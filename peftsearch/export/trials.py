@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftsearch.export.card import SPLIT, CardFacts
+from peftsearch.export.card import SPLIT, CardFacts, model_card, speed_section
 from peftsearch.export.contents import (
+    describe_folder,
     is_earlier_export,
     load_tokenizer,
     missing_weights,
@@ -20,11 +22,15 @@ from peftsearch.export.contents import (
     trained_model,
     write_folder,
 )
-from peftsearch.export.folder import scoring_device
+from peftsearch.export.convert import Form, check_form, convert
+from peftsearch.export.folder import CARD, scoring_device
+from peftsearch.export.hub import HubRepo, check_repo, push_folder
+from peftsearch.export.speed import Speed
 from peftsearch.export.usage import Use
 from peftsearch.export.verify import Job, Score, score_folders
-from peftsearch.files import Place, exists
-from peftsearch.frontier.front import Pick, domain_fronts, pick
+from peftsearch.files import Place, check_bucket, copy_tree, delete_tree, exists, names, reason
+from peftsearch.frontier.front import Choice, Pick, choose, domain_fronts
+from peftsearch.methods import METHODS
 from peftsearch.spec import THREADS, StudyError, StudyFacts, StudySpec, TrialRecord, model_location, suggest
 from peftsearch.tracking.provenance import provenance
 
@@ -67,25 +73,53 @@ class ExportedAdapter:
     """A verified folder.
 
     Attributes:
-        folder: Where it is.
+        folder: Where it is; None where it was only pushed to the Hub.
         record: The trial, as in the ledger.
         score: The domain's metric that a fresh process found for the folder.
+        form: What became of the adapter: ``adapter``, ``merged`` or ``lora``.
+        speed: How fast it is on this machine.
+        reason: Why it was picked rather than another trial, where error bars decided.
+        repository: Address of the repository of the Hub, where it was pushed.
     """
 
-    folder: Path
+    folder: Place | None
     record: TrialRecord
     score: float
+    form: Form = "adapter"
+    speed: Speed | None = None
+    reason: str | None = None
+    repository: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """What ``export --json`` prints of it."""
+        return {
+            "folder": None if self.folder is None else str(self.folder),
+            "repository": self.repository,
+            "domain": self.record.domain,
+            "trial": self.record.number,
+            "method": self.record.method,
+            "form": self.form,
+            "trainable_parameters": self.record.trainable_parameters,
+            "score": self.score,
+            "ledger_score": self.record.value,
+            "speed": self.speed.as_json() if self.speed else None,
+            "reason": self.reason,
+        }
 
 
 def export_trials(
     study: StudyToExport,
-    to: Path,
+    to: Place | None,
     *,
     domain: str | None = None,
     pick: Pick | str = "frontier",
     max_parameters: int | None = None,
     min_metric: float | None = None,
-    tolerance: float = 1e-6,
+    max_latency: float | None = None,
+    form: Form = "adapter",
+    push: str | None = None,
+    private: bool = True,
+    tolerance: float | None = None,
     told: Callable[[str], None] | None = None,
 ) -> list[ExportedAdapter]:
     """Write trials of the front as folders ``TO/DOMAIN/NUMBER-METHOD``, and score each again in a fresh process.
@@ -95,79 +129,173 @@ def export_trials(
 
     Args:
         study: The study.
-        to: Folder for the adapters; made where it does not exist.
+        to: Folder for the adapters, or a place in an object store; made where it does not exist. None with ``push``.
         domain: Only this domain.
-        pick: ``frontier``, ``best`` or ``knee`` of each domain, see `peftsearch.frontier.pick`.
+        pick: ``frontier``, ``best``, ``knee`` or ``smallest`` of each domain, see `peftsearch.frontier.choose`.
         max_parameters: Only trials with at most so many trainable parameters.
         min_metric: Only trials whose metric is at least this good.
-        tolerance: Allowed difference between the score of the folder and the ledger's.
+        max_latency: Only trials that take at most so many milliseconds for one example by itself, in the form that is
+            exported, on this machine (`Speed.latency_ms`): whatever the other limits leave is loaded and measured.
+        form: ``adapter``; ``merged``: a complete model, which needs nothing but `transformers` (folders end in
+            ``-merged``); ``lora``: a plain LoRA, made by PEFT (``-as-lora``).
+        push: ``OWNER/NAME`` of a repository of the Hub that the one exported trial goes to.
+        private: Whether only its owner sees a repository that is new.
+        tolerance: Allowed difference between the score of the folder and the ledger's; 1e-6 where absent, and 1e-3 for
+            merged and converted ones, whose weights are rounded anew.
         told: Told of progress, in sentences.
 
     Returns:
         By domain, then trainable parameters.
 
     Raises:
-        StudyError: No trial is left to export, the folder cannot be written or is taken, weights, data or base model
-            are gone or damaged, or a folder does not score what the ledger says.
+        StudyError: No trial is left to export, or none can have the form; the folder cannot be written or is taken; the
+            same of the repository; weights, data or base model are gone or damaged, or a folder does not score what the
+            ledger says.
         RuntimeError: The fresh process died.
     """
     told = told or (lambda _: None)
-    if not tolerance >= 0:
-        raise StudyError(f"the tolerance must be at least 0, not {tolerance:g}")
-    to = to.expanduser().absolute()
-    chosen = _choose(study, domain, pick, max_parameters, min_metric, told)
-    targets = [to / record.domain / f"{record.number:05d}-{record.method}" for record in chosen]
-    _check_targets(to, targets, chosen, study.facts.study)
-    for record in chosen:
+    allowed = tolerance if tolerance is not None else 1e-6 if form == "adapter" else 1e-3
+    if not allowed >= 0:
+        raise StudyError(f"the tolerance must be at least 0, not {allowed:g}")
+    if max_latency is not None and not max_latency > 0:
+        raise StudyError(f"the latency must be above 0 ms, not {max_latency:g}")
+    if to is None and push is None:
+        raise StudyError("say where to export to: a folder or a URI with --to, or a repository of the Hub with --push")
+    if isinstance(to, Path):
+        to = to.expanduser().absolute()
+    repo = HubRepo(push) if push is not None else None
+    limits: dict[str, Any] = {"max_parameters": max_parameters, "min_metric": min_metric}
+    chosen = _choose(study, domain, pick, told, **limits)
+    if max_latency is not None:
+        # What is fast enough is known later.
+        chosen = _choose(study, domain, "frontier", lambda _: None, **limits)
+    chosen = _with_form(chosen, form, told)
+    records = [choice.record for choice in chosen]
+    if repo is not None:
+        # A latency may leave one of several.
+        if max_latency is None or pick == "frontier" or len({record.domain for record in records}) > 1:
+            _check_one(repo, records)
+        check_repo(repo, study.facts.study, records[0].domain)
+
+    named = [f"{record.domain}/{_name_of(record, form)}" for record in records]
+    if to is not None:
+        _check_targets(to, [to / name for name in named], records, study.facts.study)
+    for record in records:
         if not exists(_weights(study, record)):
             raise StudyError(missing_weights(record, _weights(study, record)))
 
-    with _staging(to) as staging:
-        staged = [staging / target.relative_to(to) for target in targets]
-        told(f"Exporting {len(chosen)} trial{'s' if len(chosen) != 1 else ''} to {to}")
-        jobs = write_trials(study, to, staging, staged, targets, chosen)
+    with _staging(to) as (staging, local):
+        places = [(to or local) / name for name in named]
+        staged = [staging / name for name in named]
+        shown: list[Place | HubRepo] = [repo if to is None and repo is not None else place for place in places]
+        told(f"Exporting {len(records)} trial{'s' if len(records) != 1 else ''} to {to or repo}")
+        written = write_folders(study, to or local, staging, staged, shown, records, form)
         told("Verifying in a fresh process")
-        scores = score_folders(jobs, lambda index, score: told(_account(chosen[index], study, score)))
-        for record, score in zip(chosen, scores, strict=True):
-            _check_score(record, study.facts.domains[record.domain].metric, score, tolerance)
+        jobs = [replace(job, measure=True) for job, _ in written]
+        scores = score_folders(jobs, lambda index, score: told(_account(records[index], study, score)))
+        kept = list(range(len(records)))
+        if max_latency is not None:
+            latencies = {
+                record.number: score.measured["latency_ms"]
+                for record, score in zip(records, scores, strict=True)
+                if score.measured is not None
+            }
+            fast = {"max_latency": max_latency, "latencies": latencies}
+            chosen = _choose(study, domain, pick, told, **limits, **fast)
+            kept = [[record.number for record in records].index(choice.record.number) for choice in chosen]
+            if repo is not None:
+                _check_one(repo, [records[index] for index in kept])
+        for choice in chosen:
+            if choice.reason is not None:
+                told(f"{choice.record.domain}: {choice.reason}")
+        for index in kept:
+            record = records[index]
+            _check_score(record, study.facts.domains[record.domain].metric, scores[index], allowed)
         environment = provenance(study.data_folder)
         exported = []
-        with _writing(to):
-            for record, score, folder, target in zip(chosen, scores, staged, targets, strict=True):
+        with _writing(to or local):
+            for index, choice in zip(kept, chosen, strict=True):
+                record, score = records[index], scores[index]
                 value = score.scores[study.facts.domains[record.domain].metric]
-                note_verified(folder, value, score.loss, score.examples, environment)
-                exported.append(ExportedAdapter(target, record, value))
-            for folder, target in zip(staged, targets, strict=True):
-                _put(folder, target, staging / "replaced")
+                speed = Speed(**score.measured) if score.measured is not None else None
+                note_verified(staged[index], value, score.loss, score.examples, speed, environment)
+                place = None if to is None else places[index]
+                exported.append(ExportedAdapter(place, record, value, form, speed, choice.reason))
+            if to is not None:
+                for index in kept:
+                    _put(staged[index], places[index], staging / "replaced")
+        if repo is not None:
+            (index,) = kept
+            source = places[index] if isinstance(to, Path) else staged[index]
+            assert isinstance(source, Path)
+            address = _push(source, repo, written[index][1], exported[0], staging, private)
+            told(f"Pushed to {address}")
+            exported = [replace(exported[0], repository=address)]
     return exported
 
 
+def _check_one(repo: HubRepo, records: Sequence[TrialRecord]) -> None:
+    if len(records) != 1:
+        numbers = ", ".join(f"{record.number} ({record.domain}, {record.method})" for record in records[:5])
+        more = ", ..." if len(records) > 5 else ""
+        raise StudyError(
+            f"a repository of the Hub holds one adapter, and {len(records)} trials are picked: {numbers}{more}; pick "
+            f"the one for {repo.id} with --domain and --pick best, knee or smallest"
+        )
+
+
+def _push(folder: Path, repo: HubRepo, card: CardFacts, item: ExportedAdapter, staging: Path, private: bool) -> str:
+    """Upload a folder, with a card that loads it from there."""
+    copy = Path(shutil.copytree(folder, staging / "pushed"))
+    text = model_card(replace(card, folder=repo))
+    if item.speed is not None:
+        text += f"\n{speed_section(item.speed)}"
+    (copy / CARD).write_text(text, encoding="utf-8")
+    message = f"Trial {item.record.number} ({item.record.method}) of the peftsearch study {card.facts.study}"
+    return push_folder(copy, repo, private=private, message=message)
+
+
+def _name_of(record: TrialRecord, form: Form) -> str:
+    ending = {"adapter": "", "merged": "-merged", "lora": "-as-lora"}[form]
+    return f"{record.number:05d}-{record.method}{ending}"
+
+
+def _with_form(chosen: Sequence[Choice], form: Form, told: Callable[[str], None]) -> list[Choice]:
+    """The trials that can have that form; the others are told of."""
+    left: list[Choice] = []
+    refused: list[StudyError] = []
+    for choice in chosen:
+        try:
+            check_form(form, choice.record)
+            left.append(choice)
+        except StudyError as error:
+            refused.append(error)
+    if not left:
+        raise refused[0]
+    for error in refused:
+        told(f"Left out: {error.message}")
+    return left
+
+
 def _choose(
-    study: StudyToExport,
-    domain: str | None,
-    how: str,
-    max_parameters: int | None,
-    min_metric: float | None,
-    told: Callable[[str], None],
-) -> list[TrialRecord]:
+    study: StudyToExport, domain: str | None, how: str, told: Callable[[str], None], **limits: Any
+) -> list[Choice]:
     facts = study.facts
     if domain is not None and domain not in facts.domains:
         raise StudyError(f"the study {facts.study!r} has no domain {domain!r}{suggest(domain, facts.domains)}")
-    chosen: list[TrialRecord] = []
+    chosen: list[Choice] = []
     refused: list[str] = []
     for name, front in domain_fronts(study.records, facts).items():
         if domain not in (None, name):
             continue
         try:
-            chosen += pick(
-                front.front, how, front.facts.direction, max_parameters=max_parameters, min_metric=min_metric
-            )
+            chosen += choose(front.front, how, front.facts.direction, **limits)
         except StudyError as error:
             refused.append(f"{name}: {error.message}")
     if not chosen:
         raise StudyError(f"there is nothing to export ({'; '.join(refused) or 'the study has no domain'})")
-    for reason in refused:
-        told(f"Nothing of {reason}")
+    for sentence in refused:
+        told(f"Nothing of {sentence}")
     return chosen
 
 
@@ -180,14 +308,21 @@ def _weights(study: StudyToExport, record: TrialRecord) -> Place:
     return folder / WEIGHTS
 
 
-def _check_targets(to: Path, targets: Sequence[Path], chosen: Sequence[TrialRecord], study: str) -> None:
-    place = to
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise StudyError(f"cannot write to {str(to)!r}: choose another folder with --to")
+def _check_targets(to: Place, targets: Sequence[Place], chosen: Sequence[TrialRecord], study: str) -> None:
+    if isinstance(to, Path):
+        place = to
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise StudyError(f"cannot write to {str(to)!r}: choose another folder with --to")
+    else:
+        try:
+            check_bucket(to)
+        except OSError as error:
+            raise StudyError(f"cannot write to {str(to)!r}: {reason(error)}") from None
     for target, record in zip(targets, chosen, strict=True):
-        if os.path.lexists(target) and not is_earlier_export(target, study, record):
+        there = os.path.lexists(target) if isinstance(target, Path) else bool(names(target))
+        if there and not is_earlier_export(target, study, record):
             raise StudyError(
                 f"{str(target)!r} exists and is not an earlier export of trial {record.number} of the study "
                 f"{study!r}: move it away, or choose another folder with --to"
@@ -195,27 +330,33 @@ def _check_targets(to: Path, targets: Sequence[Path], chosen: Sequence[TrialReco
 
 
 @contextmanager
-def _staging(to: Path) -> Iterator[Path]:
-    """A folder inside ``to`` (renaming needs the same file system) that is gone afterwards, and with it ``to`` and its
-    parents where they were made for it and stayed empty.
+def _staging(to: Place | None) -> Iterator[tuple[Path, Path]]:
+    """A folder to work in, and the folder of this machine that it is in.
+
+    For a local ``to`` it is inside of that (renaming needs the same file system) and gone afterwards, and with it
+    ``to`` and its parents where they were made for it and stayed empty.
     """
-    made = [folder for folder in (to, *to.parents) if not folder.exists()]
+    if not isinstance(to, Path):
+        with tempfile.TemporaryDirectory(prefix="peftsearch-export-") as folder:
+            yield Path(folder) / "staging", Path(folder)
+        return
+    made = [place for place in (to, *to.parents) if not place.exists()]
     staging = to / f".export-{uuid.uuid4().hex[:8]}"
     try:
         with _writing(to):
             staging.mkdir(parents=True)
-        yield staging
+        yield staging, to
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        for folder in made:
+        for place in made:
             try:
-                folder.rmdir()
+                place.rmdir()
             except OSError:
                 break
 
 
 @contextmanager
-def _writing(to: Path) -> Iterator[None]:
+def _writing(to: Place) -> Iterator[None]:
     """Around what fails only where the folder cannot be written or the disk is full."""
     from safetensors import SafetensorError
 
@@ -227,19 +368,45 @@ def _writing(to: Path) -> Iterator[None]:
 
 def write_trials(
     study: StudyToExport,
-    to: Path,
+    to: Place,
     staging: Path,
     staged: Sequence[Path],
-    targets: Sequence[Path],
+    targets: Sequence[Place | HubRepo],
     chosen: Sequence[TrialRecord],
 ) -> list[Job]:
-    """Write every folder; returns how to score them."""
+    """Write every adapter; returns how to score them."""
+    return [job for job, _ in write_folders(study, to, staging, staged, targets, chosen, "adapter")]
+
+
+def write_folders(
+    study: StudyToExport,
+    to: Place,
+    staging: Path,
+    staged: Sequence[Path],
+    targets: Sequence[Place | HubRepo],
+    chosen: Sequence[TrialRecord],
+    form: Form,
+) -> list[tuple[Job, CardFacts]]:
+    """Write every folder.
+
+    Args:
+        study: The study.
+        to: What to name where nothing can be written.
+        staging: For what is only needed meanwhile.
+        staged: The folders, by trial.
+        targets: What their cards say of where they are.
+        chosen: The trials.
+        form: What becomes of the adapters.
+
+    Returns:
+        For each how to score it, and its card.
+    """
     spec = study.spec
     device = scoring_device(spec.resources.gpus_per_worker)
     bases: dict[str, FrozenBase] = {}
     tokenizers: dict[str, Path] = {}
     domains: dict[tuple[str, str], PreparedDomain] = {}
-    jobs = []
+    written = []
     for record, folder, target in zip(chosen, staged, targets, strict=True):
         model = record.model
         if model not in bases:
@@ -252,23 +419,28 @@ def write_trials(
             domains[model, record.domain] = _data(study, record.domain, bases[model], tokenizers[model])
         base, prepared = bases[model], domains[model, record.domain]
         trained = trained_model(base, prepared, record, _weights(study, record))
-        card = _card(study, record, target, base, trained, prepared)
+        card = replace(_card(study, record, target, base, trained, prepared), form=form)
+        other = form != "adapter" and not METHODS[record.method].trains_copy
+        adapter = staging / f"adapter-{record.number}" if other else folder
         with _writing(to):
-            write_folder(folder, trained, card, prepared.labels, study.ledger)
+            write_folder(adapter, trained, card, prepared.labels, study.ledger)
+            if other:
+                convert(adapter, folder, form, prepared, trust_remote_code=base.trust_remote_code)
+                describe_folder(folder, card, prepared.labels, study.ledger)
+                shutil.rmtree(adapter)
             shutil.copytree(tokenizers[model], folder, dirs_exist_ok=True)
         threads = study.facts.provenance.get(THREADS)
-        jobs.append(
-            Job(
-                str(folder),
-                str(prepared.folder),
-                SPLIT,
-                spec.training.evaluation_batch_size,
-                device.type,
-                int(threads) if threads is not None else None,
-                base.trust_remote_code,
-            )
+        job = Job(
+            str(folder),
+            str(prepared.folder),
+            SPLIT,
+            spec.training.evaluation_batch_size,
+            device.type,
+            int(threads) if threads is not None else None,
+            base.trust_remote_code,
         )
-    return jobs
+        written.append((job, card))
+    return written
 
 
 def _base(study: StudyToExport, model: str, device: str) -> FrozenBase:
@@ -319,7 +491,7 @@ def _data(study: StudyToExport, domain: str, base: FrozenBase, tokenizer: Path) 
 def _card(
     study: StudyToExport,
     record: TrialRecord,
-    target: Path,
+    target: Place | HubRepo,
     base: FrozenBase,
     trained: nn.Module,
     prepared: PreparedDomain,
@@ -363,9 +535,11 @@ def _quantization(config: Any) -> dict[str, Any] | None:
 
 def _account(record: TrialRecord, study: StudyToExport, score: Score) -> str:
     metric = study.facts.domains[record.domain].metric
+    named = f"Trial {record.number} ({record.domain}, {record.method})"
     if score.error is not None:
-        return f"Trial {record.number} ({record.domain}, {record.method}): {score.error}"
-    return f"Trial {record.number} ({record.domain}, {record.method}): {metric} {score.scores[metric]:.4f} from disk"
+        return f"{named}: {score.error}"
+    speed = f"; {Speed(**score.measured).sentence()}" if score.measured is not None else ""
+    return f"{named}: {metric} {score.scores[metric]:.4f} from disk{speed}"
 
 
 def _check_score(record: TrialRecord, metric: str, score: Score, tolerance: float) -> None:
@@ -392,8 +566,16 @@ def _check_score(record: TrialRecord, metric: str, score: Score, tolerance: floa
         )
 
 
-def _put(folder: Path, target: Path, replaced: Path) -> None:
-    """Move a finished folder into its place; the earlier one is kept until that is done."""
+def _put(folder: Path, target: Place, replaced: Path) -> None:
+    """Bring a finished folder into its place; an earlier one is kept until that is done."""
+    if not isinstance(target, Path):
+        try:
+            copy_tree(folder, target)
+        except OSError:
+            # A part of a folder is no adapter. (What an earlier export left is no longer whole either.)
+            delete_tree(target)
+            raise
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     earlier = replaced / target.parent.name / target.name
     if target.exists():

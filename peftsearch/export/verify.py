@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from peftsearch.spec import StudyError
 
@@ -32,6 +32,7 @@ class Job:
         device: ``cpu`` or ``cuda``.
         threads: CPU threads, as in training: another number adds in another order. PyTorch's choice for None.
         trust_remote_code: Whether the study file says that code which the base brings along may run.
+        measure: Whether to measure how fast it is, too.
     """
 
     folder: str
@@ -41,16 +42,26 @@ class Job:
     device: str
     threads: int | None = None
     trust_remote_code: bool = False
+    measure: bool = False
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a folder scored, or why it could not be scored."""
+    """What a folder scored, or why it could not be scored.
+
+    Attributes:
+        scores: All scores of the task.
+        loss: Mean over the rows.
+        examples: How many the scores rest on.
+        error: Why it could not be scored.
+        measured: The fields of `peftsearch.export.speed.Speed`, where that was asked for.
+    """
 
     scores: dict[str, float]
     loss: float
     examples: int
     error: str | None = None
+    measured: dict[str, Any] | None = None
 
 
 def score_folders(jobs: Sequence[Job], told: Callable[[int, Score], None] = lambda *_: None) -> list[Score]:
@@ -127,7 +138,12 @@ def _score(job: Job) -> Score:
         torch.set_num_threads(job.threads)
     model = exported.load(domain, device, trust_remote_code=job.trust_remote_code)
     found = evaluate(model, domain, job.split, job.batch_size, WorkerGroup(device=device))
-    return Score(found.scores, found.loss, found.examples)
+    measured = None
+    if job.measure:
+        from peftsearch.export.speed import measure_speed
+
+        measured = measure_speed(model, domain, job.split, job.batch_size, device).as_json()
+    return Score(found.scores, found.loss, found.examples, measured=measured)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,16 @@
 """Pareto fronts: what is on them, how good they are, which trial to pick, and how they are shown."""
 
-from peftsearch.frontier.front import DomainFront, Pick, complete, domain_fronts, front, hypervolume, pick
+from peftsearch.frontier.front import (
+    Choice,
+    DomainFront,
+    Pick,
+    choose,
+    complete,
+    domain_fronts,
+    front,
+    hypervolume,
+    pick,
+)
 from peftsearch.frontier.mlflow_report import domain_report
 from peftsearch.frontier.page import front_html
 from peftsearch.frontier.plots import front_figure, front_png
@@ -22,9 +32,11 @@ from peftsearch.frontier.tables import (
 )
 
 __all__ = [
+    "Choice",
     "DomainFront",
     "Pick",
     "Verdict",
+    "choose",
     "complete",
     "domain_fronts",
     "domain_json",

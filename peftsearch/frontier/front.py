@@ -7,7 +7,7 @@ being better. Only trials that reached the full budget count.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -25,7 +25,7 @@ from peftsearch.spec import (
     suggest,
 )
 
-Pick = Literal["frontier", "best", "knee"]
+Pick = Literal["frontier", "best", "knee", "smallest"]
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,35 @@ def _by_goodness(records: Iterable[TrialRecord], direction: Direction) -> list[T
     )
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A trial that was picked.
+
+    Attributes:
+        record: The trial.
+        instead_of: What would have been picked if the error bars did not touch; None where nothing stood back.
+    """
+
+    record: TrialRecord
+    instead_of: TrialRecord | None = None
+
+    @property
+    def reason(self) -> str | None:
+        """Why another trial stood back, in one sentence."""
+        other = self.instead_of
+        if other is None:
+            return None
+        assert self.record.confirmed is not None
+        assert other.confirmed is not None
+        ours, theirs = self.record.confirmed, other.confirmed
+        return (
+            f"trial {self.record.number} ({self.record.method}) is picked rather than trial {other.number} "
+            f"({other.method}): {ours.mean:.4f} ± {ours.std:.4f} and {theirs.mean:.4f} ± {theirs.std:.4f} over "
+            f"{ours.seeds} and {theirs.seeds} seeds is a tie within the error bars, and it trains "
+            f"{self.record.trainable_parameters:,} parameters rather than {other.trainable_parameters:,}"
+        )
+
+
 def pick(
     front: Sequence[TrialRecord],
     how: Pick | str,
@@ -190,6 +219,21 @@ def pick(
     max_parameters: int | None = None,
     min_metric: float | None = None,
 ) -> list[TrialRecord]:
+    """The trials of `choose`."""
+    chosen = choose(front, how, direction, max_parameters=max_parameters, min_metric=min_metric)
+    return [choice.record for choice in chosen]
+
+
+def choose(
+    front: Sequence[TrialRecord],
+    how: Pick | str,
+    direction: Direction = "maximize",
+    *,
+    max_parameters: int | None = None,
+    min_metric: float | None = None,
+    max_latency: float | None = None,
+    latencies: Mapping[int, float] | None = None,
+) -> list[Choice]:
     """Choose trials from a front.
 
     - ``frontier``: all of them.
@@ -200,6 +244,10 @@ def pick(
       Das 1999 ("On characterizing the knee of the Pareto curve"); Branke et al. 2004 ("Finding Knees in Multi-objective
       Optimization") compare this with other definitions. Of equals, the cheapest. A front that nowhere rises above the
       line, such as one of two trials, has no knee: then the best trial is picked.
+    - ``smallest``: the fewest trainable parameters; above all with ``min_metric``.
+
+    Where trials were confirmed, ``best`` and ``knee`` give way to the cheapest trial that is tied with them: whose mean
+    over the confirmation's seeds, on the validation split, is worse by no more than the error bars (`seed_noise`).
 
     Args:
         front: A domain's front, as `front` returns it.
@@ -207,9 +255,11 @@ def pick(
         direction: Of the domain's metric.
         max_parameters: Only trials with at most so many trainable parameters.
         min_metric: Only trials whose metric is at least this good (where the metric is minimised: at most this).
+        max_latency: Only trials that take at most so many milliseconds for an example.
+        latencies: How many each takes, by its number; needed for ``max_latency``.
 
     Returns:
-        By trainable parameters; one trial for ``best`` and ``knee``.
+        By trainable parameters; one trial unless ``how`` is ``frontier``.
 
     Raises:
         StudyError: Unknown ``how``, an empty front, or nothing left under the limits; says what comes nearest.
@@ -226,11 +276,42 @@ def pick(
     ]
     if not left:
         raise StudyError(_nothing_left(front, direction, max_parameters, min_metric))
-    if how == "best":
-        return [_best(left, direction)]
-    if how == "knee":
-        return [_knee(left, direction)]
-    return left
+    if max_latency is not None:
+        known = latencies or {}
+        fastest = min(left, key=lambda record: known.get(record.number, math.inf))
+        left = [record for record in left if known.get(record.number, math.inf) <= max_latency]
+        if not left:
+            took = known.get(fastest.number, math.inf)
+            raise StudyError(
+                f"no trial{' that is left' if max_parameters or min_metric else ' on the front'} takes at most "
+                f"{max_latency:g} ms for an example: the fastest, trial {fastest.number} ({fastest.method}), "
+                f"takes {took:.3g} ms"
+            )
+    if how == "frontier":
+        return [Choice(record) for record in left]
+    if how == "smallest":
+        return [Choice(min(left, key=lambda r: (r.trainable_parameters, -goodness(r, direction), r.number)))]
+    picked = _best(left, direction) if how == "best" else _knee(left, direction)
+    tied = [record for record in left if record.trainable_parameters < picked.trainable_parameters]
+    tied = [record for record in tied if _tied(record, picked, direction)]
+    if not tied:
+        return [Choice(picked)]
+    return [Choice(min(tied, key=lambda record: (record.trainable_parameters, record.number)), picked)]
+
+
+def seed_noise(one: tuple[float, float, int], other: tuple[float, float, int]) -> float:
+    """Twice the standard error of the difference of two means over seeds, each given as (mean, sample standard
+    deviation, seeds); 0 where neither has two seeds."""
+    return 2 * math.sqrt(sum(std**2 / count for _, std, count in (one, other) if count > 1))
+
+
+def _tied(cheaper: TrialRecord, picked: TrialRecord, direction: Direction) -> bool:
+    """Whether both were confirmed with several seeds, and the cheaper is worse by no more than the error bars."""
+    a, b = cheaper.confirmed, picked.confirmed
+    if a is None or b is None or a.seeds < 2 or b.seeds < 2:
+        return False
+    worse = b.mean - a.mean if direction == "maximize" else a.mean - b.mean
+    return worse <= seed_noise((a.mean, a.std, a.seeds), (b.mean, b.std, b.seeds))
 
 
 def _best(front: Sequence[TrialRecord], direction: Direction) -> TrialRecord:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from peftsearch.frontier.front import DomainFront, domain_fronts
+from peftsearch.frontier.front import DomainFront, choose, domain_fronts
 from peftsearch.spec import StudyError, StudyFacts, TrialRecord, TrialState, suggest
 from peftsearch.tracking.names import configuration_text
 
@@ -51,9 +51,32 @@ def domain_json(front: DomainFront) -> dict[str, Any]:
             },
             "front": [record.model_dump(mode="json") for record in front.front],
             "front_by_model": {model: [record.number for record in own] for model, own in front.by_model.items()},
+            "picks": picks_json(front),
         }
     )
     return found
+
+
+def picks_json(front: DomainFront) -> dict[str, Any]:
+    """The trial of each pick that gives one, and why another stood back, where one did; {} for an empty front."""
+    found = {}
+    for how in ("best", "knee", "smallest") if front.front else ():
+        (choice,) = choose(front.front, how, front.facts.direction)
+        other = choice.instead_of
+        found[how] = {
+            "number": choice.record.number,
+            "instead_of": other.number if other is not None else None,
+            "reason": choice.reason,
+        }
+    return found
+
+
+def picks_sentence(front: DomainFront) -> str:
+    """Which trial each pick gives, and where error bars decided; empty for an empty front."""
+    found = picks_json(front)
+    named = [f"{how}: trial {pick['number']}" for how, pick in found.items()]
+    reasons = dict.fromkeys(pick["reason"] for pick in found.values() if pick["reason"])
+    return ". ".join(["Picks: " + ", ".join(named), *reasons]) + "." if named else ""
 
 
 def trials_json(records: Iterable[TrialRecord], study: str) -> dict[str, Any]:
@@ -353,7 +376,9 @@ def front_renderables(
             raise StudyError(f"the study {facts.study!r} has no domain {domain!r}{suggest(domain, fronts)}")
         found = verdict(fronts[domain])
         style = {True: "green", False: "yellow", None: ""}[found.paid]
-        shown += [front_table(fronts[domain], facts), Text(_one_line(found.sentence), style=style), Text("")]
+        shown += [front_table(fronts[domain], facts), Text(_one_line(found.sentence), style=style)]
+        shown += [Text(line) for line in (picks_sentence(fronts[domain]),) if line]
+        shown.append(Text(""))
     return shown
 
 

@@ -36,7 +36,7 @@ def provenance(study_folder: Path) -> dict[str, str]:
     facts = {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpus": str(os.cpu_count()),
     }
     for name in _PACKAGES:
@@ -57,7 +57,8 @@ def study_commit(folder: Path) -> str | None:
     return commit + (" (with uncommitted changes)" if _git(folder, "status", "--porcelain") else "")
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What the processor is called."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -26,6 +26,7 @@ COMMANDS = (
         "export",
         "report",
         "evaluate",
+        "predict",
         "ui",
         "sync",
         "doctor",

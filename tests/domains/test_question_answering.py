@@ -196,12 +196,12 @@ def test_the_best_span_is_found_behind_soft_tokens(in_front: int) -> None:
     end = [[9.0] * in_front + [1.5, 50.0, 7.0, 3.0, 0.5, 90.0, 90.0, 90.0]]
     how_to = Prediction("encoder")
     assert task().predict(torch.nn.Module(), output(start, end), batch, how_to) == [
-        {"text": "a", "score": 7.0, "null": 2.5}
+        {"text": "a", "start": 0, "score": 7.0, "null": 2.5}
     ]
     end[0][in_front + 2] = 1.0
     # Now c alone: 5 + 0.5; a to b: 0 + 3; b: 2 + 3.
     assert task().predict(torch.nn.Module(), output(start, end), batch, how_to) == [
-        {"text": "c", "score": 5.5, "null": 2.5}
+        {"text": "c", "start": 4, "score": 5.5, "null": 2.5}
     ]
     start[0][in_front + 2] = 6.0
     assert task().predict(torch.nn.Module(), output(start, end), batch, how_to)[0]["text"] == "a b"

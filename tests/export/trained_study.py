@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import load_file, save_file
 
 from peftsearch.search.cells import Cell
 from peftsearch.search.plan import StudyPlan, plan_study
@@ -39,6 +42,16 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "prompt": {"tokens": 4, "init": "text", "init_text": "", "learning_rate": 5e-2},
     "full": {"learning_rate": 5e-3},
 }
+
+
+def lively_base(base: Path, folder: Path) -> Path:
+    """A copy of a base whose answers depend on the text: a freshly initialised BERT sees no difference between texts,
+    and with larger weights even a prompt can do something."""
+    shutil.copytree(base, folder)
+    file = folder / "model.safetensors"
+    tensors = {name: 8 * tensor if tensor.ndim == 2 else tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
 
 
 def document(name: str, model: str, data: Path, methods: Mapping[str, str]) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from frontier_study import TOTAL, make_facts, make_record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftsearch.frontier import domain_fronts, front, hypervolume, pick
+from peftsearch.frontier import choose, domain_fronts, front, hypervolume, pick
 from peftsearch.frontier.front import finalists
-from peftsearch.spec import ConfirmSpec, Direction, StudyError, StudyFacts, TrialRecord, TrialState
+from peftsearch.spec import Confirmed, ConfirmSpec, Direction, Reading, StudyError, StudyFacts, TrialRecord, TrialState
 
 VALUES = st.one_of(st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.floats(0, 1))
 PARAMETERS = st.one_of(st.sampled_from([0, 1, 10, 1000]), st.integers(0, 10_000_000))
@@ -168,6 +168,57 @@ def test_limits() -> None:
     assert numbers(pick(FRONT, "frontier", min_metric=0.8, max_parameters=100_000)) == [5, 7]
     losses = [record.model_copy(update={"value": 1 - (record.value or 0)}) for record in FRONT]
     assert numbers(pick(losses, "frontier", "minimize", min_metric=0.19)) == [7, 9]
+
+
+def test_the_smallest_that_is_good_enough() -> None:
+    assert numbers(pick(FRONT, "smallest")) == [3]
+    assert numbers(pick(FRONT, "smallest", min_metric=0.81)) == [7]
+    assert numbers(pick([make_record(4, 0.5, 100), make_record(6, 0.6, 100)], "smallest")) == [6]
+
+
+def confirmed(record: TrialRecord, *values: float) -> TrialRecord:
+    readings = [Reading(seed=seed, value=value, loss=0.1) for seed, value in enumerate(values)]
+    return record.model_copy(update={"confirmed": Confirmed.of(readings)})
+
+
+def test_ties_within_the_error_bars_prefer_the_cheaper_and_say_so() -> None:
+    # Means 0.84 and 0.83 with deviations of 0.01: twice the standard error of the difference is 0.0163.
+    full, adapter = confirmed(FRONT[3], 0.83, 0.84, 0.85), confirmed(FRONT[2], 0.82, 0.83, 0.84)
+    (choice,) = choose([*FRONT[:2], adapter, full], "best")
+    assert (choice.record.number, choice.instead_of and choice.instead_of.number) == (7, 9)
+    assert choice.reason == (
+        "trial 7 (adapter) is picked rather than trial 9 (full): 0.8300 ± 0.0100 and 0.8400 ± 0.0100 over 3 and 3 "
+        "seeds is a tie within the error bars, and it trains 100,000 parameters rather than 10,000,000"
+    )
+    # The cheapest of those that are tied, not the next one.
+    lora = confirmed(FRONT[1], 0.81, 0.84, 0.84)
+    assert numbers(pick([FRONT[0], lora, adapter, full], "best")) == [5]
+    # A cheaper one that is even better is no worse.
+    assert numbers(pick([confirmed(FRONT[1], 0.9, 0.91), full], "best")) == [5]
+    losses = [
+        record.model_copy(update={"value": 1 - (record.value or 0), "confirmed": None}) for record in (*FRONT[:2], full)
+    ]
+    worse = confirmed(losses[1], 0.20, 0.21, 0.22)
+    assert numbers(pick([losses[0], worse, confirmed(losses[2], 0.15, 0.16, 0.17)], "best", "minimize")) == [9]
+    assert numbers(pick([losses[0], worse, confirmed(losses[2], 0.19, 0.20, 0.22)], "best", "minimize")) == [5]
+
+
+def test_without_error_bars_nothing_is_tied() -> None:
+    clear = [*FRONT[:2], confirmed(FRONT[2], 0.80, 0.81, 0.82), confirmed(FRONT[3], 0.84, 0.85, 0.86)]
+    single = [*FRONT[:2], confirmed(FRONT[2], 0.84), confirmed(FRONT[3], 0.84)]
+    for front_ in (FRONT, clear, single, [*FRONT[:3], confirmed(FRONT[3], 0.8, 0.9)]):
+        (choice,) = choose(front_, "best")
+        assert (choice.record.number, choice.instead_of, choice.reason) == (9, None, None)
+    # A front is a front: it is shown whole.
+    assert [choice.instead_of for choice in choose(clear, "frontier")] == [None] * 4
+
+
+def test_latency_is_a_limit_too() -> None:
+    took = {3: 9.0, 5: 2.0, 7: 4.0, 9: 3.0}
+    found = choose(FRONT, "frontier", max_latency=3.0, latencies=took)
+    assert [choice.record.number for choice in found] == [5, 9]
+    with pytest.raises(StudyError, match=r"at most 1 ms for an example: the fastest, trial 5 \(lora\), takes 2 ms"):
+        choose(FRONT, "best", max_latency=1.0, latencies=took)
 
 
 @pytest.mark.parametrize(

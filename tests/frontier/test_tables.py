@@ -70,6 +70,36 @@ def test_frontier_json_has_the_promised_shape(facts: StudyFacts, records: list[T
         assert {"step", "epoch", "value"} <= set(trial["rungs"][0])
 
 
+def test_the_picks_are_named(facts: StudyFacts, records: list[TrialRecord]) -> None:
+    fronts = domain_fronts(records, facts)
+    for name, domain in frontier_json(records, facts)["domains"].items():
+        front, best = fronts[name].front, fronts[name].best
+        assert best is not None
+        assert set(domain["picks"]) == {"best", "knee", "smallest"}
+        assert domain["picks"]["best"] == {"number": best.number, "instead_of": None, "reason": None}
+        assert domain["picks"]["smallest"]["number"] == front[0].number
+    assert f"Picks: best: trial {best.number}, knee: trial " in shown(records, facts)
+    assert frontier_json([], facts)["domains"]["legal"]["picks"] == {}
+    assert "Picks" not in shown([], facts)
+
+
+def test_a_tie_is_named_too(facts: StudyFacts) -> None:
+    def confirmed(mean: float) -> Confirmed:
+        return Confirmed(seeds=3, mean=mean, std=0.01)
+
+    tied = [
+        make_record(3, 0.80, 1_000, confirmed=confirmed(0.80)),
+        make_record(5, 0.81, 9_000, confirmed=confirmed(0.81)),
+    ]
+    picks = frontier_json(tied, facts)["domains"]["clinical"]["picks"]
+    assert (picks["best"]["number"], picks["best"]["instead_of"]) == (3, 5)
+    assert "a tie within the error bars" in picks["best"]["reason"]
+    text = " ".join(shown(tied, facts, width=400).split())
+    assert (
+        "Picks: best: trial 3, knee: trial 3, smallest: trial 3. trial 3 (lora) is picked rather than trial 5" in text
+    )
+
+
 def test_numbers_that_json_cannot_write_are_null() -> None:
     rung = Rung(step=1, epoch=0.1, value=0.1, loss=math.nan, train_loss=math.inf)
     found = trials_json([make_record(0, math.nan, 5, rungs=[rung])], "example")

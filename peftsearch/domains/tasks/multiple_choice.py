@@ -26,7 +26,7 @@ from peftsearch.domains.tasks.base import (
 )
 from peftsearch.domains.tasks.classification import tokenize_texts
 from peftsearch.domains.tasks.columns import find, texts
-from peftsearch.spec import DataSpec, StudyError
+from peftsearch.spec import ColumnsSpec, DataSpec, StudyError
 from peftsearch.spec.yaml_file import Loc
 
 if TYPE_CHECKING:
@@ -70,14 +70,15 @@ class MultipleChoice(Task):
     def read(self, table: pa.Table, data: DataSpec, where: str, loc: Loc) -> pa.Table:
         """As `Task.read`; ``label`` becomes the right choice's number, from 0.
 
-        A context is optional: it is read where the study file maps one, or the data has a column of that name.
+        A context is optional: it is read where the study file maps another column, or the data has one of that name.
         """
         if table.num_rows == 0:
             raise StudyError(f"{where} holds no rows", loc)
         name, place = data.columns.question, (*loc, "columns", "question")
         question = texts(find(table, name, where, place), name, where, place)
         name, place = data.columns.context, (*loc, "columns", "context")
-        if name in table.column_names or "context" in data.columns.model_fields_set:
+        # Not "is mapped": a specification that was saved and read again names every column.
+        if name in table.column_names or name != ColumnsSpec().context:
             context = [value or "" for value in find(table, name, where, place).cast(pa.large_string()).to_pylist()]
         else:
             context = [""] * table.num_rows

@@ -284,7 +284,8 @@ class QuestionAnswering(Task):
         return losses
 
     def predict(self, model: nn.Module, output: Any, batch: Mapping[str, Any], how: Prediction) -> list[Any]:
-        """For each window its best answer's ``text`` and ``score``, and the score of "no answer" as ``null``."""
+        """For each window its best answer's ``text``, ``start`` (its first character in the passage) and ``score``, and
+        the score of "no answer" as ``null``."""
         import torch
         from torch.nn import functional
 
@@ -298,8 +299,10 @@ class QuestionAnswering(Task):
         finish = begin + offset.gather(1, begin[:, None]).squeeze(1)
         found = []
         for row, (first, last) in enumerate(zip(begin.tolist(), finish.tolist(), strict=True)):
-            text = batch["passage"][row][batch["first"][row][first] : batch["last"][row][last]].strip()
-            found.append({"text": text, "score": float(score[row]), "null": float(null[row])})
+            start_at = batch["first"][row][first]
+            shown = batch["passage"][row][start_at : batch["last"][row][last]]
+            at = start_at + len(shown) - len(shown.lstrip())
+            found.append({"text": shown.strip(), "start": at, "score": float(score[row]), "null": float(null[row])})
         return found
 
     def references(self, rows: Mapping[str, Sequence[Any]]) -> list[Any]:

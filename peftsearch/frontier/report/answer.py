@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from peftsearch.frontier.front import complete
+from peftsearch.frontier.front import complete, seed_noise
 from peftsearch.frontier.report import words
 from peftsearch.frontier.report.document import Document, Heading, Points, Table, Text
 from peftsearch.frontier.report.material import LESS, VALIDATION, Material, metric_words
@@ -15,7 +15,6 @@ from peftsearch.frontier.report.results import (
     better,
     macro_average,
     score_by_task,
-    seed_noise,
     tested,
     validated,
 )

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftsearch.files import Place
-from peftsearch.frontier.front import complete
+from peftsearch.frontier.front import complete, seed_noise
 from peftsearch.frontier.report.additive import Score
-from peftsearch.frontier.report.results import Result, better, ranked, seed_noise, tested
+from peftsearch.frontier.report.results import Result, better, ranked, tested
 from peftsearch.frontier.report.significance import (
     Comparison,
     Predicted,

@@ -161,11 +161,6 @@ def ranked(found: Sequence[Result]) -> list[Result]:
     return [result for result, _ in sorted(pairs, key=key)]
 
 
-def seed_noise(one: tuple[float, float, int], other: tuple[float, float, int]) -> float:
-    """Twice the standard error of the difference of two means over seeds; 0 where neither has two seeds."""
-    return 2 * math.sqrt(sum(std**2 / count for _, std, count in (one, other) if count > 1))
-
-
 def macro_average(values: Sequence[float | None]) -> float | None:
     """The mean over domains; None where one is missing."""
     known = [value for value in values if value is not None]

@@ -1,0 +1,120 @@
+"""An exported folder as a repository of the Hugging Face Hub, or of a server that speaks its protocol (HF_ENDPOINT).
+
+The token comes from the environment (``HF_TOKEN``, or what ``hf auth login`` left) and is shown nowhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftsearch.domains.hub import out_of_reach
+from peftsearch.export.folder import PROVENANCE
+from peftsearch.spec import StudyError, hide_secrets
+
+
+@dataclass(frozen=True)
+class HubRepo:
+    """A repository of the Hub.
+
+    Attributes:
+        id: ``OWNER/NAME``.
+    """
+
+    id: str
+
+    def __str__(self) -> str:
+        return self.id
+
+    @property
+    def name(self) -> str:
+        """Without the owner."""
+        return self.id.rpartition("/")[2]
+
+
+def check_repo(repo: HubRepo, study: str, domain: str) -> None:
+    """See that a repository may be written: it is new, empty, or holds an earlier export of the study's domain.
+
+    Raises:
+        StudyError: The name is no repository's or is taken, or the Hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+
+    if "/" not in repo.id:
+        raise StudyError(f"--push {repo.id!r} does not say whose repository it is: write OWNER/{repo.id}")
+    with _answering(repo):
+        api = HfApi(library_name="peftsearch")
+        try:
+            there = set(api.list_repo_files(repo.id))
+        except RepositoryNotFoundError:
+            return
+        except HFValidationError:
+            raise StudyError(f"--push {repo.id!r} is no name of a repository: write OWNER/NAME") from None
+        if not there - {".gitattributes", "README.md"}:
+            return
+        try:
+            known: Any = json.loads(Path(hf_hub_download(repo.id, PROVENANCE)).read_text(encoding="utf-8"))
+            found = (known["study"], known["domain"]["name"])
+        except (EntryNotFoundError, ValueError, KeyError, TypeError):
+            found = None
+    if found != (study, domain):
+        what = f"an adapter of the study {found[0]!r} for {found[1]!r}" if found else "something else"
+        raise StudyError(f"the repository {repo.id!r} is taken: it holds {what}; choose another name with --push")
+
+
+def push_folder(folder: Path, repo: HubRepo, *, private: bool, message: str) -> str:
+    """Upload a folder as one commit; the repository is made where it is new. Files of an earlier export go.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        StudyError: The Hub cannot be reached or refuses.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    new = sorted(file.name for file in folder.iterdir())
+    with _answering(repo), disable_progress_bars():
+        api = HfApi(library_name="peftsearch")
+        address = api.create_repo(repo.id, private=private, exist_ok=True)
+        old = sorted(set(api.list_repo_files(repo.id)) - {*new, ".gitattributes"})
+        # Not upload_folder: that makes several commits of what it finds much, and nobody wants half an adapter.
+        operations = [CommitOperationAdd(name, str(folder / name)) for name in new]
+        api.create_commit(repo.id, [*operations, *map(CommitOperationDelete, old)], commit_message=message)
+    return str(address)
+
+
+@contextmanager
+def _answering(repo: HubRepo) -> Iterator[None]:
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except StudyError:
+        raise
+    except OfflineModeIsEnabled:
+        raise StudyError("nothing can be pushed with HF_HUB_OFFLINE=1 in the environment: unset it") from None
+    except LocalTokenNotFoundError:
+        raise StudyError(_refused(repo)) from None
+    except HfHubHTTPError as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            raise StudyError(_refused(repo)) from None
+        raise StudyError(f"the Hub did not take {repo.id!r}: {_line(error)}") from None
+    except Exception as error:  # missing networks and refused cards raise differently, by version
+        raise StudyError(f"cannot push to {repo.id!r}: {out_of_reach(error) or _line(error)}") from None
+
+
+def _refused(repo: HubRepo) -> str:
+    return f"the Hub does not let you write {repo.id!r}: set HF_TOKEN to a token that may (or run 'hf auth login')"
+
+
+def _line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return hide_secrets(" ".join(lines).rstrip(".") if lines else type(error).__name__)

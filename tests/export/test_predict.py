@@ -1,0 +1,368 @@
+"""Predictions of exported adapters: they score what the study says, and no row of a file gets lost."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hub_server import card_errors
+from task_data import task_domain
+from tiny_models import SAMPLES, tiny_encoder, tiny_encoder_decoder
+from trained_study import train_study
+
+from peftsearch.cli.app import run_app
+from peftsearch.domains import TASKS
+from peftsearch.export import ExportedAdapter, Predictor, predict_file
+from peftsearch.study import Study
+
+pytestmark = pytest.mark.slow
+
+WRITING = ("summarization", "instruction")
+READING = tuple(task for task in TASKS if task not in WRITING)
+INPUTS = {"question_answering": ("question", "context"), "multiple_choice": ("question", "choices")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet_machine() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory: pytest.TempPathFactory, quiet_machine: None) -> list[tuple[Study, Path]]:
+    """Studies with a trained LoRA for every task, each in a domain of the task's name, and their folders."""
+    found = []
+    for name, make, tasks in (("encoder", tiny_encoder, READING), ("t5", tiny_encoder_decoder, WRITING)):
+        folder = tmp_path_factory.mktemp(name)
+        found.append((_train(make(folder / "model"), tasks, folder), folder))
+    return found
+
+
+@pytest.fixture(scope="module")
+def exported(studies: list[tuple[Study, Path]]) -> dict[str, ExportedAdapter]:
+    """The exported LoRAs, by task."""
+    return {item.record.domain: item for study, folder in studies for item in study.export(folder / "adapters")}
+
+
+@pytest.fixture(scope="module")
+def merged(studies: list[tuple[Study, Path]]) -> dict[str, ExportedAdapter]:
+    """The same as complete models. That they score what the ledger says is a part of exporting them."""
+    return {
+        item.record.domain: item for study, folder in studies for item in study.export(folder / "merged", form="merged")
+    }
+
+
+def _train(model: Path, tasks: tuple[str, ...], folder: Path) -> Study:
+    document = {
+        "name": "tasks",
+        "model": str(model),
+        "domains": {task: task_domain(task, folder) for task in tasks},
+        "methods": {"lora": {}},
+        "search": {"trials": 1, "scheduler": "none", "seed": 3},
+        "training": {"epochs": 4, "evaluations": 1, "batch_size": 12, "max_length": 48, "precision": "fp32"},
+        "tracking": {"mlflow": "off"},
+    }
+    trials = {task: ("lora", SAMPLES["lora"] | {"learning_rate": 2e-2}) for task in tasks}
+    return train_study(document, folder, folder / "storage", trials)
+
+
+def validation(exported: dict[str, ExportedAdapter], task: str) -> tuple[Path, list[dict[str, Any]]]:
+    """The file of a task's validation split, and its rows."""
+    path = exported[task].folder.parents[2] / f"{task}-validation.jsonl"
+    return path, [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def clauses(exported: dict[str, ExportedAdapter], tmp_path: Path) -> Path:
+    """A CSV of texts to classify, with two columns beside the text."""
+    _, rows = validation(exported, "classification")
+    path = tmp_path / "clauses.csv"
+    with path.open("w", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(["id", "text", "who"])
+        lines.writerows([number, row["text"], 'a, "b"\nc'] for number, row in enumerate(rows))
+    return path
+
+
+# --- every task ---
+
+
+def right_labels(rows: list[dict[str, Any]], found: list[dict[str, Any]]) -> float:
+    assert all(0 < row["prediction_probability"] <= 1 for row in found)
+    return sum(row["label"] == own["prediction"] for row, own in zip(rows, found, strict=True)) / len(rows)
+
+
+def score_of(task: str, rows: list[dict[str, Any]], found: list[dict[str, Any]]) -> float:
+    """The score that the study's own metric gives to the predictions in a file."""
+    known = TASKS[task]()
+    predictions = [row["prediction"] for row in found]
+    if task == "classification":
+        return right_labels(rows, found)
+    if task == "relation":
+        labels = sorted({row["label"] for row in rows})
+        wanted = [[labels.index(row["label"]) for row in rows], [labels.index(value) for value in predictions]]
+        positive = [n for n, label in enumerate(labels) if label != "none"]
+        right = sum(a == b and a in positive for a, b in zip(*wanted, strict=True))
+        return 2 * right / sum(value in positive for own in wanted for value in own)
+    if task == "multi_label":
+        right = sum(len(set(row["label"]) & set(own)) for row, own in zip(rows, predictions, strict=True))
+        return 2 * right / sum(len(row["label"]) + len(own) for row, own in zip(rows, predictions, strict=True))
+    if task == "token_classification":
+        from seqeval.metrics import f1_score
+
+        return float(f1_score([row["tags"] for row in rows], predictions))
+    if task == "similarity":
+        from scipy.stats import pearsonr
+
+        return float(pearsonr([row["label"] for row in rows], predictions)[0])
+    if task == "question_answering":
+        return known.score(predictions, [row["answers"]["text"] for row in rows], ())["f1"]
+    if task == "multiple_choice":
+        right = [row["choices"][row["label"]] == value for row, value in zip(rows, predictions, strict=True)]
+        assert [row["choices"][own["prediction_number"]] for row, own in zip(rows, found, strict=True)] == predictions
+        return sum(right) / len(right)
+    assert task in WRITING
+    return known.score(predictions, [row["target"] for row in rows], ())["rouge1" if task == WRITING[0] else "rougeL"]
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "language_modeling"])
+def test_predictions_score_what_the_study_says(task: str, exported: dict[str, ExportedAdapter], tmp_path: Path) -> None:
+    source, rows = validation(exported, task)
+    found = predict_file(exported[task].folder, source, tmp_path / "out.jsonl", batch_size=4)
+    assert (found.rows, found.unpredicted) == (len(rows), 0)
+    predicted = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    names = {f"prediction_{part}" if part else "prediction" for part in Predictor.load(exported[task].folder).columns}
+    assert [{key: row[key] for key in row if key not in names} for row in predicted] == rows
+    assert score_of(task, rows, predicted) == pytest.approx(exported[task].score, abs=1e-6)
+
+
+def test_spans_are_where_they_say(exported: dict[str, ExportedAdapter], tmp_path: Path) -> None:
+    source, _ = validation(exported, "question_answering")
+    predict_file(exported["question_answering"].folder, source, tmp_path / "answers.jsonl")
+    answered = 0
+    for line in (tmp_path / "answers.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        start, text = row["prediction_start"], row["prediction"]
+        assert (start is None) == (text == "")
+        if text:
+            answered += 1
+            assert row["context"][start : start + len(text)] == text
+    source, _ = validation(exported, "token_classification")
+    predict_file(exported["token_classification"].folder, source, tmp_path / "tags.jsonl")
+    for line in (tmp_path / "tags.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert len(row["prediction"]) == len(row["tokens"])
+        for entity in row["prediction_entities"]:
+            words = slice(entity["start"], entity["end"])
+            assert entity["text"] == " ".join(row["tokens"][words])
+            assert {tag[2:] for tag in row["prediction"][words]} == {entity["type"]}
+    assert answered, "a test of spans needs some"
+
+
+def test_each_text_has_a_perplexity_of_its_own(exported: dict[str, ExportedAdapter]) -> None:
+    predictor = Predictor.load(exported["language_modeling"].folder)
+    texts = ["the contract is a breach", "the the the the the the the", "dog"]
+    together = predictor.predict([{"text": text} for text in texts])
+    apart = [predictor.predict([{"text": text}])[0] for text in texts]
+    assert [row[""] for row in together] == pytest.approx([row[""] for row in apart], rel=1e-4)
+    assert len({round(row[""], 6) for row in together}) == 3
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_code_of_a_merged_models_card_runs(task: str, merged: dict[str, ExportedAdapter]) -> None:
+    card = (Path(str(merged[task].folder)) / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code, "card", "exec"), {})
+    # How well an encoder fills in words takes more than a card can show.
+    assert bool(printed.getvalue().strip()) == (task != "language_modeling")
+    assert ("pipeline_tag: fill-mask" in card) == (task == "language_modeling")
+    assert card_errors(card) == []
+
+
+# --- files ---
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("source", ["csv", "jsonl", "parquet"])
+def test_a_file_keeps_its_columns_and_rows(
+    source: str, kind: str, exported: dict[str, ExportedAdapter], clauses: Path, tmp_path: Path
+) -> None:
+    rows: list[dict[str, Any]] = list(read_csv(clauses))
+    path = tmp_path / f"in.{source}"
+    if source == "csv":
+        shutil.copy(clauses, path)
+    else:
+        rows = [{**row, "id": int(row["id"]), "tree": {"a": [1, None]}} for row in rows]
+        if source == "jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            pq.write_table(pa.Table.from_pylist(rows), path)
+    output = tmp_path / f"out.{kind}"
+    predict_file(exported["classification"].folder, path, output, name="topic")
+    if kind == "csv":
+        found: list[dict[str, Any]] = list(read_csv(output))
+        rows = [{k: json.dumps(v) if isinstance(v, dict) else str(v) for k, v in row.items()} for row in rows]
+    elif kind == "jsonl":
+        found = [json.loads(line) for line in output.read_text().splitlines()]
+    else:
+        found = pq.read_table(output).to_pylist()
+    assert list(found[0]) == [*rows[0], "topic", "topic_probability"]
+    assert [{name: row[name] for name in rows[0]} for row in found] == rows
+    assert {row["topic"] for row in found} <= {"finance", "law", "medicine"}
+
+
+def test_a_file_is_read_in_parts(
+    exported: dict[str, ExportedAdapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peftsearch.export import predict
+
+    source, _ = validation(exported, "classification")
+    folder = exported["classification"].folder
+    predict_file(folder, source, tmp_path / "whole.jsonl")
+    monkeypatch.setattr(predict, "PART", 4)
+    told: list[int] = []
+    predict_file(folder, source, tmp_path / "parts.jsonl", done=told.append)
+    assert told == [4, 4, 4, 3]
+    whole, parts = ((tmp_path / f"{name}.jsonl").read_text().splitlines() for name in ("whole", "parts"))
+    labels = [[json.loads(line)["prediction"] for line in lines] for lines in (whole, parts)]
+    assert labels[0] == labels[1]
+
+
+def test_rows_without_a_text_are_reported_and_kept(exported: dict[str, ExportedAdapter], tmp_path: Path) -> None:
+    rows = [{"text": "court notice"}, {"text": None}, {"text": "  "}, {"other": 1}, {"text": 7}, {"text": "\ud800"}]
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"text": "fever"}]))
+    found = predict_file(exported["classification"].folder, source, tmp_path / "out.jsonl")
+    assert (found.rows, found.unpredicted) == (7, 5)
+    assert found.problems == {
+        2: "the column 'text' is empty",
+        3: "the column 'text' is empty",
+        4: "the column 'text' is empty",
+        5: "the column 'text' holds int and no text",
+        6: "the column 'text' holds broken Unicode (half of a surrogate pair)",
+    }
+    (sentence,) = found.sentences()
+    assert sentence.startswith("5 of 7 rows have no prediction: row 2: the column 'text' is empty; row 3:")
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["prediction"] is None for row in written] == [False, True, True, True, True, True, False]
+    assert [row.get("text") for row in written] == [row.get("text") for row in [*rows, {"text": "fever"}]]
+
+
+def test_a_text_without_tokens_keeps_no_other_from_its_prediction(
+    exported: dict[str, ExportedAdapter], tmp_path: Path
+) -> None:
+    source = tmp_path / "in.jsonl"
+    texts = ["the court", "\u200b\ufeff", "fever"]
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    found = predict_file(exported["language_modeling"].folder, source, tmp_path / "out.jsonl")
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["prediction"] is not None for row in written] == [True, 2 not in found.problems, True]
+
+
+def test_texts_that_are_too_long_are_counted(exported: dict[str, ExportedAdapter], tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"text": "court " * 200}) + "\n" + json.dumps({"text": "court"}) + "\n")
+    found = predict_file(exported["classification"].folder, source, tmp_path / "out.jsonl")
+    assert found.sentences() == ["1 of 2 texts fill all 48 tokens that the adapter sees: their ends may be cut off"]
+
+
+# --- the command ---
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str]) -> Call:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        status = run_app(["predict", *map(str, arguments)])
+        return (status, *capfd.readouterr())
+
+    return run
+
+
+def test_the_command_says_what_it_wrote(
+    call: Call, exported: dict[str, ExportedAdapter], clauses: Path, tmp_path: Path
+) -> None:
+    folder, output = exported["classification"].folder, tmp_path / "out.csv"
+    status, out, err = call(folder, "--input", clauses, "--output", output)
+    assert (status, out) == (0, f"{output}\n")
+    assert "15 rows in" in err
+    status, out, err = call(folder, "--input", clauses, "--output", output, "--json", "--overwrite")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["columns"] == ["prediction", "prediction_probability"]
+
+    lines = clauses.read_text().splitlines(keepends=True)
+    clauses.write_text("".join(lines[:1]) + '1,,x\n2,"court",y\n')
+    status, out, err = call(folder, "--input", clauses, "--output", output, "--overwrite")
+    assert status == 1
+    assert "1 of 2 rows have no prediction: row 1: the column 'text' is empty" in err
+    assert [row["prediction"] == "" for row in read_csv(output)] == [True, False]
+
+
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    call: Call, exported: dict[str, ExportedAdapter], clauses: Path, tmp_path: Path
+) -> None:
+    folder = exported["classification"].folder
+    output = tmp_path / "results" / "out.csv"
+    (tmp_path / "texts.txt").touch()
+    (tmp_path / "empty.csv").touch()
+    (tmp_path / "broken.csv").write_text("id,text\n1\n")
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n[1]\n')
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    (tmp_path / "latin.csv").write_bytes(b"text\nf\xfcr\n")
+    (tmp_path / "taken.csv").write_text("text,prediction\na,b\n")
+    (tmp_path / "there.csv").touch()
+    bare = Path(shutil.copytree(folder, tmp_path / "bare"))
+    (bare / "adapter_model.safetensors").unlink()
+    lost = Path(shutil.copytree(folder, tmp_path / "lost"))
+    (lost / "provenance.json").unlink()
+    cases: list[tuple[list[object], str]] = [
+        ([folder, "--input", tmp_path / "none.csv"], "no file"),
+        ([folder, "--input", tmp_path / "texts.txt"], "must end in .csv, .jsonl or .parquet"),
+        ([folder, "--input", tmp_path / "empty.csv"], "needs a line with the names"),
+        ([folder, "--input", tmp_path / "broken.csv"], "line 2: 1 fields where the header names 2 (id, text)"),
+        ([folder, "--input", tmp_path / "broken.jsonl"], "line 2: not an object"),
+        ([folder, "--input", tmp_path / "broken.parquet"], "cannot read broken.parquet"),
+        ([folder, "--input", tmp_path / "latin.csv"], "is not UTF-8 text"),
+        ([folder, "--input", tmp_path / "taken.csv"], "has a column 'prediction' already"),
+        ([folder, "--input", clauses, "--column", "texts"], "has no column 'texts'; did you mean 'text'"),
+        ([folder, "--input", clauses, "--column", "txet=id"], "reads no 'txet'; did you mean 'text'"),
+        ([folder, "--input", clauses, "--column", "text="], "names no column"),
+        ([folder, "--input", clauses, "--output", tmp_path / "out.xlsx"], "--output 'out.xlsx' must end in"),
+        ([folder, "--input", clauses, "--output", tmp_path / "there.csv"], "exists: name another file"),
+        ([folder, "--input", clauses, "--output", tmp_path / "there.csv" / "x.csv"], "cannot write"),
+        ([folder, "--input", clauses, "--batch-size", 0], "batch-size"),
+        ([tmp_path / "nowhere", "--input", clauses], "no adapter folder"),
+        ([bare, "--input", clauses], "holds no adapter_model.safetensors"),
+        ([lost, "--input", clauses], "holds no provenance.json"),
+    ]
+    for arguments, message in cases:
+        given = arguments if "--output" in arguments else [*arguments, "--output", output]
+        status, out, err = call(*given)
+        assert (status, out) == (2, ""), (arguments, err)
+        assert message in err, (arguments, err)
+        assert len(err.strip().splitlines()) == 1
+        assert not output.parent.exists() or not list(output.parent.iterdir())
+    assert (tmp_path / "there.csv").read_bytes() == b""
