@@ -171,7 +171,7 @@ class TrialSession:
         self.masters = master_weights(self.model)
         self.optimizer = make_optimizer(
             self.model,
-            _head_parameters(self.model),
+            head_parameters(self.model),
             float(plan.hyperparameters["learning_rate"]),
             training,
             group.device,
@@ -474,7 +474,7 @@ def _loss_options(domain: PreparedDomain, training: TrainingSpec, device: torch.
     return LossOptions(training.label_smoothing, weights)
 
 
-def _head_parameters(model: nn.Module) -> frozenset[int]:
+def head_parameters(model: nn.Module) -> frozenset[int]:
     """The task head: what PEFT saves beside the adapter, or the modules outside the backbone of a plain model."""
     from peft import PeftModel
     from peft.utils import ModulesToSaveWrapper
