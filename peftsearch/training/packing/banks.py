@@ -127,6 +127,9 @@ class Banks:
         self._reached: set[int] = set()
         self._options = [self._take(row) for row in range(len(self.sessions))]
         self._optimizers = [self._optimizer(row) for row in range(len(self.sessions))]
+        # Last, when nothing can go wrong any more: from here on members live in the banks.
+        for row in range(len(self.sessions)):
+            self._move_in(row)
         self._largest_norms = torch.tensor(
             [session.training.max_grad_norm for session in self.sessions], device=self._device
         )
@@ -240,6 +243,10 @@ class Banks:
             if known != options:
                 raise NotPackableError("parameters of one kind have different learning rates")
             found[id(bank)] = (known, state["step"] if state else steps)
+        return found
+
+    def _move_in(self, row: int) -> None:
+        """Let the parameters of a member's own modules lie in its row, and list what gradients are computed for."""
         numbers = {key: number for number, key in enumerate(self.leaves)}
         for placed in self._placed[row]:
             placed.parameter.grad = None
@@ -252,7 +259,6 @@ class Banks:
                 self._into.append(placed.view(part.of(part.bank.gradients[row])))
             else:
                 self._number_of[id(placed.parameter)] = numbers[placed.key]
-        return found
 
     def _optimizer(self, row: int) -> torch.optim.AdamW:
         groups, states = [], []

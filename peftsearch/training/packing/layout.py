@@ -25,6 +25,10 @@ class Layout:
     encoder_mask: Tensor | None = None
     """Mask of the encoder's output where soft tokens have made it longer than its input."""
 
+    def widths_of(self, source: str) -> list[int]:
+        """How wide each member's texts are; a decoder that is given none reads its encoder's."""
+        return self.widths.get(source, self.widths["input_ids"])
+
     def slice(self, member: int) -> slice:
         """A member's rows."""
         return slice(member * self.rows, (member + 1) * self.rows)

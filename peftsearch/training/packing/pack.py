@@ -71,8 +71,12 @@ class Pack:
         self._counts: dict[tuple[int, ...], Tensor] = {}
         self.losses = torch.zeros(len(self.sessions), dtype=torch.float64, device=self.device)
         """By member, the loss of the last step, summed over its examples."""
+        self.total = torch.zeros_like(self.losses)
+        """By member, the losses of all steps."""
         self.counts = [0] * len(self.sessions)
         """By member, the examples of the last step."""
+        self.examples = [0] * len(self.sessions)
+        """By member, the examples of all steps."""
 
     def close(self) -> None:
         """Give the members their parameters back."""
@@ -101,7 +105,9 @@ class Pack:
             self._counts[counts] = torch.tensor(counts, dtype=torch.float64, device=self.device)
         # Kept on the device: reading it every step would make the host wait for the GPU.
         self.losses = losses.double() * self._counts[counts]
+        self.total = self.total + self.losses
         self.counts = list(counts)
+        self.examples = [done + count for done, count in zip(self.examples, counts, strict=True)]
         for session in self.sessions:
             session.step += 1
 
@@ -168,7 +174,7 @@ class Pack:
         self.layout.rows = max(len(batch["input_ids"]) for batch in batches)
         self.layout.widths = {name: [batch[name].shape[1] for batch in batches] for name in names}
         for prompts in self._prompts:
-            for member, width in enumerate(self.layout.widths[prompts.source]):
+            for member, width in enumerate(self.layout.widths_of(prompts.source)):
                 try:
                     prompts.check(member, width)
                 except ValueError as error:

@@ -85,7 +85,7 @@ class PackedPrompts:
         if self.keep:
             return output
         hidden = output[0]
-        widths = self.layout.widths[self.source]
+        widths = self.layout.widths_of(self.source)
         whole = max(widths)
         cut = [
             hidden[self.layout.slice(member), count : count + width]
@@ -110,7 +110,7 @@ class PackedPrompts:
 
     def _in_front(self, tensor: Tensor, front: Sequence[Tensor | None]) -> Tensor:
         """A tensor (rows, length, ...) with something in front of each slice, filled up with zeros behind."""
-        widths = self.layout.widths[self.source]
+        widths = self.layout.widths_of(self.source)
         longest = max(count + width for count, width in zip(self.counts, widths, strict=True))
         rows = []
         for member, width in enumerate(widths):
