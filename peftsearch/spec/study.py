@@ -342,7 +342,8 @@ class ResourcesSpec(_Section):
         default="auto", description="Worker groups; auto fills the machines that are there, also later ones"
     )
     pack: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        default="auto", description="Trials trained at once per slot"
+        default="auto",
+        description="Trials that a slot trains at once over one frozen base; auto: measured on a GPU, 1 on CPUs",
     )
     max_retries: int = Field(default=3, ge=0, description="A trial that breaks a slot more often is FAILED")
 

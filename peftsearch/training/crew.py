@@ -66,10 +66,11 @@ class Crew:
         self._tell = tell
         self.members: list[Member] = []
         self._pack: Pack | None = None
-        self._steps = self._began = 0.0
+        self._steps, self._began = 0, 0.0
         self._resident = 0
         self._hosts: dict[Hashable, Host] = {}
         self._ready: dict[int, Outcome] = {}
+        self._checked: set[Hashable] = set()
 
     @property
     def idle(self) -> bool:
@@ -170,7 +171,16 @@ class Crew:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             self._resident = torch.cuda.memory_allocated(device)
-        pack = Pack(sessions, self._host(self.members[0].segment))
+        first = self.members[0].segment
+        pack = Pack(sessions, self._host(first))
+        kind = (pack_key(self.worker.plan, first), frozenset(session.plan.method for session in sessions))
+        if len(sessions) > 1 and kind not in self._checked:
+            try:
+                pack.check()
+            except BaseException:
+                pack.close()
+                raise
+            self._checked.add(kind)
         self._pack, self._steps, self._began = pack, 0, time.perf_counter()
 
     def _open(self) -> None:
@@ -243,10 +253,9 @@ class Crew:
         """After a step that failed, and that nobody has made: whoever is to blame leaves, or fewer go on."""
         if isinstance(trouble, StorageError):
             raise trouble
-        if isinstance(trouble, MemberError) and self._pack is not None:
-            failed = self._pack.sessions[trouble.member]
+        if isinstance(trouble, MemberError):
             self._open()
-            member = next(member for member in self.members if member.session is failed)
+            member = next(member for member in self.members if member.session is trouble.session)
             self.members.remove(member)
             self.worker.drop(member.segment)
             return {member.lease: Failure(describe(trouble.error))}

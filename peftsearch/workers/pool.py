@@ -162,6 +162,10 @@ class SlotPool:
         broken = sum(bool(run.broken) for run in list(self._runs.values()))
         return max(1, self._wanted - broken) * self._at_once
 
+    def at_once(self) -> int:
+        """How many trials one slot trains at once at most, as far as is known by now."""
+        return self._at_once
+
     def wait_ready(self, stopped: Callable[[], bool]) -> None:
         """Wait until a first slot is warm (the others join when they are), none can be, or somebody asked to stop."""
         import ray

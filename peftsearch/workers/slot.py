@@ -119,19 +119,20 @@ def _lead_several(worker: Worker, link: _Link, me: str) -> None:
     while not (crew.idle and (stopping or worker.must_leave())):
         if asked is None and not stopping:
             asked = link.begin("take", at_work=bool(works))
+        order = Order()
         if asked is not None and (crew.idle or ray.wait([asked], timeout=0)[0]):
-            order: Order = ray.get(asked)
+            order = ray.get(asked)
             asked = None
-            if order.rejoin:
-                link.rejoin()
-                continue
-            stopping = order.stop
-            worker.forget(order.ended)
-            if order.lease is not None and order.work is not None:
-                works |= {order.lease: order.work, **dict(order.beside)}
-                link.doing = list(works.values())
-                _begin(crew, worker, link, order)
+        if order.rejoin:
+            link.rejoin()
+            continue
+        stopping = stopping or order.stop
+        worker.forget(order.ended)
+        if order.lease is not None and order.work is not None:
+            works |= {order.lease: order.work, **dict(order.beside)}
+            link.doing = list(works.values())
         try:
+            _begin(crew, worker, link, order)
             outcomes = crew.advance()
         except Exception as error:
             for lease in works:
@@ -146,7 +147,8 @@ def _lead_several(worker: Worker, link: _Link, me: str) -> None:
 def _begin(crew: Crew, worker: Worker, link: _Link, order: Order) -> None:
     """Let work that was handed out be trained with what the crew has, or do it at once where it is done alone."""
     size = order.at_once
-    assert order.lease is not None
+    if order.lease is None:
+        return
     if size == 0:
         assert isinstance(order.work, Segment)
         size = crew.size(order.work)

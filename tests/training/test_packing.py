@@ -318,3 +318,26 @@ def test_other_methods_say_that_they_are_not_packed(method: str, tmp_path: Path)
     with pytest.raises(NotPackableError):
         trials.pack([trials.session(1, "lora", SAMPLES["lora"]), session])
     assert all(torch.equal(before[name], parameter) for name, parameter in session.parameters.items())
+
+
+def test_a_model_that_mixes_up_its_batch_is_found_out(tmp_path: Path) -> None:
+    trials = Trials(planned(tmp_path, "encoder", "classification"), tmp_path / "study")
+    host = Host(trials.base, trials.domain, None)
+
+    def pack() -> Pack:
+        return Pack([trials.session(n, *MIXED[n], seed=n) for n in range(len(MIXED))], host)
+
+    sound = pack()
+    sound.check()
+    found = together(sound, STEPS)
+    sound.close()
+    untouched = pack()
+    assert together(untouched, STEPS) == found
+    untouched.close()
+    # As of a model that works on its tokens one after another, for all texts at once.
+    layer = next(module for name, module in host.model.named_modules() if name.endswith("encoder.layer.0"))
+    layer.register_forward_hook(lambda module, args, output: output.roll(1, 0))
+    mixed = pack()
+    with pytest.raises(NotPackableError, match="gradients of trial"):
+        mixed.check()
+    mixed.close()

@@ -171,6 +171,18 @@ class Banks:
         else:
             torch._foreach_add_(views, gradients)
 
+    def difference(self, row: int, loss: Tensor) -> tuple[float, float]:
+        """How far the gradients in a member's row are from those of its own model's loss, and how large these are."""
+        parameters = [placed.parameter for placed in self._placed[row]]
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        off = size = torch.zeros((), device=self._device)
+        for placed, gradient in zip(self._placed[row], found, strict=True):
+            part = self._parts[placed.key]
+            mine = placed.view(part.of(part.bank.gradients[row])).float()
+            own = torch.zeros_like(mine) if gradient is None else gradient.float()
+            off, size = off + (mine - own).square().sum(), size + own.square().sum()
+        return float(off.sqrt()), float(size.sqrt())
+
     def step(self, factors: Sequence[float]) -> None:
         """Clip every member's gradients by their own norm, and let its own AdamW step.
 

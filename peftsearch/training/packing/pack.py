@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,13 +24,16 @@ _TOKENS = ("input_ids", "decoder_input_ids")
 _BY_TOKEN = ("start_logits", "end_logits")
 """Outputs with a number for each token and no further dimension."""
 
+_ALIKE, _ALIKE_QUANTISED = 0.05, 0.3
+"""How far a pack's gradients may be from a member's own, as a share of these. What is mixed up is off by far more."""
+
 
 class MemberError(Exception):
     """One member cannot go on, for a reason of its own; the others can."""
 
-    def __init__(self, member: int, error: Exception) -> None:
+    def __init__(self, session: TrialSession, error: Exception) -> None:
         super().__init__(str(error))
-        self.member = member
+        self.session = session
         self.error = error
 
 
@@ -111,7 +115,37 @@ class Pack:
         for session in self.sessions:
             session.step += 1
 
+    def check(self) -> None:
+        """Compare every member's gradients with those that its own model gives, before the first step.
+
+        A pack takes for granted that a model treats the rows of a batch apart from each other and leaves them in their
+        order. An architecture that does not (and whose layers have the right shapes by chance) would train wrongly,
+        without an error; it is worth a forward and backward pass of each member to know.
+
+        Raises:
+            NotPackableError: They differ by more than rounding.
+            MemberError: As `step`.
+        """
+        self.host.model.eval()
+        indices = [session.order.batch(session.step) for session in self.sessions]
+        self._gradients(indices, autocast=False)
+        for row, session in enumerate(self.sessions):
+            session.model.eval()
+            difference, size = self.banks.difference(row, self._own_loss(session, indices[row]))
+            bound = _ALIKE if session.plan.hyperparameters.get("quantization", "none") == "none" else _ALIKE_QUANTISED
+            if not difference <= bound * size and math.isfinite(size):
+                raise NotPackableError(
+                    f"in a pack, gradients of trial {session.plan.number} are off by {difference / size:.0%}"
+                )
+
     # --- inside ---
+
+    def _own_loss(self, session: TrialSession, rows: Sequence[int]) -> Tensor:
+        """The loss of a member by itself, in its own model."""
+        task = self.domain.task
+        batch = to_device(task.collate(self.domain.split("train")[rows], self.domain.pad_token_id), self.device)
+        output = session.model(**{name: value for name, value in batch.items() if name not in task.hidden})
+        return task.losses(output, batch, session.loss_options).mean()
 
     def _train(self) -> None:
         if not self.host.model.training:
@@ -120,7 +154,7 @@ class Pack:
             if not session.model.training:
                 session.model.train()
 
-    def _gradients(self, indices: Sequence[Sequence[int]]) -> Tensor:
+    def _gradients(self, indices: Sequence[Sequence[int]], *, autocast: bool = True) -> Tensor:
         """Gradients of every member's mean loss, in the banks; returns these losses."""
         part = [-(-len(rows) // self._accumulation) for rows in indices]
         parts = [
@@ -134,7 +168,7 @@ class Pack:
             rows = [own[number] if number < len(own) else own[0][:1] for own in parts]
             batches = self._collate(rows)
             inputs = self._inputs(batches)
-            with training_autocast(self._precision, self.device):
+            with training_autocast(self._precision if autocast else "fp32", self.device):
                 output = self.host.model(**inputs)
             found = []
             for member, batch in enumerate(batches):
@@ -178,7 +212,7 @@ class Pack:
                 try:
                     prompts.check(member, width)
                 except ValueError as error:
-                    raise MemberError(member, error) from error
+                    raise MemberError(self.sessions[member], error) from error
         inputs = {
             name: filled(
                 [batch[name] for batch in batches],
