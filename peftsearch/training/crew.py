@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
@@ -70,6 +69,7 @@ class Crew:
         self._resident = 0
         self._hosts: dict[Hashable, Host] = {}
         self._ready: dict[int, Outcome] = {}
+        self._ended: list[Member] = []
         self._checked: set[Hashable] = set()
 
     @property
@@ -125,28 +125,32 @@ class Crew:
         self._ready[lease] = outcome
 
     def advance(self) -> dict[int, Outcome]:
-        """Train one step; returns what has come to its end, by lease."""
+        """Train one step, or make one evaluation; returns what has come to its end, by lease.
+
+        Trials whose segments end together are evaluated in turn, so that the first one's next segment can be asked for
+        while the others are.
+        """
         if self._ready:
             ready, self._ready = self._ready, {}
             return ready
         if self.worker.must_leave():
             return self._leave()
+        if self._ended:
+            member = self._ended.pop(0)
+            outcome = self._stop(member)
+            if outcome is None:
+                return {}
+            self.members.remove(member)
+            return {member.lease: outcome}
         if not self.members:
             return {}
         trouble = self._step()
         if trouble is not None:
             return self._mend(trouble)
-        ended = [member for member in self.members if member.session.step >= member.stops[0]]
-        if not ended:
-            return {}
-        self._open()
-        outcomes: dict[int, Outcome] = {}
-        for member in ended:
-            outcome = self._stop(member)
-            if outcome is not None:
-                outcomes[member.lease] = outcome
-                self.members.remove(member)
-        return outcomes
+        self._ended = [member for member in self.members if member.session.step >= member.stops[0]]
+        if self._ended:
+            self._open()
+        return {}
 
     # --- inside ---
 
@@ -238,7 +242,7 @@ class Crew:
 
     def _all_out(self) -> list[Member]:
         self._open()
-        members, self.members = self.members, []
+        members, self.members, self._ended = self.members, [], []
         return members
 
     def _set_aside(self, member: Member, outcome: Outcome) -> Outcome:
@@ -299,6 +303,3 @@ def _give_back(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-__all__: list[Any] = ["Crew", "Member"]

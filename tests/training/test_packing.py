@@ -341,3 +341,25 @@ def test_a_model_that_mixes_up_its_batch_is_found_out(tmp_path: Path) -> None:
     with pytest.raises(NotPackableError, match="gradients of trial"):
         mixed.check()
     mixed.close()
+
+
+def test_half_precision_weights_have_their_masters_in_a_pack_too(tmp_path: Path) -> None:
+    """A head in bf16 would lose most steps: what AdamW steps on is float32, alone and in a pack."""
+    plan = planned(tmp_path, "decoder", "classification")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "bfloat16"}))
+    trials = Trials(plan, tmp_path / "study")
+    configurations = MIXED[:2]
+    solo = [trials.session(n, method, values, seed=n) for n, (method, values) in enumerate(configurations)]
+    assert all(session.masters for session in solo)
+    expected = [alone(session, STEPS) for session in solo]
+    members = [trials.session(n, method, values, seed=n) for n, (method, values) in enumerate(configurations)]
+    pack = trials.pack(members)
+    found = together(pack, STEPS)
+    pack.close()
+    for number, losses in enumerate(expected):
+        assert found[number] == pytest.approx(losses, rel=3e-2)
+    for mine, own in zip(members, solo, strict=True):
+        for name, master in own.masters.items():
+            torch.testing.assert_close(mine.masters[name], master, rtol=0.1, atol=5e-3)
+            assert torch.equal(mine.parameters[name].detach(), mine.masters[name].detach().to(torch.bfloat16))
