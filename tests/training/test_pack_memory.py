@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_crew import assert_alike
 from tiny_models import SAMPLES
 
 from peftsearch.search.plan import plan_study

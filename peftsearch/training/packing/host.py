@@ -42,6 +42,8 @@ class Host:
             setattr(self.model.get_submodule(parent), child, self.own[path])
         self._frozen = dict(self.model.named_parameters(remove_duplicate=False))
         self._handles: list[Any] = []
+        self._begins: dict[str, str] = {}
+        """Where feed-forward sublayers begin, by their ends; seeking them takes milliseconds each."""
 
     def attach(self, layout: Layout, parts: Sequence[Parts], banks: Banks) -> list[PackedPrompts]:
         """Make the model that of these members, until `detach`; returns what puts soft tokens in front of texts."""
@@ -57,7 +59,9 @@ class Host:
                 change = _bottleneck(path, parts, leaf, parallel)
                 changes.setdefault(path, []).append(change)
                 if parallel:
-                    begin = self.model.get_submodule(feed_forward_input(self.model, path))
+                    if path not in self._begins:
+                        self._begins[path] = feed_forward_input(self.model, path)
+                    begin = self.model.get_submodule(self._begins[path])
                     self._handles.append(begin.register_forward_pre_hook(_remember(change)))
         for path, several in changes.items():
             module = self.model.get_submodule(path)
