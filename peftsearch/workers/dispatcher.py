@@ -67,10 +67,13 @@ class _Slot:
     ended: list[str] = field(default_factory=list)
     doing: list[Work] = field(default_factory=list)
     """Work that it was handed by a dispatcher that died since."""
-    key: Hashable | None = None
-    """What kind of work it has leased, where it may have more of it."""
     leaving: bool = False
     info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def at_work(self) -> list[Work]:
+        """What it is working on, whoever handed it out."""
+        return [*(job.work for job in self.leased.values()), *self.doing]
 
 
 class Dispatcher:
@@ -272,7 +275,7 @@ class Dispatcher:
         """So many trials like the leased one are worth training at once."""
         mine = self._mine(slot, incarnation)
         if mine is not None and lease in mine.leased:
-            self.sizes.found[mine.key] = size
+            self.sizes.found[self.sizes.key(mine.leased[lease].work)] = size
             self._wake()
 
     async def note(self, slot: int, incarnation: str, key: Hashable, size: int, text: str) -> None:
@@ -314,13 +317,18 @@ class Dispatcher:
             job = self._choose_one(slot)
             return [] if job is None else [job]
         now = time.monotonic()
+        # A trial whose actor was lost asks again for what is being trained: that comes when it is done.
+        trained = {_trial(work) for other in self._slots.values() for work in other.at_work} - {None}
         free = [
             job
             for job in self._queue
-            if _held(job, slot) or (now >= self._settled and self._is_nobodys(job, slot, now))
+            if _trial(job.work) not in trained
+            and (_held(job, slot) or (now >= self._settled and self._is_nobodys(job, slot, now)))
         ]
         if any(job.alone for job in slot.leased.values()):
             return []
+        in_hand = slot.at_work
+        key = self.sizes.key(in_hand[0]) if in_hand else None
         waiting = [
             Waiting(job, None if job.alone else self.sizes.key(job.work), _held(job, slot), now - job.queued_at)
             for job in free
@@ -331,10 +339,10 @@ class Dispatcher:
             if other is not slot and other.ready and other.seen > now - 3 * _POLL_SECONDS
         ]
         others = Others(
-            sum(not other.leased for other in warm),
-            tuple((other.key, len(other.leased)) for other in warm if other.leased),
+            sum(not other.at_work for other in warm),
+            tuple((self.sizes.key(other.at_work[0]), len(other.at_work)) for other in warm if other.at_work),
         )
-        return [item.job for item in choose(waiting, slot.key, len(slot.leased), self.sizes, others)]
+        return [item.job for item in choose(waiting, key, len(in_hand), self.sizes, others)]
 
     def _is_nobodys(self, job: _Job, slot: _Slot, now: float) -> bool:
         """Whether no other slot does the work or is about to ask for it."""
@@ -369,10 +377,10 @@ class Dispatcher:
                         other.holds.discard(job.work.trial.key)
                         other.ended.append(job.work.trial.key)
                 slot.holds.add(job.work.trial.key)
-        slot.key = None if jobs[0].alone else self.sizes.key(jobs[0].work)
         ended, slot.ended = tuple(slot.ended), []
         (lease, work), *beside = leases
-        return Order(lease, work, tuple(beside), self.sizes.of(slot.key), ended)
+        at_once = 1 if jobs[0].alone else self.sizes.of(self.sizes.key(work))
+        return Order(lease, work, tuple(beside), at_once, ended)
 
     def _requeue(self, slot: _Slot, reason: str, *, blame: bool = True) -> None:
         several = len(slot.leased) > 1
@@ -414,3 +422,8 @@ class Dispatcher:
 def _held(job: _Job, slot: _Slot) -> bool:
     """Whether the slot has the trial's state in memory."""
     return isinstance(job.work, Segment) and job.work.trial.key in slot.holds
+
+
+def _trial(work: Work) -> str | None:
+    """The key of the trial that a segment is of."""
+    return work.trial.key if isinstance(work, Segment) else None

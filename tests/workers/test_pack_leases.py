@@ -220,21 +220,47 @@ def test_a_slot_that_leaves_gives_everything_back_and_gets_nothing_more() -> Non
     run(scenario)
 
 
-def test_a_dispatcher_that_was_started_anew_leaves_a_slot_its_work() -> None:
+def test_a_dispatcher_that_does_not_know_what_a_slot_does_leaves_it_its_work() -> None:
+    """It was started anew: the slot joins with what it does, and trial actors ask again for just that."""
+
     async def scenario() -> None:
-        dispatcher = Dispatcher(max_retries=1, restarted=True, sizes=Sizes(key, 4))
+        dispatcher = Dispatcher(max_retries=1, sizes=Sizes(key, 4))
         doing = [segment(0), segment(1)]
         await dispatcher.join(0, "life-0", info={}, doing=doing)
-        tasks = await queued(dispatcher, *doing, segment(2))
-        # What the slot asks for beside its work does not make it forget that.
-        asked = asyncio.create_task(dispatcher.take(0, "life-0", at_work=True))
+        tasks = await queued(dispatcher, *doing, segment(2), segment(3, domain="another"))
+        # More of the same kind, and none of it twice.
+        order = await dispatcher.take(0, "life-0", at_work=True)
+        assert given(order) == [segment(2)]
+        more = asyncio.create_task(dispatcher.take(0, "life-0", at_work=True))
         await asyncio.sleep(0.01)
-        await dispatcher.finish(0, "life-0", 77, outcome("first"), segment(0))
-        assert (await tasks[0])[0].details["text"] == "first"
-        await dispatcher.finish(0, "life-0", 78, outcome("second"), segment(1))
-        assert (await tasks[1])[0].details["text"] == "second"
-        asked.cancel()
-        tasks[2].cancel()
+        assert not more.done()
+        for number, lease in ((0, 77), (1, 78), (2, leases(order)[0])):
+            await dispatcher.finish(0, "life-0", lease, outcome(str(number)), segment(number))
+            assert (await tasks[number])[0].details["text"] == str(number)
+        assert given(await asyncio.wait_for(more, 1)) == [segment(3, domain="another")]
+        tasks[3].cancel()
+
+    run(scenario)
+
+
+def test_what_is_being_trained_is_not_handed_out_a_second_time() -> None:
+    """A trial actor that was lost asks again; its first question is still being worked on."""
+
+    async def scenario() -> None:
+        dispatcher = Dispatcher(max_retries=1, sizes=Sizes(key, 4))
+        await started(dispatcher, 0)
+        (lost,) = await queued(dispatcher, segment(0))
+        order = await dispatcher.take(0, "life-0")
+        lost.cancel()
+        (again,) = await queued(dispatcher, segment(0))
+        more = asyncio.create_task(dispatcher.take(0, "life-0", at_work=True))
+        await asyncio.sleep(0.01)
+        assert not more.done()
+        await dispatcher.finish(0, "life-0", leases(order)[0], outcome("to nobody"), segment(0))
+        order = await asyncio.wait_for(more, 1)
+        assert given(order) == [segment(0)]
+        await dispatcher.finish(0, "life-0", leases(order)[0], outcome("to the second"), segment(0))
+        assert (await again)[0].details["text"] == "to the second"
 
     run(scenario)
 
