@@ -38,6 +38,8 @@ class Member:
         stops: Evaluations to be passed by, and the segment's end.
         done: What is done since the last stop.
         peak_memory: Bytes, on a GPU; 0 elsewhere.
+        steps: How many it has made here.
+        shared: These, each times the number of trials that made it.
     """
 
     lease: int
@@ -46,6 +48,8 @@ class Member:
     stops: list[int]
     done: Part = field(default_factory=Part)
     peak_memory: int = 0
+    steps: int = 0
+    shared: int = 0
 
 
 class Crew:
@@ -202,6 +206,8 @@ class Crew:
             loss, examples = losses[id(member.session)]
             done = member.done
             member.done = Part(done.loss + loss, done.examples + examples, done.seconds + seconds)
+            member.steps += self._steps
+            member.shared += self._steps * len(self.members)
             member.peak_memory = max(member.peak_memory, share if peak else 0)
             if self._steps:
                 member.session.draw_anew(member.session.plan.seed * 65_537 + _MORE + member.session.step)
@@ -231,7 +237,7 @@ class Crew:
                 peak_memory=member.peak_memory or None,
             )
             if last:
-                return result
+                return replace(result, together=round(member.shared / max(1, member.steps), 3))
         member.stops.pop(0)
         member.done = Part()
         return SetAside()

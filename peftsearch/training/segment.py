@@ -131,6 +131,8 @@ class SegmentResult:
     test: TestReading | None = None
     stopped: bool = False
     """Whether early stopping ended the trial: this is its last result."""
+    together: float = 1.0
+    """How many trials shared the segment's steps, on average."""
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,9 @@ def test_trials_that_come_and_go_have_their_own_results(plan: StudyPlan, tmp_pat
         for mine, own in zip(outcomes, expected[number], strict=True):
             assert_alike(mine, own)
         assert_same_weights(tmp_path / "packed", tmp_path / "alone", number)
+    together = [outcome.together for outcomes in found.values() for outcome in outcomes]
+    assert max(together) > 3
+    assert min(together) >= 1
 
 
 def test_a_worker_that_must_leave_writes_everybodys_state(plan: StudyPlan, tmp_path: Path) -> None:

@@ -100,6 +100,9 @@ def test_a_slot_trains_what_packs_together_and_the_rest_alone(cluster: None, pla
         running.stop()
         torch.set_num_threads(threads)
     assert isinstance(guessed, ProbeResult)
+    # Four of them pack, three at once; nobody waits for more than one round.
+    assert max(result.together for result in first) > 2
+    assert [result.together for result in first if result.train_loss == first[2].train_loss] == [1.0]
     alone = Worker(plan.for_workers(tmp_path / "alone", threads=1), WorkerGroup())
     for number, own in enumerate(asked):
         for segment, found in zip(own, (first[number], second[number]), strict=True):
