@@ -36,26 +36,26 @@ class Placed:
         own: Whether the parameter itself lies in the row while it is packed, for modules that are called as they are.
     """
 
-    parameter: nn.Parameter
+    parameter: Tensor
     key: Key
     shape: tuple[int, ...]
     view: Callable[[Tensor], Tensor]
     own: bool = False
 
 
-def along_rows(parameter: nn.Parameter, key: Key) -> Placed:
+def along_rows(parameter: Tensor, key: Key) -> Placed:
     """A parameter whose first dimension is padded: (rank, in), (bottleneck, in), (tokens, width), (bottleneck,)."""
     size = len(parameter)
     return Placed(parameter, key, tuple(parameter.shape), lambda part: part[:size])
 
 
-def along_columns(parameter: nn.Parameter, key: Key) -> Placed:
+def along_columns(parameter: Tensor, key: Key) -> Placed:
     """A matrix (out, rank) that is kept as (rank, out), padded in its rank."""
     size = parameter.shape[1]
     return Placed(parameter, key, (size, parameter.shape[0]), lambda part: part[:size].T)
 
 
-def as_it_is(parameter: nn.Parameter, key: Key) -> Placed:
+def as_it_is(parameter: Tensor, key: Key) -> Placed:
     """A parameter of a module that is called as it is."""
     shape, size = parameter.shape, parameter.numel()
     return Placed(parameter, key, (size,), lambda part: part[:size].view(shape), own=True)

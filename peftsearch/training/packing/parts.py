@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftsearch.methods.bottleneck.hybrid import HybridLayer
 from peftsearch.methods.bottleneck.layer import BottleneckLayer
@@ -28,8 +28,8 @@ class NotPackableError(RuntimeError):
 class LowRank:
     """``y + scale * up(down(dropout(x)))``: ``down`` has shape (rank, in), ``up`` (out, rank)."""
 
-    down: nn.Parameter
-    up: nn.Parameter
+    down: Tensor
+    up: Tensor
     scale: float
     dropout: float
 
@@ -50,7 +50,7 @@ class Bottleneck:
 class Prompt:
     """Soft tokens in front of a stack's text, of shape (tokens, width)."""
 
-    tokens: nn.Parameter
+    tokens: Tensor
     keep: bool
     """Whether their outputs stay in: an encoder's, for the cross-attention of its decoder."""
 
@@ -67,7 +67,7 @@ class Parts:
     frozen: dict[str, nn.Parameter] = field(default_factory=dict)
     """The base's own parameters, by their names in the base."""
 
-    def parameters(self) -> Iterator[nn.Parameter]:
+    def parameters(self) -> Iterator[Tensor]:
         """All that is trained here."""
         for low in self.low_rank.values():
             yield from (low.down, low.up)
