@@ -219,6 +219,7 @@ def run_study(
 
             probes = [_start_probes(pool, plan, facts, save_facts, events)]
             events.planned(run)
+            run.at_once = pool.at_once
             run_trials(run, pool.dispatcher, pool.concurrency, over)
             if spec.confirm.seeds and not over():
                 confirming = confirmations()

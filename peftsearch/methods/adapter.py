@@ -50,6 +50,10 @@ class BottleneckAdapter(Method):
     }
     priors = ({"bottleneck": 64, "learning_rate": 1e-3},)
 
+    def packs(self, hyperparameters: Mapping[str, Any]) -> bool:
+        """Always: bottlenecks."""
+        return True
+
     def attach(self, model: PreTrainedModel, hyperparameters: Mapping[str, Any], context: AttachContext) -> nn.Module:
         """See `Method.attach`; raises ValueError for an architecture whose sublayers are not clear."""
         from peft import get_peft_model

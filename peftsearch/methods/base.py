@@ -156,6 +156,14 @@ class Method(ABC):
             ValueError: The configuration does not fit the model; the sentence becomes the trial's error.
         """
 
+    def packs(self, hyperparameters: Mapping[str, Any]) -> bool:
+        """Whether trials of such a configuration can be trained together over one frozen base.
+
+        `peftsearch.training.packing` knows low-rank updates, bottlenecks, soft tokens and modules of a trial's own. A
+        method that trains anything else leaves this as it is, and its trials are trained one after another.
+        """
+        return False
+
     def check(self, hyperparameters: Mapping[str, Any]) -> None:  # noqa: B027
         """Refuse combinations of values that cannot work, before anything is built.
 

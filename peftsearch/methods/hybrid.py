@@ -29,6 +29,10 @@ class Hybrid(Method):
     }
     priors = ({"rank": 8, "alpha": 16.0, "bottleneck": 32, "learning_rate": 5e-4},)
 
+    def packs(self, hyperparameters: Mapping[str, Any]) -> bool:
+        """Always: low-rank updates and bottlenecks."""
+        return True
+
     def attach(self, model: PreTrainedModel, hyperparameters: Mapping[str, Any], context: AttachContext) -> nn.Module:
         """See `Method.attach`; raises ValueError where the model has no such layers, or its sublayers are not clear."""
         from peft import get_peft_model

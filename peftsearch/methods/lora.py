@@ -64,6 +64,10 @@ class Lora(Method):
     }
     priors = ({"rank": 16, "alpha": 32.0, "learning_rate": 3e-4},)
 
+    def packs(self, hyperparameters: Mapping[str, Any]) -> bool:
+        """All but DoRA, whose magnitudes scale the base's own output."""
+        return bool(hyperparameters["variant"] != "dora")
+
     def attach(self, model: PreTrainedModel, hyperparameters: Mapping[str, Any], context: AttachContext) -> nn.Module:
         """See `Method.attach`; raises ValueError where the model has no such layers."""
         from peft import LoraConfig, get_peft_model

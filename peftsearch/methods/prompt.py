@@ -46,6 +46,10 @@ class PromptTuning(Method):
     }
     priors = ({"tokens": 20, "learning_rate": 3e-2},)
 
+    def packs(self, hyperparameters: Mapping[str, Any]) -> bool:
+        """Always: soft tokens; on a bare model PEFT's own are found not to, and run alone."""
+        return True
+
     def attach(self, model: PreTrainedModel, hyperparameters: Mapping[str, Any], context: AttachContext) -> nn.Module:
         """See `Method.attach`; raises ValueError where the soft tokens leave no positions for text."""
         from peft import PromptTuningConfig

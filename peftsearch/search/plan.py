@@ -104,6 +104,7 @@ class StudyPlan:
             training={method: self.spec.training_of(method) for method in self.spec.methods},
             threads=threads,
             general_texts=self.general_texts,
+            pack=self.spec.resources.trials_at_once,
             strategy=self.spec.resources.strategy,
         )
 

@@ -104,6 +104,8 @@ class StudyRun:
         self.ledger = ledger
         self.broken: str | None = None
         """Why no trial can go on, where none is to blame; those that are RUNNING stay so."""
+        self.at_once: Callable[[], int] = lambda: 1
+        """How many trials a slot trains at once, by now."""
         self._count = count
         self._cost = cost
         self._observers = observers
@@ -137,7 +139,8 @@ class StudyRun:
     def next_trial(self) -> TrialRecord | None:
         """An interrupted trial to continue, or a new one; None when every cell has had its share.
 
-        Cells take turns, so that at any moment they have had (nearly) the same budget.
+        Cells take turns, so that at any moment they have had (nearly) the same budget. Where slots train several trials
+        at once, turns are so long that those of one domain and model, which can be trained together, come together.
         """
         if self._interrupted:
             return self.ledger.record(self._interrupted.pop(0))
@@ -219,7 +222,8 @@ class StudyRun:
 
     def _next_cell(self) -> Cell | None:
         started = [(self.ledger.started(cell.key), index) for index, cell in enumerate(self.cells)]
-        left = [(count, index) for count, index in started if count < self._share(self.cells[index])]
+        turn = -(-self.at_once() // max(1, len({cell.method for cell in self.cells})))
+        left = [(count // turn, index) for count, index in started if count < self._share(self.cells[index])]
         return self.cells[min(left)[1]] if left else None
 
     def _share(self, cell: Cell) -> int:

@@ -342,7 +342,8 @@ class ResourcesSpec(_Section):
         default="auto", description="Worker groups; auto fills the machines that are there, also later ones"
     )
     pack: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        default="auto", description="Trials trained at once per slot"
+        default="auto",
+        description="Trials that a slot trains at once over one frozen base; auto: measured on a GPU, 1 on CPUs",
     )
     max_retries: int = Field(default=3, ge=0, description="A trial that breaks a slot more often is FAILED")
 
@@ -355,12 +356,21 @@ class ResourcesSpec(_Section):
             )
         return self
 
-    @field_validator("pack")
-    @classmethod
-    def _pack(cls, value: int | str) -> int | str:
-        if value not in (1, "auto"):
-            raise ValueError("packing several trials per slot is not available yet: write 'auto' or 1")
-        return value
+    @model_validator(mode="after")
+    def _packs_of_one_worker(self) -> Self:
+        if self.pack not in (1, "auto") and self.workers_per_trial > 1:
+            raise ValueError(
+                f"pack: {self.pack} puts several trials on one worker, and workers_per_trial one trial on "
+                f"{self.workers_per_trial}: write pack: auto or 1, or workers_per_trial: 1"
+            )
+        return self
+
+    @property
+    def trials_at_once(self) -> int | Literal["auto"]:
+        """How many trials a slot trains at once; auto where that is measured, as it is on a GPU alone."""
+        if self.pack == "auto" and (self.workers_per_trial > 1 or not self.gpus_per_worker):
+            return 1
+        return self.pack
 
 
 class TrackingSpec(_Section):

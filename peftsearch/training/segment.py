@@ -37,6 +37,8 @@ class WorkerPlan:
     """CPU threads per worker."""
     general_texts: tuple[str, ...] = ()
     """On which forgetting is measured; () where it is not."""
+    pack: int | Literal["auto"] = 1
+    """Trials that a slot trains at once; auto measures how many are worth it."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """What each of several workers holds of the model: all, or a part."""
 
@@ -112,9 +114,10 @@ class SegmentResult:
         loss: Mean validation loss.
         train_loss: Mean training loss over the segment.
         scores: All of the task's scores on the validation split.
-        train_seconds: Time in training steps.
+        train_seconds: Time in training steps; of steps that several trials share, each has its share.
         evaluation_seconds: Time in evaluation.
-        peak_memory_bytes: Peak GPU memory of the trial so far, or resident memory of the worker on CPU.
+        peak_memory_bytes: Peak GPU memory of the trial so far, or resident memory of the worker on CPU. Of trials that
+            are trained together on a GPU: the base and a trial's share of what was on top of it.
     """
 
     step: int
@@ -128,6 +131,8 @@ class SegmentResult:
     test: TestReading | None = None
     stopped: bool = False
     """Whether early stopping ended the trial: this is its last result."""
+    together: float = 1.0
+    """How many trials shared the segment's steps, on average."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,11 @@ class Failure:
 @dataclass(frozen=True)
 class HandedBack:
     """The slot has to leave (its machine is about to be taken away): the state is written, and others go on."""
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """The slot cannot train the trial beside the others that it has; the state is written, and it is queued again."""
 
 
 @dataclass
@@ -160,4 +170,4 @@ class ProbeResult:
 
 
 Work = Segment | Probe
-Outcome = SegmentResult | ProbeResult | Failure | HandedBack
+Outcome = SegmentResult | ProbeResult | Failure | HandedBack | SetAside

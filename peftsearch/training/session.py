@@ -158,7 +158,7 @@ class TrialSession:
         self.step = 0
         self.must_leave: Callable[[], bool] = bool
         """Asked at every step: whether this worker's machine is about to be taken away."""
-        self._part = _Part()
+        self._part = Part()
         self.last: SegmentResult | None = None
         """Result of the segment that ended at `step`: given again when the answer was lost on its way."""
         if group.device.type == "cuda":
@@ -171,7 +171,7 @@ class TrialSession:
         self.masters = master_weights(self.model)
         self.optimizer = make_optimizer(
             self.model,
-            _head_parameters(self.model),
+            head_parameters(self.model),
             float(plan.hyperparameters["learning_rate"]),
             training,
             group.device,
@@ -202,7 +202,7 @@ class TrialSession:
         self._random_state = _strip(tensors, f"random/{self.group.rank}/") or self._random_state
         self.step = int(meta["step"])
         self.last = _result(meta["result"]) if meta["result"] else None
-        part = _Part(**meta.get("part", {}))
+        part = Part(**meta.get("part", {}))
         # The sum over all workers is one's from here on.
         self._part = part if self.group.rank == 0 else replace(part, loss=0.0)
 
@@ -226,6 +226,29 @@ class TrialSession:
         _set_random_state(self._random_state, self.group.device)
         train_loss = self._train(to_step)
         self._random_state = _random_state(self.group.device)
+        return self.conclude(train_loss, time.perf_counter() - began, final=final, read_test=read_test)
+
+    def conclude(
+        self,
+        train_loss: float,
+        train_seconds: float,
+        *,
+        final: bool,
+        read_test: bool = False,
+        peak_memory: int | None = None,
+    ) -> SegmentResult:
+        """The end of `run`, for a trial whose steps are done: evaluate and write the state.
+
+        Args:
+            train_loss: Mean over the segment's examples.
+            train_seconds: Time in its steps.
+            final: As `run`.
+            read_test: As `run`.
+            peak_memory: What training took, in bytes, where this process does not know it of this trial alone.
+
+        Raises:
+            DivergedError, StorageError: As `run`.
+        """
         trained = time.perf_counter()
         stopped = False
         if self.training.patience is None:
@@ -250,14 +273,46 @@ class TrialSession:
             loss=evaluation.loss,
             train_loss=train_loss,
             scores=scores,
-            train_seconds=trained - began,
+            train_seconds=train_seconds,
             evaluation_seconds=evaluated - trained,
-            peak_memory_bytes=_peak_memory(self.group.device),
+            peak_memory_bytes=_peak_memory(self.group.device) if peak_memory is None else peak_memory,
             test=test,
             stopped=stopped,
         )
         self._write(final or stopped)
         return self.last
+
+    @property
+    def part(self) -> Part:
+        """What is done of a segment that was cut short; for whoever trains this trial elsewhere than in `run`."""
+        return self._part
+
+    @part.setter
+    def part(self, part: Part) -> None:
+        self._part = part
+
+    def draw_anew(self, seed: int) -> None:
+        """Go on with random numbers from another seed: those so far were drawn together with other trials'."""
+        torch.manual_seed(seed)
+        self._random_state = _random_state(self.group.device)
+
+    def pause(self) -> None:
+        """Write the state in the middle of a segment, so that any worker can go on.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
+        self._write(final=False)
+
+    def check_loss(self, mean: float, to_step: int) -> None:
+        """Refuse a training loss that is no number.
+
+        Raises:
+            DivergedError: It is not finite.
+        """
+        if not math.isfinite(mean):
+            rate = self.plan.hyperparameters["learning_rate"]
+            raise DivergedError(f"the training loss became {mean} before step {to_step} (learning rate {rate:g})")
 
     def catch_up(self, step: int) -> None:
         """Train up to an evaluation that was made and recorded before, and whose state was lost.
@@ -324,13 +379,13 @@ class TrialSession:
         group.prepare(self.model, self.half)
         total = torch.full((), self._part.loss, dtype=torch.float64, device=group.device)
         examples, began = self._part.examples, time.perf_counter() - self._part.seconds
-        self._part = _Part()
+        self._part = Part()
         parameters = list(self.parameters.values())
         for step in range(self.step, to_step):
             if self._leaves(step):
                 self.step, self._random_state = step, _random_state(group.device)
                 loss_so_far = float(group.sum(total).item())
-                self._part = _Part(loss_so_far, examples, time.perf_counter() - began)
+                self._part = Part(loss_so_far, examples, time.perf_counter() - began)
                 self._write(final=False)
                 raise LeavingError
             indices = self.order.batch(step)
@@ -367,9 +422,7 @@ class TrialSession:
             examples += len(indices)
         self.step = to_step
         mean = float(group.sum(total).item()) / max(1, examples)
-        if not math.isfinite(mean):
-            rate = self.plan.hyperparameters["learning_rate"]
-            raise DivergedError(f"the training loss became {mean} before step {to_step} (learning rate {rate:g})")
+        self.check_loss(mean, to_step)
         return mean
 
     def _leaves(self, step: int) -> bool:
@@ -437,7 +490,7 @@ class TrialSession:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """What was done of a segment that was cut short: a sum of losses over examples, their number, and seconds."""
 
     loss: float = 0.0
@@ -474,7 +527,7 @@ def _loss_options(domain: PreparedDomain, training: TrainingSpec, device: torch.
     return LossOptions(training.label_smoothing, weights)
 
 
-def _head_parameters(model: nn.Module) -> frozenset[int]:
+def head_parameters(model: nn.Module) -> frozenset[int]:
     """The task head: what PEFT saves beside the adapter, or the modules outside the backbone of a plain model."""
     from peft import PeftModel
     from peft.utils import ModulesToSaveWrapper

@@ -16,14 +16,15 @@ from peftsearch.training.distributed import PeerError, WorkerGroup
 from peftsearch.training.forgetting import GeneralText, measurable
 from peftsearch.training.memory import describe, out_of_memory
 from peftsearch.training.probe import probe
-from peftsearch.training.segment import Failure, HandedBack, Outcome, Probe, Segment, Work, WorkerPlan
+from peftsearch.training.segment import Failure, HandedBack, Outcome, Probe, Segment, SegmentResult, Work, WorkerPlan
 from peftsearch.training.session import DivergedError, LeavingError, TrialSession, finished_result
 from peftsearch.training.shared_data import fetch
 
 log = logging.getLogger(__name__)
 
 _SESSIONS_KEPT = 2
-"""Trials kept in memory; any other is restored from its checkpoint when its turn comes."""
+"""Trials kept in memory for each one that is trained at a time; any other is restored from its checkpoint when its turn
+comes."""
 
 
 class LoneFailureError(RuntimeError):
@@ -48,6 +49,8 @@ class Worker:
         self.must_leave: Callable[[], bool] = bool
         """Asked at every step: whether this worker's machine is about to be taken away."""
         torch.set_num_threads(plan.threads)
+        self.at_once = 1
+        """Trials that are trained together."""
         self._bases: dict[str, FrozenBase] = {}
         self._domains: dict[tuple[str, str], PreparedDomain] = {}
         self._sessions: OrderedDict[str, TrialSession] = OrderedDict()
@@ -88,7 +91,15 @@ class Worker:
             LoneFailureError: The work failed for a reason of its own, and the other workers wait for this one in vain.
             Exception: The worker is broken.
         """
-        outcome = self._attempt(work)
+        return self.guarded(work, lambda: self._attempt(work))
+
+    def guarded(self, work: Work, doing: Callable[[], Outcome]) -> Outcome:
+        """Do something for a piece of work; what goes wrong is told apart as `do` does it.
+
+        Raises:
+            LoneFailureError, Exception: As `do`.
+        """
+        outcome = self._outcome(work, doing)
         if isinstance(outcome, Failure):
             # Only now: while an error is handled, its traceback holds on to what the trial had in memory.
             gc.collect()
@@ -97,34 +108,37 @@ class Worker:
         return outcome
 
     def _attempt(self, work: Work) -> Outcome:
+        if isinstance(work, Probe):
+            return probe(
+                self.base(work.model),
+                self.domain(work.model, work.domain),
+                # The same for every method.
+                next(iter(self.plan.training.values())).evaluation_batch_size,
+                self.group,
+                "test" if work.read_test else "validation",
+            )
+        return self._segment(work)
+
+    def _outcome(self, work: Work, doing: Callable[[], Outcome]) -> Outcome:
         try:
-            if isinstance(work, Probe):
-                return probe(
-                    self.base(work.model),
-                    self.domain(work.model, work.domain),
-                    # The same for every method.
-                    next(iter(self.plan.training.values())).evaluation_batch_size,
-                    self.group,
-                    "test" if work.read_test else "validation",
-                )
-            return self._segment(work)
+            return doing()
         except (DivergedError, ValueError) as error:
-            self._drop(work)
+            self.drop(work)
             return Failure(str(error))
         except StorageError as error:
-            self._drop(work)
+            self.drop(work)
             failure = Failure(f"{error}: mend that and run the study again, it continues", of_study=True)
             if self.group.size > 1:
                 raise LoneFailureError(failure) from error
             return failure
         except LeavingError:
-            self._drop(work)
+            self.drop(work)
             return HandedBack()
         except PeerError as error:
-            self._drop(work)
+            self.drop(work)
             return Failure(str(error))
         except Exception as error:
-            self._drop(work)
+            self.drop(work)
             if out_of_memory(error):
                 failure = Failure(describe(error))
                 if self.group.all_know(error):
@@ -145,11 +159,17 @@ class Worker:
         """Keys of the trials that are in memory."""
         return list(self._sessions)
 
-    def _drop(self, work: Work) -> None:
+    def drop(self, work: Work) -> None:
+        """Forget a trial's state in memory."""
         if isinstance(work, Segment):
             self._sessions.pop(work.trial.key, None)
 
-    def _segment(self, segment: Segment) -> Outcome:
+    def opened(self, segment: Segment) -> TrialSession | SegmentResult:
+        """The trial's state, ready for what is left of a segment; or the segment's result, where nothing is.
+
+        Raises:
+            Exception: As `do`, before it is told apart.
+        """
         key = segment.trial.key
         if key not in self._sessions:
             # The answer to a trial's last segment may have been lost with the driver; its weights were not.
@@ -164,12 +184,18 @@ class Worker:
         session.must_leave = self.must_leave
         if session.last is not None and session.last.step == segment.to_step:
             return session.last
+        return session
+
+    def _segment(self, segment: Segment) -> Outcome:
+        session = self.opened(segment)
+        if isinstance(session, SegmentResult):
+            return session
         for step in session.budget.evaluation_steps:
             if session.step < step < segment.to_step:
                 session.catch_up(step)
         result = session.run(segment.to_step, final=segment.final, read_test=segment.read_test)
         if segment.final or result.stopped:
-            self._drop(segment)
+            self.drop(segment)
         return result
 
     def _session(self, segment: Segment) -> TrialSession:
@@ -178,18 +204,23 @@ class Worker:
         if session is not None and session.step <= segment.to_step:
             self._sessions.move_to_end(key)
             return session
-        session = self._new_session(segment)
+        session = self.new_session(segment)
         # Where no state is left of those up to the segment's end, because they were damaged, or because a trial whose
         # actor was lost is asked for an earlier step, it is trained from its start: that gives the same numbers.
         session.resume(segment.to_step)
         if len(set(self.group.gather(session.step))) > 1:
             raise OSError(f"the workers read different checkpoints of trial {number}: is the storage shared?")
         self._sessions[key] = session
-        while len(self._sessions) > _SESSIONS_KEPT:
+        while len(self._sessions) > _SESSIONS_KEPT * self.at_once:
             self._sessions.popitem(last=False)
         return session
 
-    def _new_session(self, segment: Segment) -> TrialSession:
+    def new_session(self, segment: Segment) -> TrialSession:
+        """A trial before its first step, which is not kept.
+
+        Raises:
+            ValueError: The configuration does not fit the model.
+        """
         trial = segment.trial
         return TrialSession(
             trial,

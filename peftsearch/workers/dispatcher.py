@@ -12,11 +12,12 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from peftsearch.training.segment import Failure, Outcome, Segment, Work
+from peftsearch.workers.packing import Others, Sizes, Waiting, choose
 
 _POLL_SECONDS = 5.0
 """A slot's call returns after this long without work, so that a group never waits in a collective for minutes."""
@@ -34,6 +35,10 @@ class Order:
 
     lease: int | None = None
     work: Work | None = None
+    beside: tuple[tuple[int, Work], ...] = ()
+    """Leases of further work that is to be done at once with it."""
+    at_once: int = 1
+    """How many pieces of such work may be done at once: 1 is this one by itself, 0 is to be measured."""
     ended: tuple[str, ...] = ()
     """Keys of the trials that have ended since the slot last asked, or go on elsewhere: their state can be dropped."""
     stop: bool = False
@@ -46,6 +51,8 @@ class _Job:
     work: Work
     answer: asyncio.Future[tuple[Outcome, int]]
     attempts: int = 0
+    alone: bool = False
+    """Whether a slot broke over it and others, so that nobody knows which of them is to blame."""
     last_error: str = ""
     queued_at: float = field(default_factory=time.monotonic)
 
@@ -58,9 +65,15 @@ class _Slot:
     leased: dict[int, _Job] = field(default_factory=dict)
     holds: set[str] = field(default_factory=set)
     ended: list[str] = field(default_factory=list)
-    doing: Work | None = None
+    doing: list[Work] = field(default_factory=list)
     """Work that it was handed by a dispatcher that died since."""
+    leaving: bool = False
     info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def at_work(self) -> list[Work]:
+        """What it is working on, whoever handed it out."""
+        return [*(job.work for job in self.leased.values()), *self.doing]
 
 
 class Dispatcher:
@@ -70,9 +83,18 @@ class Dispatcher:
         max_retries: How often work is handed out again after a slot broke over it.
         lease_seconds: A slot that is silent for longer has lost its work.
         restarted: Whether an earlier dispatcher of this study died, and slots may be at work already.
+        sizes: How many trials a slot trains at once; one where absent.
     """
 
-    def __init__(self, max_retries: int, lease_seconds: float = 60.0, *, restarted: bool = False) -> None:
+    def __init__(
+        self,
+        max_retries: int,
+        lease_seconds: float = 60.0,
+        *,
+        restarted: bool = False,
+        sizes: Sizes | None = None,
+    ) -> None:
+        self.sizes = sizes or Sizes()
         self.max_retries = max_retries
         self.lease_seconds = lease_seconds
         self._settled = time.monotonic() + (_SETTLE_SECONDS if restarted else 0.0)
@@ -84,6 +106,7 @@ class Dispatcher:
         self._unusable: dict[int, str] = {}
         self._unclaimed: list[tuple[Work, Outcome]] = []
         self._watch: asyncio.Task[None] | None = None
+        self._notes: list[str] = []
 
     # --- asked by trial actors and the driver ---
 
@@ -122,6 +145,8 @@ class Dispatcher:
             "unusable": dict(self._unusable),
             "warm": sorted(number for number, slot in self._slots.items() if slot.ready),
             "slots": {number: slot.info for number, slot in self._slots.items()},
+            "at_once": self.sizes.largest(),
+            "notes": list(self._notes),
         }
 
     async def stop(self) -> None:
@@ -138,7 +163,7 @@ class Dispatcher:
         """Machines have left the cluster: what their slots had leased is handed out again. No trial is to blame."""
         for mine in self._slots.values():
             if not set(nodes).isdisjoint(mine.info.get("nodes", ())):
-                mine.ready, mine.doing = False, None
+                mine.ready, mine.doing = False, []
                 self._requeue(mine, "its machine was lost", blame=False)
 
     # --- asked by slots ---
@@ -150,7 +175,7 @@ class Dispatcher:
         *,
         info: Mapping[str, Any] | None = None,
         holds: Sequence[str] = (),
-        doing: Work | None = None,
+        doing: Sequence[Work] = (),
     ) -> None:
         """A slot's worker group has started, or started anew: what it had leased before is handed out again.
 
@@ -164,7 +189,7 @@ class Dispatcher:
         before = self._slots.get(slot)
         if before is not None and before.incarnation == incarnation:
             return
-        mine = self._slots[slot] = _Slot(incarnation, ready=info is not None, holds=set(holds), doing=doing)
+        mine = self._slots[slot] = _Slot(incarnation, ready=info is not None, holds=set(holds), doing=list(doing))
         mine.info.update(info or {})
         self._unusable.pop(slot, None)
         if before is not None:
@@ -189,8 +214,16 @@ class Dispatcher:
             mine.seen = time.monotonic()
         return slot in self._slots
 
-    async def take(self, slot: int, incarnation: str) -> Order:
-        """Wait for work. Trials whose state the slot holds come first, then whatever waits longest."""
+    async def take(self, slot: int, incarnation: str, *, at_work: bool = False) -> Order:
+        """Wait for work. Trials whose state the slot holds come first, then whatever waits longest.
+
+        Where slots train several trials at once: see `peftsearch.workers.packing.choose`.
+
+        Args:
+            slot: Its number.
+            incarnation: As `join`.
+            at_work: Whether it has work already and asks for more.
+        """
         deadline = time.monotonic() + _POLL_SECONDS
         while True:
             if self._stopping:
@@ -200,10 +233,14 @@ class Dispatcher:
             mine = self._mine(slot, incarnation)
             if mine is None:
                 return Order(stop=True)
-            mine.seen, mine.ready, mine.doing = time.monotonic(), True, None
-            job = self._choose(mine)
-            if job is not None:
-                return self._lease(mine, job)
+            if mine.leaving:
+                return Order(stop=True)
+            mine.seen, mine.ready = time.monotonic(), True
+            if not at_work:
+                mine.doing = []
+            jobs = self._choose(mine)
+            if jobs:
+                return self._lease(mine, jobs)
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 ended, mine.ended = tuple(mine.ended), []
@@ -227,15 +264,40 @@ class Dispatcher:
                 # Whoever asked the dispatcher that died is about to ask again.
                 self._unclaimed.append((work, outcome))
         if mine is not None:
-            mine.doing = None
+            mine.doing = [doing for doing in mine.doing if doing != work]
         if job is not None and not job.answer.done():
             job.answer.set_result((outcome, job.attempts))
+        if not self.sizes.alone:
+            # The slot has room for more.
+            self._wake()
+
+    async def measured(self, slot: int, incarnation: str, lease: int, size: int) -> None:
+        """So many trials like the leased one are worth training at once."""
+        mine = self._mine(slot, incarnation)
+        if mine is not None and lease in mine.leased:
+            self.sizes.found[self.sizes.key(mine.leased[lease].work)] = size
+            self._wake()
+
+    async def note(self, slot: int, incarnation: str, key: Hashable, size: int, text: str) -> None:
+        """No more than so many trials of a kind fit together, and what to tell a person about it."""
+        known = self.sizes.of(key) or size
+        self.sizes.found[key] = min(known, size)
+        if text not in self._notes:
+            self._notes.append(text)
+
+    async def set_aside(self, slot: int, incarnation: str, lease: int) -> None:
+        """The slot has no room for leased work beside the rest; its state is written. No trial is to blame."""
+        mine = self._mine(slot, incarnation)
+        if mine is not None and (job := mine.leased.pop(lease, None)) is not None:
+            mine.doing = [doing for doing in mine.doing if doing != job.work]
+            self._queue.appendleft(job)
+            self._wake()
 
     async def hand_back(self, slot: int, incarnation: str, lease: int) -> None:
         """The slot leaves with its work's state written: others go on with it. No trial is to blame."""
         mine = self._mine(slot, incarnation)
         if mine is not None and lease in mine.leased:
-            mine.ready, mine.doing = False, None
+            mine.ready, mine.doing, mine.leaving = False, [], True
             self._requeue(mine, "its machine was taken away", blame=False)
 
     async def crashed(self, slot: int, incarnation: str, lease: int, error: str) -> None:
@@ -250,40 +312,82 @@ class Dispatcher:
         mine = self._slots.get(slot)
         return mine if mine is not None and mine.incarnation == incarnation else None
 
-    def _choose(self, slot: _Slot) -> _Job | None:
+    def _choose(self, slot: _Slot) -> list[_Job]:
+        if self.sizes.alone:
+            job = self._choose_one(slot)
+            return [] if job is None else [job]
+        now = time.monotonic()
+        # A trial whose actor was lost asks again for what is being trained: that comes when it is done.
+        trained = {_trial(work) for other in self._slots.values() for work in other.at_work} - {None}
+        free = [
+            job
+            for job in self._queue
+            if _trial(job.work) not in trained
+            and (_held(job, slot) or (now >= self._settled and self._is_nobodys(job, slot, now)))
+        ]
+        if any(job.alone for job in slot.leased.values()):
+            return []
+        in_hand = slot.at_work
+        key = self.sizes.key(in_hand[0]) if in_hand else None
+        waiting = [
+            Waiting(job, None if job.alone else self.sizes.key(job.work), _held(job, slot), now - job.queued_at)
+            for job in free
+        ]
+        warm = [
+            other
+            for other in self._slots.values()
+            if other is not slot and other.ready and other.seen > now - 3 * _POLL_SECONDS
+        ]
+        others = Others(
+            sum(not other.at_work for other in warm),
+            tuple((self.sizes.key(other.at_work[0]), len(other.at_work)) for other in warm if other.at_work),
+        )
+        return [item.job for item in choose(waiting, key, len(in_hand), self.sizes, others)]
+
+    def _is_nobodys(self, job: _Job, slot: _Slot, now: float) -> bool:
+        """Whether no other slot does the work or is about to ask for it."""
+        for other in self._slots.values():
+            if other is slot:
+                continue
+            if job.work in other.doing and other.seen > now - self.lease_seconds:
+                return False
+            if not other.leased and other.seen > now - 3 * _POLL_SECONDS and _held(job, other):
+                return False
+        return True
+
+    def _choose_one(self, slot: _Slot) -> _Job | None:
         for job in self._queue:
-            if isinstance(job.work, Segment) and job.work.trial.key in slot.holds:
+            if _held(job, slot):
                 return job
         if time.monotonic() < self._settled:
             return None
         now = time.monotonic()
-        others = [other for other in self._slots.values() if other is not slot]
-        done_elsewhere = [o.doing for o in others if o.doing is not None and o.seen > now - self.lease_seconds]
-        held_elsewhere = {key for o in others if not o.leased and o.seen > now - 3 * _POLL_SECONDS for key in o.holds}
-        for job in self._queue:
-            # A free slot that holds the trial's state in memory is about to ask for it.
-            held = isinstance(job.work, Segment) and job.work.trial.key in held_elsewhere
-            if not held and job.work not in done_elsewhere:
-                return job
-        return None
+        return next((job for job in self._queue if self._is_nobodys(job, slot, now)), None)
 
-    def _lease(self, slot: _Slot, job: _Job) -> Order:
-        self._queue.remove(job)
-        lease = next(self._leases)
-        slot.leased[lease] = job
-        if isinstance(job.work, Segment):
-            for other in self._slots.values():
-                if other is not slot and job.work.trial.key in other.holds:
-                    other.holds.discard(job.work.trial.key)
-                    other.ended.append(job.work.trial.key)
-            slot.holds.add(job.work.trial.key)
+    def _lease(self, slot: _Slot, jobs: Sequence[_Job]) -> Order:
+        leases: list[tuple[int, Work]] = []
+        for job in jobs:
+            self._queue.remove(job)
+            lease = next(self._leases)
+            slot.leased[lease] = job
+            leases.append((lease, job.work))
+            if isinstance(job.work, Segment):
+                for other in self._slots.values():
+                    if other is not slot and job.work.trial.key in other.holds:
+                        other.holds.discard(job.work.trial.key)
+                        other.ended.append(job.work.trial.key)
+                slot.holds.add(job.work.trial.key)
         ended, slot.ended = tuple(slot.ended), []
-        return Order(lease=lease, work=job.work, ended=ended)
+        (lease, work), *beside = leases
+        at_once = 1 if jobs[0].alone else self.sizes.of(self.sizes.key(work))
+        return Order(lease, work, tuple(beside), at_once, ended)
 
     def _requeue(self, slot: _Slot, reason: str, *, blame: bool = True) -> None:
+        several = len(slot.leased) > 1
         for job in slot.leased.values():
             if job.answer.done():
                 continue
+            job.alone = job.alone or (blame and several)
             job.attempts += blame
             if job.attempts > self.max_retries:
                 error = f"{reason} {job.attempts} times over it"
@@ -313,3 +417,13 @@ class Dispatcher:
             await asyncio.wait_for(self._changed.wait(), seconds)
         except TimeoutError:
             return
+
+
+def _held(job: _Job, slot: _Slot) -> bool:
+    """Whether the slot has the trial's state in memory."""
+    return isinstance(job.work, Segment) and job.work.trial.key in slot.holds
+
+
+def _trial(work: Work) -> str | None:
+    """The key of the trial that a segment is of."""
+    return work.trial.key if isinstance(work, Segment) else None

@@ -14,11 +14,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import psutil
 
 from peftsearch.files import Place, filesystem, is_local
+from peftsearch.training.packing_key import pack_key
 from peftsearch.training.segment import WorkerPlan
 from peftsearch.workers.cluster_state import (
     coordinator,
@@ -28,6 +30,7 @@ from peftsearch.workers.cluster_state import (
     without_cleaner,
 )
 from peftsearch.workers.dispatcher import Dispatcher
+from peftsearch.workers.packing import Sizes
 from peftsearch.workers.slot import slot_loop
 from peftsearch.workers.slot_plan import Node, SlotPlan
 
@@ -111,6 +114,9 @@ class SlotPool:
         self._runs: dict[int, _Run] = {}
         self._cluster = _Cluster()
         self._wanted = slots.slots
+        self._sizes = Sizes(partial(pack_key, plan), plan.pack)
+        self._at_once = self._sizes.largest()
+        self._told: set[str] = set()
         self._stop = threading.Event()
         self._waiting = False
         self._head_lost = ""
@@ -144,7 +150,7 @@ class SlotPool:
                     context.get_node_id(), soft=False
                 ),
             )
-            .remote(self.max_retries)
+            .remote(self.max_retries, self._sizes)
         )
         self._start_slots()
         self._supervisor = threading.Thread(target=self._supervise, name="slots", daemon=True)
@@ -152,9 +158,13 @@ class SlotPool:
         threading.Thread(target=self._watch_head, name="ray-head", daemon=True).start()
 
     def concurrency(self) -> int:
-        """How many trials can be trained at once: the slots that there is room for and that are not broken."""
+        """How many trials can be trained at once: by the slots that there is room for and that are not broken."""
         broken = sum(bool(run.broken) for run in list(self._runs.values()))
-        return max(1, self._wanted - broken)
+        return max(1, self._wanted - broken) * self._at_once
+
+    def at_once(self) -> int:
+        """How many trials one slot trains at once at most, as far as is known by now."""
+        return self._at_once
 
     def wait_ready(self, stopped: Callable[[], bool]) -> None:
         """Wait until a first slot is warm (the others join when they are), none can be, or somebody asked to stop."""
@@ -258,6 +268,11 @@ class SlotPool:
             for run in self._runs.values():
                 run.broken, run.failures = "", 0
         status = ray.get(self.dispatcher.status.remote(), timeout=_HEAD_SECONDS)
+        self._at_once = status["at_once"]
+        for note in status["notes"]:
+            if note not in self._told:
+                self._told.add(note)
+                self._tell(note)
         for number in status["warm"]:
             self._runs[number].warm, self._runs[number].failures = True, 0
         for number, run in self._runs.items():
@@ -365,11 +380,11 @@ _RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
 class _DispatcherActor(Dispatcher):
     """The dispatcher as a Ray actor, which knows whether it follows one that died."""
 
-    def __init__(self, max_retries: int) -> None:
+    def __init__(self, max_retries: int, sizes: Sizes) -> None:
         import ray
 
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
-        super().__init__(max_retries, restarted=restarted)
+        super().__init__(max_retries, restarted=restarted, sizes=sizes)
 
 
 def _end_children() -> None:

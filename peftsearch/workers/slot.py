@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from peftsearch.training.segment import HandedBack, Outcome, SegmentResult, Work, WorkerPlan
+from peftsearch.training.segment import HandedBack, Outcome, Segment, SegmentResult, SetAside, Work, WorkerPlan
 from peftsearch.workers.departure import departure
 from peftsearch.workers.dispatcher import BEAT_SECONDS, Order
 
 if TYPE_CHECKING:
+    from peftsearch.training.crew import Crew
     from peftsearch.training.distributed import WorkerGroup
     from peftsearch.training.worker import Worker
 
@@ -66,7 +67,10 @@ def slot_loop(config: dict[str, Any]) -> None:
             link.tell("warm", link.info)
             link.holds = worker.held
             with link.beating():
-                _lead(worker, group, link, me)
+                if plan.pack == 1:
+                    _lead(worker, group, link, me)
+                else:
+                    _lead_several(worker, link, me)
         else:
             _follow(worker, group, link)
     except ray.exceptions.ActorDiedError:
@@ -91,7 +95,7 @@ def _lead(worker: Worker, group: WorkerGroup, link: _Link, me: str) -> None:
         worker.forget(order.ended)
         if order.work is None:
             continue
-        link.doing = order.work
+        link.doing = [order.work]
         outcome = _do(worker, link, order, order.work)
         if isinstance(outcome, HandedBack):
             link.tell("hand_back", order.lease)
@@ -99,7 +103,76 @@ def _lead(worker: Worker, group: WorkerGroup, link: _Link, me: str) -> None:
         if isinstance(outcome, SegmentResult):
             outcome = replace(outcome, worker=me)
         link.tell("finish", order.lease, outcome, order.work)
-        link.doing = None
+        link.doing = []
+
+
+def _lead_several(worker: Worker, link: _Link, me: str) -> None:
+    """The only rank trains several trials at once, and asks for more between their steps, without waiting for it."""
+    import ray
+
+    from peftsearch.training.crew import Crew
+
+    crew = Crew(worker, lambda key, size, text: link.tell("note", key, size, text))
+    works: dict[int, Work] = {}
+    asked: Any = None
+    stopping = False
+    while not (crew.idle and (stopping or worker.must_leave())):
+        if asked is None and not stopping:
+            asked = link.begin("take", at_work=bool(works))
+        order = Order()
+        if asked is not None and (crew.idle or ray.wait([asked], timeout=0)[0]):
+            order = ray.get(asked)
+            asked = None
+        if order.rejoin:
+            link.rejoin()
+            continue
+        stopping = stopping or order.stop
+        worker.forget(order.ended)
+        if order.lease is not None and order.work is not None:
+            works |= {order.lease: order.work, **dict(order.beside)}
+            link.doing = list(works.values())
+        try:
+            _begin(crew, worker, link, order)
+            outcomes = crew.advance()
+        except Exception as error:
+            for lease in works:
+                link.tell("crashed", lease, f"{type(error).__name__}: {error}")
+            raise
+        for lease, outcome in outcomes.items():
+            _answer(link, lease, outcome, works, me)
+        if any(isinstance(outcome, HandedBack) for outcome in outcomes.values()):
+            return
+
+
+def _begin(crew: Crew, worker: Worker, link: _Link, order: Order) -> None:
+    """Let work that was handed out be trained with what the crew has, or do it at once where it is done alone."""
+    size = order.at_once
+    if order.lease is None:
+        return
+    if size == 0:
+        assert isinstance(order.work, Segment)
+        size = crew.size(order.work)
+        link.tell("measured", order.lease, size)
+    worker.at_once = max(worker.at_once, size)
+    for lease, work in ((order.lease, order.work), *order.beside):
+        assert work is not None
+        if size == 1 or not isinstance(work, Segment):
+            crew.done(lease, _do(worker, link, order, work))
+        else:
+            crew.join(lease, work)
+
+
+def _answer(link: _Link, lease: int, outcome: Outcome, works: dict[int, Work], me: str) -> None:
+    work = works.pop(lease)
+    if isinstance(outcome, HandedBack):
+        link.tell("hand_back", lease)
+    elif isinstance(outcome, SetAside):
+        link.tell("set_aside", lease)
+    else:
+        if isinstance(outcome, SegmentResult):
+            outcome = replace(outcome, worker=me)
+        link.tell("finish", lease, outcome, work)
+    link.doing = list(works.values())
 
 
 def _do(worker: Worker, link: _Link, order: Order, work: Work) -> Outcome:
@@ -143,7 +216,7 @@ class _Link:
     def __init__(self, dispatcher: Any, slot: int) -> None:
         self.slot = slot
         self.info: dict[str, Any] = {}
-        self.doing: Work | None = None
+        self.doing: list[Work] = []
         self.holds: Callable[[], list[str]] = list
         self._dispatcher = dispatcher
         self.incarnation = uuid.uuid4().hex
@@ -152,8 +225,11 @@ class _Link:
         """Call one of the dispatcher's methods in this slot's name."""
         import ray
 
-        call = getattr(self._dispatcher, method).remote
-        return ray.get(call(self.slot, self.incarnation, *arguments, **options))
+        return ray.get(self.begin(method, *arguments, **options))
+
+    def begin(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """Call it without waiting for the answer: what `ray.get` takes."""
+        return getattr(self._dispatcher, method).remote(self.slot, self.incarnation, *arguments, **options)
 
     tell = ask
 

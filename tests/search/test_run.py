@@ -71,6 +71,15 @@ def test_every_cell_gets_its_share_in_turns(tmp_path: Path) -> None:
     assert {record.state for record in ledger.records} == {TrialState.COMPLETE, TrialState.PRUNED}
 
 
+def test_where_trials_are_trained_together_turns_are_longer(tmp_path: Path) -> None:
+    """So that those of one domain and model come together."""
+    ledger = open_ledger(tmp_path)
+    run = open_run(ledger)
+    run.at_once = lambda: 6
+    drive(run)
+    assert [record.method for record in ledger.records] == ["lora", "lora", "prompt", "prompt", "full", "full"] * 3
+
+
 def test_more_trials_extend_a_finished_study(tmp_path: Path) -> None:
     ledger = open_ledger(tmp_path)
     drive(open_run(ledger, trials=2))

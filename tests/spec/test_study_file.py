@@ -139,8 +139,8 @@ WRONG: list[tuple[str, str, str]] = [
     (EPOCHS, "  epochs: 3\nresources: {slots: many}", "s.yaml, line 12: resources.slots: must be a whole number"),
     (
         EPOCHS,
-        "  epochs: 3\nresources: {pack: 4}",
-        "resources.pack: packing several trials per slot is not available yet",
+        "  epochs: 3\nresources: {pack: 4, workers_per_trial: 2}",
+        "resources: pack: 4 puts several trials on one worker, and workers_per_trial one trial on 2",
     ),
     (EPOCHS, "  epochs: 3\n   batch: 1", "s.yaml, line 12: not valid YAML: mapping values are not allowed here"),
     (EPOCHS, "  epochs: [3", "s.yaml, line 12: not valid YAML: expected ',' or ']'"),

@@ -247,7 +247,7 @@ def test_a_dispatcher_that_was_started_anew_knows_again_what_its_slots_hold_and_
         # What a slot holds is handed to it at once, the rest when all slots had time to say what they are at.
         assert (await take(dispatcher, 0)).work == segment(1)
         assert not await dispatcher.beat(1, "life-1")
-        await dispatcher.join(1, "life-1", info={}, doing=segment(0))
+        await dispatcher.join(1, "life-1", info={}, doing=[segment(0)])
         assert await dispatcher.beat(1, "life-1")
         await dispatcher.join(2, "life-2", info={})
         await dispatcher.join(2, "life-2", info={})
@@ -267,7 +267,7 @@ def test_a_dispatcher_that_was_started_anew_knows_again_what_its_slots_hold_and_
 def test_an_answer_that_comes_before_the_question_is_repeated_is_kept() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(max_retries=1, restarted=True)
-        await dispatcher.join(0, "life-0", info={}, doing=segment(0))
+        await dispatcher.join(0, "life-0", info={}, doing=[segment(0)])
         await dispatcher.finish(0, "life-0", 17, outcome("0"), segment(0))
         assert (await dispatcher.submit(segment(0)))[0].details["text"] == "0"  # type: ignore[union-attr]
 
@@ -280,7 +280,7 @@ def test_what_a_slot_is_at_is_handed_out_again_when_it_dies(monkeypatch: pytest.
     async def scenario() -> None:
         dispatcher = Dispatcher(max_retries=1, restarted=True)
         task = asyncio.create_task(dispatcher.submit(segment(0)))
-        await dispatcher.join(0, "life-0", info={}, doing=segment(0))
+        await dispatcher.join(0, "life-0", info={}, doing=[segment(0)])
         await dispatcher.join(0, "second life")
         order = await dispatcher.take(0, "second life")
         assert order.work == segment(0)

@@ -134,10 +134,10 @@ class SoftPromptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return output
         hidden = output[0][:, self._inserted :]
         if isinstance(output, tuple):
-            pooled = _pooled_again(stack, hidden, output[1] if len(output) > 1 else None)
+            pooled = pooled_again(stack, hidden, output[1] if len(output) > 1 else None)
             return (hidden, *output[1:]) if pooled is None else (hidden, pooled, *output[2:])
         output.last_hidden_state = hidden
-        pooled = _pooled_again(stack, hidden, output.get("pooler_output"))
+        pooled = pooled_again(stack, hidden, output.get("pooler_output"))
         if pooled is not None:
             output.pooler_output = pooled
         return output
@@ -165,7 +165,7 @@ def positions_of(model: PreTrainedModel) -> int | None:
     return min(sizes if said is None else [*sizes, said]) if sizes else None
 
 
-def _pooled_again(stack: PreTrainedModel, hidden: Tensor, pooled: Any) -> Tensor | None:
+def pooled_again(stack: PreTrainedModel, hidden: Tensor, pooled: Any) -> Tensor | None:
     """The pooler's output without soft tokens, which pooled the first of them; None for a stack without pooler.
 
     A pooler that is but one layer of the pooling (as in ALBERT) cannot be asked again: there the first soft token's

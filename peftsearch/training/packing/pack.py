@@ -1,0 +1,247 @@
+"""Trials of one domain in step with each other: one forward and backward pass for all, and each one's own AdamW."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftsearch.training.evaluate import to_device
+from peftsearch.training.optimizer import learning_rate_factor
+from peftsearch.training.packing.banks import Banks
+from peftsearch.training.packing.host import Host, placed_of
+from peftsearch.training.packing.layout import Layout, filled
+from peftsearch.training.packing.parts import NotPackableError, read_parts
+from peftsearch.training.precision import training_autocast
+from peftsearch.training.session import TrialSession
+
+_FILL = {"attention_mask": 0, "token_type_ids": 0, "decoder_attention_mask": 0}
+_TOKENS = ("input_ids", "decoder_input_ids")
+_BY_TOKEN = ("start_logits", "end_logits")
+"""Outputs with a number for each token and no further dimension."""
+
+_ALIKE, _ALIKE_QUANTISED = 0.05, 0.3
+"""How far a pack's gradients may be from a member's own, as a share of these. What is mixed up is off by far more."""
+
+
+class MemberError(Exception):
+    """One member cannot go on, for a reason of its own; the others can."""
+
+    def __init__(self, session: TrialSession, error: Exception) -> None:
+        super().__init__(str(error))
+        self.session = session
+        self.error = error
+
+
+class Pack:
+    """Members that train together until one of them joins or leaves; then a new pack is made.
+
+    A step computes for every member what `TrialSession` computes for it alone: its batch in its own order, its own
+    losses and options, its gradients clipped by their own norm, its own learning rate. Products are batched, so that
+    results differ by rounding. Where there is dropout, masks are drawn for the whole pack, as a function of its
+    members' seeds and steps.
+
+    Args:
+        sessions: The members: of one domain, model, quantization of the base, batch size and precision. Their
+            parameters live here until `close`.
+        host: What they run on.
+
+    Raises:
+        NotPackableError: They cannot be trained together.
+    """
+
+    def __init__(self, sessions: Sequence[TrialSession], host: Host) -> None:
+        # Members with the same kinds of adapters side by side.
+        self.sessions = sorted(sessions, key=lambda session: (session.plan.method, session.plan.key))
+        self.host = host
+        first = self.sessions[0]
+        self.domain, self.device = first.domain, first.group.device
+        self._precision = first.training.precision
+        self._accumulation = first.training.gradient_accumulation
+        parts = [read_parts(session.model) for session in self.sessions]
+        for own in parts:
+            host.check(own)
+        self.layout = Layout(len(self.sessions))
+        self.banks = Banks(self.sessions, [placed_of(own) for own in parts])
+        try:
+            self._prompts = host.attach(self.layout, parts, self.banks)
+        except BaseException:
+            self.close()
+            raise
+        self._counts: dict[tuple[int, ...], Tensor] = {}
+        self.losses = torch.zeros(len(self.sessions), dtype=torch.float64, device=self.device)
+        """By member, the loss of the last step, summed over its examples."""
+        self.total = torch.zeros_like(self.losses)
+        """By member, the losses of all steps."""
+        self.counts = [0] * len(self.sessions)
+        """By member, the examples of the last step."""
+        self.examples = [0] * len(self.sessions)
+        """By member, the examples of all steps."""
+
+    def close(self) -> None:
+        """Give the members their parameters back."""
+        self.host.detach()
+        self.banks.close()
+
+    def step(self) -> None:
+        """One step of every member.
+
+        Raises:
+            MemberError: A member's text does not fit; nobody has stepped.
+            Exception: Nobody has stepped either, unless the optimiser failed.
+        """
+        self._train()
+        torch.manual_seed(_seed(self.sessions))
+        indices = [session.order.batch(session.step) for session in self.sessions]
+        losses = self._gradients(indices)
+        self.banks.step(
+            [
+                learning_rate_factor(session.step, session.budget.total_steps, session.training)
+                for session in self.sessions
+            ]
+        )
+        counts = tuple(len(rows) for rows in indices)
+        if counts not in self._counts:
+            self._counts[counts] = torch.tensor(counts, dtype=torch.float64, device=self.device)
+        # Kept on the device: reading it every step would make the host wait for the GPU.
+        self.losses = losses.double() * self._counts[counts]
+        self.total = self.total + self.losses
+        self.counts = list(counts)
+        self.examples = [done + count for done, count in zip(self.examples, counts, strict=True)]
+        for session in self.sessions:
+            session.step += 1
+
+    def check(self) -> None:
+        """Compare every member's gradients with those that its own model gives, before the first step.
+
+        A pack takes for granted that a model treats the rows of a batch apart from each other and leaves them in their
+        order. An architecture that does not (and whose layers have the right shapes by chance) would train wrongly,
+        without an error; it is worth a forward and backward pass of each member to know.
+
+        Raises:
+            NotPackableError: They differ by more than rounding.
+            MemberError: As `step`.
+        """
+        self.host.model.eval()
+        indices = [session.order.batch(session.step) for session in self.sessions]
+        self._gradients(indices, autocast=False)
+        for row, session in enumerate(self.sessions):
+            session.model.eval()
+            difference, size = self.banks.difference(row, self._own_loss(session, indices[row]))
+            bound = _ALIKE if session.plan.hyperparameters.get("quantization", "none") == "none" else _ALIKE_QUANTISED
+            if not difference <= bound * size and math.isfinite(size):
+                raise NotPackableError(
+                    f"in a pack, gradients of trial {session.plan.number} are off by {difference / size:.0%}"
+                )
+
+    # --- inside ---
+
+    def _own_loss(self, session: TrialSession, rows: Sequence[int]) -> Tensor:
+        """The loss of a member by itself, in its own model."""
+        task = self.domain.task
+        batch = to_device(task.collate(self.domain.split("train")[rows], self.domain.pad_token_id), self.device)
+        output = session.model(**{name: value for name, value in batch.items() if name not in task.hidden})
+        return task.losses(output, batch, session.loss_options).mean()
+
+    def _train(self) -> None:
+        if not self.host.model.training:
+            self.host.model.train()
+        for session in self.sessions:
+            if not session.model.training:
+                session.model.train()
+
+    def _gradients(self, indices: Sequence[Sequence[int]], *, autocast: bool = True) -> Tensor:
+        """Gradients of every member's mean loss, in the banks; returns these losses."""
+        part = [-(-len(rows) // self._accumulation) for rows in indices]
+        parts = [
+            [rows[first : first + size] for first in range(0, len(rows), size)]
+            for rows, size in zip(indices, part, strict=True)
+        ]
+        summed = torch.zeros(len(indices), device=self.device)
+        for number in range(max(len(own) for own in parts)):
+            now = [own[number] if number < len(own) else None for own in parts]
+            # One without a part of its own runs along, and its loss is left out.
+            rows = [own[number] if number < len(own) else own[0][:1] for own in parts]
+            batches = self._collate(rows)
+            inputs = self._inputs(batches)
+            with training_autocast(self._precision if autocast else "fp32", self.device):
+                output = self.host.model(**inputs)
+            found = []
+            for member, batch in enumerate(batches):
+                if now[member] is None:
+                    found.append(summed.new_zeros(()))
+                    continue
+                own = self._output_of(member, output, batch)
+                losses = self.domain.task.losses(own, batch, self.sessions[member].loss_options)
+                found.append(losses.sum() / len(indices[member]))
+            self.layout.encoder_mask = None
+            of_members = torch.stack(found)
+            self.banks.backward(of_members.sum(), first=number == 0)
+            summed = summed + of_members.detach()
+        return summed
+
+    def _collate(self, rows: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+        """Each member's batch by itself; members that are at the same examples share one."""
+        data, task = self.domain.split("train"), self.domain.task
+        distinct = {tuple(own): None for own in rows}
+        # One reading of the data for all.
+        every = data[[row for own in distinct for row in own]]
+        found: dict[tuple[int, ...], dict[str, Any]] = {}
+        first = 0
+        for own in distinct:
+            columns = {name: values[first : first + len(own)] for name, values in every.items()}
+            found[own] = task.collate(columns, self.domain.pad_token_id)
+            first += len(own)
+        return [found[tuple(own)] for own in rows]
+
+    def _inputs(self, batches: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """What the model sees, on the device; the batches are moved there too."""
+        task = self.domain.task
+        names = [name for name in batches[0] if name not in task.hidden]
+        for name in names:
+            if name not in _FILL and name not in _TOKENS:
+                raise NotPackableError(f"how {name} of several trials goes together is not known")
+        self.layout.rows = max(len(batch["input_ids"]) for batch in batches)
+        self.layout.widths = {name: [batch[name].shape[1] for batch in batches] for name in names}
+        for prompts in self._prompts:
+            for member, width in enumerate(self.layout.widths_of(prompts.source)):
+                try:
+                    prompts.check(member, width)
+                except ValueError as error:
+                    raise MemberError(self.sessions[member], error) from error
+        inputs = {
+            name: filled(
+                [batch[name] for batch in batches],
+                self.layout.rows,
+                _FILL.get(name, self.domain.pad_token_id),
+            )
+            for name in names
+        }
+        moved = {id(batch): to_device(batch, self.device) for batch in batches}
+        batches[:] = [moved[id(batch)] for batch in batches]
+        return to_device(inputs, self.device)
+
+    def _output_of(self, member: int, output: Any, batch: Mapping[str, Any]) -> Any:
+        """The part of the model's output that a member would have had alone."""
+        rows, layout = len(batch["input_ids"]), self.layout
+        first = member * layout.rows
+        own = {}
+        for name, value in output.items():
+            if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != layout.members * layout.rows:
+                continue
+            value = value[first : first + rows]
+            if value.ndim > 2 or name in _BY_TOKEN:
+                source = "decoder_input_ids" if "decoder_input_ids" in layout.widths else "input_ids"
+                if value.shape[1] == max(layout.widths[source]):
+                    value = value[:, : layout.widths[source][member]]
+            own[name] = value
+        return type(output)(**own)
+
+
+def _seed(sessions: Sequence[TrialSession]) -> int:
+    text = " ".join(f"{session.plan.key}:{session.plan.seed}:{session.step}" for session in sessions)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")

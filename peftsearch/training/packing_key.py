@@ -1,0 +1,30 @@
+"""Which trials can be trained together; plain data, asked by the dispatcher too."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from peftsearch.methods import METHODS
+from peftsearch.training.segment import Segment, Work, WorkerPlan
+
+
+def pack_key(plan: WorkerPlan, work: Work) -> Hashable | None:
+    """Equal for trials that can be in one pack, whatever their methods; None for what is done alone.
+
+    They have one base in one form, one data set, and one size and format of a step. Everything else is each one's own.
+    """
+    if not isinstance(work, Segment):
+        return None
+    trial = work.trial
+    method, training = METHODS[trial.method], plan.training[trial.method]
+    # The moments of 8-bit optimisers are rounded in blocks that depend on where a parameter lies.
+    if training.optimizer != "adamw" or not method.packs(trial.hyperparameters):
+        return None
+    return (
+        trial.model,
+        trial.domain,
+        method.quantization(trial.hyperparameters),
+        training.precision,
+        training.batch_size,
+        training.gradient_accumulation,
+    )

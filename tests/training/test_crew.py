@@ -1,0 +1,216 @@
+"""A worker that trains several trials at once gives each what it gives it alone, whenever the others come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_packing import MIXED, planned
+
+from peftsearch.search.plan import StudyPlan
+from peftsearch.training.checkpoint import WEIGHTS, read_checkpoint, saved_steps, trial_folder
+from peftsearch.training.crew import Crew
+from peftsearch.training.distributed import WorkerGroup
+from peftsearch.training.segment import Failure, HandedBack, Outcome, Segment, SegmentResult, TrialPlan
+from peftsearch.training.worker import Worker
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> StudyPlan:
+    return planned(tmp_path, "encoder", "classification")
+
+
+def new_worker(plan: StudyPlan, folder: Path, at_once: int = 8) -> Worker:
+    worker = Worker(plan.for_workers(folder, threads=1), WorkerGroup())
+    worker.at_once = at_once
+    return worker
+
+
+def segments(plan: StudyPlan, number: int, kind: int | None = None, **changes: Any) -> list[Segment]:
+    method, values = MIXED[number if kind is None else kind]
+    trial = TrialPlan(number, next(iter(plan.models)), "d", method, values | changes, seed=number)
+    steps = plan.budgets["d", method].evaluation_steps
+    return [Segment(trial, step, final=step == steps[-1]) for step in steps]
+
+
+def drain(crew: Crew) -> dict[int, Outcome]:
+    found: dict[int, Outcome] = {}
+    while not crew.idle:
+        found |= crew.advance()
+    return found
+
+
+def silent(_: Hashable, size: int, text: str) -> None:
+    raise AssertionError(text)
+
+
+def assert_alike(mine: Outcome, own: Outcome, tolerance: float = 1e-4) -> None:
+    assert isinstance(mine, SegmentResult), mine
+    assert isinstance(own, SegmentResult), own
+    assert (mine.step, mine.stopped) == (own.step, own.stopped)
+    assert (mine.loss, mine.train_loss) == pytest.approx((own.loss, own.train_loss), rel=tolerance)
+
+
+def assert_same_weights(first: Path, second: Path, number: int) -> None:
+    mine, own = (read_checkpoint(trial_folder(folder, f"{number:05d}") / WEIGHTS)[0] for folder in (first, second))
+    assert mine.keys() == own.keys()
+    for name, tensor in own.items():
+        torch.testing.assert_close(mine[name], tensor, rtol=1e-3, atol=1e-3)
+
+
+def test_trials_that_come_and_go_have_their_own_results(plan: StudyPlan, tmp_path: Path) -> None:
+    expected = {n: [new_worker(plan, tmp_path / "alone").do(s) for s in segments(plan, n)] for n in range(4)}
+    crew = Crew(new_worker(plan, tmp_path / "packed"), silent)
+    left = {number: list(enumerate(segments(plan, number))) for number in range(4)}
+    found: dict[int, list[Outcome]] = {number: [] for number in left}
+    begin = [0, 1]
+    for number in begin:
+        crew.join(number, left[number].pop(0)[1])
+    steps = 0
+    while not crew.idle or any(left.values()):
+        for number, outcome in crew.advance().items():
+            found[number].append(outcome)
+            if left[number]:
+                crew.join(number, left[number].pop(0)[1])
+        steps += 1
+        # Others join in the middle of the first ones' segments.
+        if steps in (2, 7):
+            number = 2 if steps == 2 else 3
+            crew.join(number, left[number].pop(0)[1])
+    for number, outcomes in found.items():
+        for mine, own in zip(outcomes, expected[number], strict=True):
+            assert_alike(mine, own)
+        assert_same_weights(tmp_path / "packed", tmp_path / "alone", number)
+    together = [outcome.together for outcomes in found.values() for outcome in outcomes]
+    assert max(together) > 3
+    assert min(together) >= 1
+
+
+def test_a_worker_that_must_leave_writes_everybodys_state(plan: StudyPlan, tmp_path: Path) -> None:
+    expected = {n: new_worker(plan, tmp_path / "alone").do(segments(plan, n)[0]) for n in range(3)}
+    worker = new_worker(plan, tmp_path / "packed")
+    asked = iter(range(100))
+    worker.must_leave = lambda: next(asked) >= 3
+    crew = Crew(worker, silent)
+    for number in range(3):
+        crew.join(number, segments(plan, number)[0])
+    assert drain(crew) == {number: HandedBack() for number in range(3)}
+    for number in range(3):
+        assert saved_steps(trial_folder(tmp_path / "packed", f"{number:05d}")) == [3]
+    # One goes on alone, two in another pack; the training loss is over the whole segment.
+    other = new_worker(plan, tmp_path / "packed")
+    assert_alike(other.do(segments(plan, 0)[0]), expected[0])
+    crew = Crew(other, silent)
+    crew.join(1, segments(plan, 1)[0])
+    crew.join(2, segments(plan, 2)[0])
+    for number, outcome in drain(crew).items():
+        assert_alike(outcome, expected[number])
+
+
+def test_whoever_fails_leaves_alone(plan: StudyPlan, tmp_path: Path) -> None:
+    expected = new_worker(plan, tmp_path / "alone").do(segments(plan, 0)[0])
+    crew = Crew(new_worker(plan, tmp_path / "packed"), silent)
+    crew.join(0, segments(plan, 0)[0])
+    # A learning rate that no number survives, more soft tokens than the text leaves room for, and no such layer.
+    crew.join(1, segments(plan, 1, kind=0, learning_rate=1e38)[0])
+    crew.join(2, segments(plan, 2, tokens=120)[0])
+    crew.join(3, segments(plan, 3, targets="elsewhere")[0])
+    found = drain(crew)
+    assert_alike(found[0], expected)
+    sentences = {1: "loss became nan", 2: "exceed the model's 128 positions", 3: "no linear layer named 'elsewhere'"}
+    for number, sentence in sentences.items():
+        outcome = found[number]
+        assert isinstance(outcome, Failure), outcome
+        assert sentence in outcome.error
+
+
+def test_what_cannot_be_packed_is_trained_alone_and_said_so(plan: StudyPlan, tmp_path: Path) -> None:
+    """A change of the model that a pack does not know must not go unnoticed: here, a base that is another one."""
+    worker = new_worker(plan, tmp_path / "packed")
+    expected = {n: new_worker(plan, tmp_path / "alone").do(segments(plan, n)[0]) for n in range(2)}
+    told: list[tuple[int, str]] = []
+    crew = Crew(worker, lambda key, size, text: told.append((size, text)))
+    for number in range(2):
+        crew.join(number, segments(plan, number)[0])
+        session = worker.opened(segments(plan, number)[0])
+        frozen = next(module for name, module in session.model.named_modules() if name.endswith("word_embeddings"))
+        frozen.weight = torch.nn.Parameter(frozen.weight.detach().clone(), requires_grad=False)
+    found = drain(crew)
+    assert [size for size, _ in told] == [1]
+    assert "one at a time" in told[0][1]
+    assert_alike(found[0], expected[0])
+    assert type(found[1]).__name__ == "SetAside"
+    assert_alike(worker.do(segments(plan, 1)[0]), expected[1])
+
+
+def test_early_stopping_is_each_trials_own(tmp_path: Path) -> None:
+    plan = planned(tmp_path, "encoder", "classification", patience=1, epochs=6, evaluations=6)
+    alone = new_worker(plan, tmp_path / "alone")
+    expected: dict[int, list[Outcome]] = {}
+    for number in range(3):
+        for segment in segments(plan, number):
+            outcome = alone.do(segment)
+            expected.setdefault(number, []).append(outcome)
+            if isinstance(outcome, SegmentResult) and outcome.stopped:
+                break
+    crew = Crew(new_worker(plan, tmp_path / "packed"), silent)
+    left = {number: segments(plan, number) for number in range(3)}
+    found: dict[int, list[Outcome]] = {number: [] for number in left}
+    for number, own in left.items():
+        crew.join(number, own.pop(0))
+    while not crew.idle:
+        for number, outcome in crew.advance().items():
+            found[number].append(outcome)
+            assert isinstance(outcome, SegmentResult)
+            if left[number] and not outcome.stopped:
+                crew.join(number, left[number].pop(0))
+    assert any(len(outcomes) < 6 for outcomes in expected.values())
+    for number, outcomes in found.items():
+        for mine, own in zip(outcomes, expected[number], strict=True):
+            assert_alike(mine, own)
+
+
+def test_evaluations_that_are_recorded_already_are_passed_by(plan: StudyPlan, tmp_path: Path) -> None:
+    """A trial whose states were lost is asked for its third evaluation and is trained from its start."""
+    alone = new_worker(plan, tmp_path / "alone")
+    expected = {number: [alone.do(segment) for segment in segments(plan, number)] for number in range(2)}
+    crew = Crew(new_worker(plan, tmp_path / "packed"), silent)
+    crew.join(0, segments(plan, 0)[2])
+    crew.join(1, segments(plan, 1)[1])
+    found = drain(crew)
+    assert_alike(found[0], expected[0][2])
+    assert_alike(found[1], expected[1][1])
+
+
+def test_a_pack_of_one_model_does_not_change_its_base(plan: StudyPlan, tmp_path: Path) -> None:
+    worker = new_worker(plan, tmp_path)
+    (model,) = plan.models
+    worker.base(model).template(worker.domain(model, "d"))
+    before = worker.base(model).fingerprint()
+    crew = Crew(worker, silent)
+    for number in range(len(MIXED)):
+        crew.join(number, segments(plan, number)[0])
+    drain(crew)
+    assert worker.base(model).fingerprint() == before
+
+
+def test_sizes_are_measured_with_copies_that_leave_nothing_behind(plan: StudyPlan, tmp_path: Path) -> None:
+    expected = new_worker(plan, tmp_path / "alone").do(segments(plan, 0)[0])
+    worker = new_worker(plan, tmp_path / "packed")
+    crew = Crew(worker, silent)
+    size = crew.size(segments(plan, 0)[0])
+    assert size >= 1
+    assert size & (size - 1) == 0
+    assert worker.held() == []
+    assert not (tmp_path / "packed" / "trials").exists()
+    assert worker.do(segments(plan, 0)[0]).loss == expected.loss
