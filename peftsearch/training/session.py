@@ -20,6 +20,7 @@ from peftsearch.domains.tasks import LossOptions
 from peftsearch.files import Place, patiently, persist, read_json, write_bytes, write_json
 from peftsearch.methods import METHODS, AttachContext
 from peftsearch.spec import TrainingSpec
+from peftsearch.training.attention import use_fast_attention
 from peftsearch.training.base_model import FrozenBase, count_trainable, move, trainable
 from peftsearch.training.budget import Budget
 from peftsearch.training.checkpoint import (
@@ -36,6 +37,7 @@ from peftsearch.training.checkpoint import (
 )
 from peftsearch.training.data_order import DataOrder
 from peftsearch.training.distributed import WorkerGroup
+from peftsearch.training.dropout import use_fast_dropout
 from peftsearch.training.evaluate import Evaluation, evaluate, to_device
 from peftsearch.training.forgetting import FORGETTING, GeneralText
 from peftsearch.training.optimizer import (
@@ -165,6 +167,9 @@ class TrialSession:
             torch.cuda.reset_peak_memory_stats(group.device)
         with nullcontext() if group.sharded else group.together():
             self.model = build_model(base, domain, plan.method, plan.hyperparameters, plan.seed)
+        if group.device.type == "cpu":
+            use_fast_attention()
+            use_fast_dropout(self.model)
         self.half = trains_bf16(training.precision, group.device)
         self.wrapped = group.wrap(self.model, self.half)
         self.parameters = trainable(self.model)
