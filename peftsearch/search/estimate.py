@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 from peftsearch.search.cells import corners
@@ -295,8 +294,13 @@ class MemoryCosts:
     def __call__(self, cell: Cell, count: ParameterCount) -> int:
         """Peak of one worker, in bytes: of the GPU where it trains on one."""
         shape, training, resources = self._shapes[cell.model], self._spec.training_of(cell.method), self._spec.resources
-        batch = -(-training.batch_size // (resources.workers_per_trial * training.gradient_accumulation))
-        activations = activation_bytes(shape, batch, self._lengths[cell.domain], self._compute_bytes)
+        length = self._lengths[cell.domain]
+        parts = resources.workers_per_trial * training.gradient_accumulation
+        tokens = -(-training.batch_size // parts) * length
+        if training.tokens_per_batch is not None:
+            # A batch is cut by texts, and one text at least is computed at once.
+            tokens = min(tokens, max(length, -(-training.tokens_per_batch // parts)))
+        activations = activation_bytes(shape, 1, tokens, self._compute_bytes)
         trial = trial_bytes(shape, count.trainable, cell.space.method.trains_copy, activations, self._parts)
         return (0 if resources.gpus_per_worker else PROCESS_BYTES) + self._bases + trial
 
@@ -333,7 +337,7 @@ class TrialCosts:
         plan, shape = self.plan, self._shapes[model]
         budget, data = plan.budgets[domain, method], plan.prepared[model, domain]
         # Batches hold texts of similar length (training/data_order.py), so hardly anything is padded.
-        tokens = budget.total_steps * plan.spec.training_of(method).batch_size * fmean(data.lengths("train"))
+        tokens = budget.epoch(budget.total_steps) * sum(data.lengths("train"))
         operations = evaluation_operations(shape, sum(data.lengths("validation")))
         training, full = self.speeds[self._format], self.speeds["fp32"]
         passes = budget.total_steps * plan.spec.training_of(method).gradient_accumulation

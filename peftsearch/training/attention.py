@@ -1,10 +1,10 @@
 """Attention on the CPU, where torch's fused kernel does not help training.
 
-With dropout `scaled_dot_product_attention` has no fused kernel on the CPU: it computes plain products, in fp32 also under
-bf16 autocast, and draws its masks slowly. Without dropout its fused kernel is slower in bf16 than plain products on
-processors without AMX (measured: tests/benchmarks/README.md, "Steps"). So the same formula is computed here with plain
-products where that is faster, the softmax in fp32. Evaluation outside of autocast, which records a trial's score, is left
-to `transformers`.
+With dropout `scaled_dot_product_attention` has no fused kernel on the CPU: it computes plain products, in fp32 also
+under bf16 autocast, and draws its masks slowly. Without dropout its fused kernel is slower in bf16 than plain products
+on processors without AMX (measured: tests/benchmarks/README.md, "Steps"). So the same formula is computed here with
+plain products where that is faster, the softmax in fp32. Evaluation outside of autocast, which records a trial's score,
+is left to `transformers`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LONGEST = 512
 
 
 def use_fast_attention() -> None:
-    """Let models of this process compute their "sdpa" attention by `attend`; done once or many times, it is the same."""
+    """Let models of this process compute their "sdpa" attention by `attend`; doing so again changes nothing."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register("sdpa", attend)

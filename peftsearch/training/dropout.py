@@ -1,8 +1,8 @@
 """Dropout on the CPU, where torch draws one random number for each element and keeps one float for it.
 
-Dropout takes a tenth of a training step of a small encoder there. Ours draws 64 random bits for four elements, keeps one
-byte for each of them, and is the same function of the same distribution (a rate is rounded to 1/65536, and the scale to
-the rate as it then is).
+Dropout takes a tenth of a training step of a small encoder there. Ours draws 64 random bits for four elements, keeps
+one byte for each of them, and is the same function of the same distribution (a rate is rounded to 1/65536, and the
+scale follows from the rate as it then is).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 _WANTED = re.compile(r"Tried to allocate ([\d.]+ \w+)")
 _WANTED_BYTES = re.compile(r"you tried to allocate (\d+) bytes")
 # Any of these makes a trial need less.
-_LOWER = "lower training.batch_size, training.evaluation_batch_size or training.max_length"
+_LOWER = "lower training.batch_size (or tokens_per_batch), training.evaluation_batch_size or training.max_length"
 
 
 def out_of_memory(error: BaseException) -> bool:

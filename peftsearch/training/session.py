@@ -184,7 +184,8 @@ class TrialSession:
         )
         self.loss_options = _loss_options(domain, training, group.device)
         self.best = _Best()
-        self.order = DataOrder(domain.lengths("train"), training.batch_size, plan.seed)
+        lengths, tokens = domain.lengths("train"), training.tokens_per_batch
+        self.order = DataOrder(lengths, training.batch_size, plan.seed, tokens, budget.steps_per_epoch)
         # Ranks draw different dropout masks; rank 0's stream is that of a single worker.
         torch.manual_seed(plan.seed * 65_537 + 1 + group.rank)
         self._random_state = _random_state(group.device)

@@ -3,7 +3,8 @@
     python tests/benchmarks/steps.py [PIECE ...] [--rounds 9] [--threads 1] [--json FILE]
 
 Before and after take turns, and the fastest of each counts, in CPU time of the process: other work on the machine
-disturbs both alike, and only ever makes them slower. (With several threads CPU time adds up over them.) The model is the quickstart's (all-MiniLM-L6-v2), the data its paragraphs of licences.
+disturbs both alike, and only ever makes them slower. (With several threads CPU time adds up over them.) The model is
+the quickstart's (all-MiniLM-L6-v2), the data its paragraphs of licences.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Attention and dropout as the CPU computes them in training: the same function as torch's, and the same distribution."""
+"""Attention and dropout as the CPU computes them in training: torch's function, and its distribution."""
 
 from __future__ import annotations
 
