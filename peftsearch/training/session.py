@@ -22,6 +22,7 @@ from peftsearch.methods import METHODS, AttachContext
 from peftsearch.spec import TrainingSpec
 from peftsearch.training.attention import use_fast_attention
 from peftsearch.training.base_model import FrozenBase, count_trainable, move, trainable
+from peftsearch.training.batches import Batch, ahead, load, padding_known
 from peftsearch.training.budget import Budget
 from peftsearch.training.checkpoint import (
     TEST_PREDICTIONS,
@@ -38,7 +39,7 @@ from peftsearch.training.checkpoint import (
 from peftsearch.training.data_order import DataOrder
 from peftsearch.training.distributed import WorkerGroup
 from peftsearch.training.dropout import use_fast_dropout
-from peftsearch.training.evaluate import Evaluation, evaluate, to_device
+from peftsearch.training.evaluate import Evaluation, evaluate
 from peftsearch.training.forgetting import FORGETTING, GeneralText
 from peftsearch.training.optimizer import (
     learning_rate_factor,
@@ -325,36 +326,26 @@ class TrialSession:
         return reading
 
     def _train(self, to_step: int) -> float:
-        group, task, data = self.group, self.domain.task, self.domain.split("train")
+        group, task = self.group, self.domain.task
         self.wrapped.train()
         group.prepare(self.model, self.half)
         total = torch.full((), self._part.loss, dtype=torch.float64, device=group.device)
         examples, began = self._part.examples, time.perf_counter() - self._part.seconds
         self._part = _Part()
         parameters = list(self.parameters.values())
-        for step in range(self.step, to_step):
+        for step, count, loaded in ahead(range(self.step, to_step), self._loaded, group.device):
             if self._leaves(step):
                 self.step, self._random_state = step, _random_state(group.device)
                 loss_so_far = float(group.sum(total).item())
                 self._part = _Part(loss_so_far, examples, time.perf_counter() - began)
                 self._write(final=False)
                 raise LeavingError
-            indices = self.order.batch(step)
-            mine = indices[group.rank :: group.size] or indices[:1]
-            # A rank without examples of its own still takes part in the collectives, with weight zero.
-            weight = group.size / len(indices) if len(indices) > group.rank else 0.0
-            largest = -(-len(indices) // group.size)
-            part = -(-largest // self.training.gradient_accumulation)
-            parts = [(mine[first : first + part], weight) for first in range(0, len(mine), part)]
-            if group.sharded:
-                # Each forward pass gathers weights from all ranks: they make the same number of them.
-                parts += [(mine[:1], 0.0)] * (-(-largest // part) - len(parts))
             loss = torch.zeros((), device=group.device)
-            for number, (rows, weight) in enumerate(parts, start=1):
-                batch = to_device(task.collate(data[rows], self.domain.pad_token_id), group.device)
+            for number, (moved, weight) in enumerate(loaded, start=1):
+                batch = moved.values
                 group.place = f"{self.plan.key}: forward pass {number} of step {step}"
-                with group.no_sync(self.wrapped) if number < len(parts) else nullcontext():
-                    with training_autocast(self.training.precision, group.device):
+                with group.no_sync(self.wrapped) if number < len(loaded) else nullcontext():
+                    with training_autocast(self.training.precision, group.device), padding_known(moved.full):
                         inputs = {name: value for name, value in batch.items() if name not in task.hidden}
                         output = self.wrapped(**inputs)
                     losses = task.losses(output, batch, self.loss_options)
@@ -369,14 +360,30 @@ class TrialSession:
             set_learning_rate(self.optimizer, learning_rate_factor(step, self.budget.total_steps, self.training))
             step_optimizer(self.optimizer, self.parameters, self.masters)
             # Summed on the device: reading it every step would make the host wait for the GPU.
-            total += loss.double() * len(indices) / group.size
-            examples += len(indices)
+            total += loss.double() * count / group.size
+            examples += count
         self.step = to_step
         mean = float(group.sum(total).item()) / max(1, examples)
         if not math.isfinite(mean):
             rate = self.plan.hyperparameters["learning_rate"]
             raise DivergedError(f"the training loss became {mean} before step {to_step} (learning rate {rate:g})")
         return mean
+
+    def _loaded(self, step: int) -> tuple[int, int, list[tuple[Batch, float]]]:
+        """A step, its examples, and this worker's parts of its batch, each with the weight of an example's loss."""
+        group, data, indices = self.group, self.domain.split("train"), self.order.batch(step)
+        mine = indices[group.rank :: group.size] or indices[:1]
+        # A rank without examples of its own still takes part in the collectives, with weight zero.
+        weight = group.size / len(indices) if len(indices) > group.rank else 0.0
+        largest = -(-len(indices) // group.size)
+        part = -(-largest // self.training.gradient_accumulation)
+        parts = [(mine[first : first + part], weight) for first in range(0, len(mine), part)]
+        if group.sharded:
+            # Each forward pass gathers weights from all ranks: they make the same number of them.
+            parts += [(mine[:1], 0.0)] * (-(-largest // part) - len(parts))
+        task, fill = self.domain.task, self.domain.pad_token_id
+        loaded = [(load(task.collate(data[rows], fill), group.device), weight) for rows, weight in parts]
+        return step, len(indices), loaded
 
     def _leaves(self, step: int) -> bool:
         if self.group.size == 1:
