@@ -85,6 +85,17 @@ class StudyPlan:
         """Trials of a cell: as many as every other's, unless its grid has fewer."""
         return trials_of(self.spec.search, cell.space)
 
+    def _training(self, method: str) -> TrainingSpec:
+        """A method's training, with gradient checkpointing where one of its cells is known to need it."""
+        training = self.spec.training_of(method)
+        lengths = {name: domain.max_length for name, domain in self.domains.items()}
+        shapes = model_shapes(self.models, self.model_facts)
+        memory = MemoryCosts(self.spec, [item.cell for item in self.cells], shapes, lengths)
+        mine = (item for item in self.cells if item.cell.method == method)
+        if training.gradient_checkpointing != "auto" or not any(memory.recomputes(i.cell, i.largest) for i in mine):
+            return training
+        return training.model_copy(update={"gradient_checkpointing": True})
+
     def searches(self) -> dict[str, DomainSearch]:
         """What the search needs to know of each domain."""
         return {
@@ -101,7 +112,7 @@ class StudyPlan:
             models=dict(self.models),
             domains={key: domain.folder for key, domain in self.prepared.items()},
             budgets=dict(self.budgets),
-            training={method: self.spec.training_of(method) for method in self.spec.methods},
+            training={method: self._training(method) for method in self.spec.methods},
             threads=threads,
             general_texts=self.general_texts,
             strategy=self.spec.resources.strategy,

@@ -285,6 +285,11 @@ class TrainingSpec(_Section):
     gradient_accumulation: int = Field(
         default=1, ge=1, description="Forward passes per optimiser step: the batch is cut into so many parts"
     )
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Compute activations a second time in the backward pass instead of keeping them: a third more "
+        "work, and much less memory; auto: where they would not fit",
+    )
     optimizer: Literal["adamw", "adamw_8bit"] = Field(
         default="adamw", description="adamw_8bit (bitsandbytes, GPU) keeps its moments in 8 bits"
     )
@@ -313,6 +318,7 @@ class MethodTraining(_Section):
     head_learning_rate: float | None = Field(default=None, gt=0, le=1)
     label_smoothing: float | None = Field(default=None, ge=0, lt=1)
     gradient_accumulation: int | None = Field(default=None, ge=1)
+    gradient_checkpointing: bool | Literal["auto"] | None = None
     optimizer: Literal["adamw", "adamw_8bit"] | None = None
 
 

@@ -33,4 +33,5 @@ def describe(error: BaseException) -> str:
         wanted = f": {int(found[1]) / 2**30:.2f} GiB more were wanted"
     else:
         wanted = ""
-    return f"out of {where}{wanted}; {_LOWER}, raise training.gradient_accumulation, or set search.max_memory"
+    others = "raise training.gradient_accumulation, write training.gradient_checkpointing: true"
+    return f"out of {where}{wanted}; {_LOWER}, {others}, or set search.max_memory"

@@ -34,7 +34,6 @@ from peftsearch.training.checkpoint import (
     sound_states,
     trial_folder,
     write_checkpoint,
-    write_state,
 )
 from peftsearch.training.data_order import DataOrder
 from peftsearch.training.distributed import WorkerGroup
@@ -51,8 +50,10 @@ from peftsearch.training.optimizer import (
     step_optimizer,
 )
 from peftsearch.training.precision import training_autocast, trains_bf16
+from peftsearch.training.recompute import recompute
 from peftsearch.training.segment import SegmentResult, TestReading, TrialPlan
 from peftsearch.training.sharding import part_like
+from peftsearch.training.state_writer import WRITER
 
 _STEPS_BETWEEN_QUESTIONS = 8
 """Several workers ask one another so often whether one of them has to leave."""
@@ -172,6 +173,7 @@ class TrialSession:
             use_fast_attention()
             use_fast_dropout(self.model)
         self.half = trains_bf16(training.precision, group.device)
+        recompute(self.model, training.gradient_checkpointing, self._most_tokens(), self.half, group.device)
         self.wrapped = group.wrap(self.model, self.half)
         self.parameters = trainable(self.model)
         self.masters = master_weights(self.model)
@@ -191,12 +193,21 @@ class TrialSession:
         torch.manual_seed(plan.seed * 65_537 + 1 + group.rank)
         self._random_state = _random_state(group.device)
 
+    def _most_tokens(self) -> int:
+        """Padded tokens of a forward pass at most."""
+        training, longest = self.training, max(self.domain.lengths("train"))
+        parts = self.group.size * training.gradient_accumulation
+        most = -(-training.batch_size // parts) * longest
+        return most if training.tokens_per_batch is None else min(most, max(longest, training.tokens_per_batch))
+
     def resume(self, latest: int) -> None:
         """Continue from the latest sound state of the trial up to a step, where there is one.
 
         Raises:
             StorageError: The storage cannot be read.
         """
+        # It may be on its way.
+        WRITER.wait()
         found = patiently(self.folder, lambda: next(sound_states(self.folder, latest), None), "read")
         if found is None:
             return
@@ -339,6 +350,8 @@ class TrialSession:
                 loss_so_far = float(group.sum(total).item())
                 self._part = _Part(loss_so_far, examples, time.perf_counter() - began)
                 self._write(final=False)
+                with group.together():
+                    WRITER.wait()
                 raise LeavingError
             loss = torch.zeros((), device=group.device)
             for number, (moved, weight) in enumerate(loaded, start=1):
@@ -440,13 +453,14 @@ class TrialSession:
             "part": asdict(self._part),
         }
         if final:
+            WRITER.wait()
             # Without the states, a trial whose weights do not survive would be lost.
             write_checkpoint(self.folder / WEIGHTS, weights, meta, lasting=True)
             delete_states(self.folder)
             return
         for rank, state in enumerate(random_states):
             tensors |= {f"random/{rank}/{name}": tensor for name, tensor in state.items()}
-        write_state(self.folder, self.step, tensors, meta)
+        WRITER.write(self.folder, self.step, tensors, meta)
 
 
 @dataclass(frozen=True)
