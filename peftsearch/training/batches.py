@@ -66,15 +66,17 @@ def ahead(items: Iterable[T], make: Callable[[T], R], device: torch.device) -> I
     if device.type != "cuda":
         yield from map(make, items)
         return
-    yield from in_thread(items, make)
+    # A thread's own device is the first one, on which pinning would open a context.
+    yield from in_thread(items, make, lambda: None if device.index is None else torch.cuda.set_device(device))
 
 
-def in_thread(items: Iterable[T], make: Callable[[T], R]) -> Iterator[R]:
+def in_thread(items: Iterable[T], make: Callable[[T], R], begin: Callable[[], None] = lambda: None) -> Iterator[R]:
     """What ``make`` makes of the items, in order, the next one made in a thread while this one is used.
 
-    An error comes with the item that it is about; whoever stops asking waits for at most one item.
+    An error comes with the item that it is about; whoever stops asking waits for at most one item. ``begin`` is called
+    in the thread before anything else.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+    with ThreadPoolExecutor(1, thread_name_prefix="batches", initializer=begin) as thread:
         waiting: Future[R] | None = None
         for item in items:
             coming = thread.submit(make, item)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from peftsearch.training.activations import activation_bytes
+from peftsearch.training.distributed import WorkerGroup
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +18,7 @@ ROOM = 0.8
 """Share of the free memory that activations may take before they are recomputed; the estimate is a rough one."""
 
 
-def recompute(model: nn.Module, wanted: bool | Literal["auto"], tokens: int, half: bool, device: torch.device) -> bool:
+def recompute(model: nn.Module, wanted: bool | Literal["auto"], tokens: int, half: bool, group: WorkerGroup) -> bool:
     """Let a trial's model compute its activations twice where the study file says so, or memory asks for it.
 
     Numbers are the same either way: dropout draws the same masks again. (In an encoder-decoder up to rounding: the
@@ -28,7 +29,7 @@ def recompute(model: nn.Module, wanted: bool | Literal["auto"], tokens: int, hal
         wanted: The study file's ``training.gradient_checkpointing``.
         tokens: Padded tokens of the largest batch at most.
         half: Whether it is trained under bf16 autocast.
-        device: Where.
+        group: The workers that train it: what one of them needs, all do, for layers in parts are gathered again too.
 
     Returns:
         Whether it does.
@@ -39,7 +40,7 @@ def recompute(model: nn.Module, wanted: bool | Literal["auto"], tokens: int, hal
     from peft import PeftModel
 
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if wanted is False or (wanted == "auto" and not _crowded(inner, tokens, half, device)):
+    if wanted is False or (wanted == "auto" and not group.any(_crowded(inner, tokens, half, group.device))):
         return False
     refused = _refusal(inner)
     if refused is not None:

@@ -42,16 +42,11 @@ class StateWriter:
         Raises:
             StorageError: This state, or the one before it, could not be written.
         """
-        import torch
-
         self.wait()
         if is_local(folder) and sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) < AT_ONCE:
             write_state(folder, step, tensors, meta)
             return
         copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-        if torch.cuda.is_available():
-            # What the copies are of was computed by kernels that may still run.
-            torch.cuda.synchronize()
         self._thread = threading.Thread(
             target=self._write, args=(folder, step, copies, meta), name=f"state of {folder.name}", daemon=False
         )

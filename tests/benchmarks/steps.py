@@ -168,7 +168,68 @@ def attention(bench: Bench) -> Iterator[tuple[str, Side, Side]]:
         yield f"evaluation on the way, {precision}: attention", scored_before, score
 
 
-PIECES: dict[str, Callable[[Bench], Iterator[tuple[str, Side, Side]]]] = {"attention": attention}
+def batches(bench: Bench) -> Iterator[tuple[str, Side, Side]]:
+    """What a thread that makes the next batch could save on the CPU: a step against its batch alone."""
+    session = bench.session()
+    yield "step (before) and making its batch (after)", _step(session), lambda: session._loaded(5)
+
+
+def padding(bench: Bench) -> Iterator[tuple[str, Side, Side]]:
+    """Padded tokens of a pass, not time: batches of 16 as drawn, and by length; then with a limit on tokens."""
+    from peftsearch.training.budget import batch_sizes
+    from peftsearch.training.data_order import DataOrder
+
+    lengths = bench.session().domain.lengths("train")
+    count, tokens = -(-len(lengths) // 16), 16 * 128
+
+    def padded(batches: list[list[int]]) -> int:
+        return sum(len(rows) * -(-max(lengths[row] for row in rows) // 8) * 8 for rows in batches)
+
+    drawn = [list(range(start, min(start + 16, len(lengths)))) for start in range(0, len(lengths), 16)]
+    sorted_ = DataOrder(lengths, 16, 0)
+    filled, steps = DataOrder(lengths, 256, 0, tokens), len(batch_sizes(lengths, 256, tokens))
+    print(f"{'texts':>52}  {len(lengths)}, {sum(lengths)} tokens")
+    print(f"{'as drawn':>52}  {count} steps, {padded(drawn)} padded tokens")
+    print(f"{'by length':>52}  {count} steps, {padded([sorted_.batch(step) for step in range(count)])} padded tokens")
+    print(f"{'up to 2048 tokens':>52}  {steps} steps, {padded([filled.batch(s) for s in range(steps)])} padded tokens")
+    yield from ()
+
+
+def states(bench: Bench) -> Iterator[tuple[str, Side, Side]]:
+    """A segment's end: writing the state before it goes on, against handing it over."""
+    from peftsearch.training import state_writer
+
+    for method in ("lora", "full"):
+        session = bench.session(method)
+        session._train(1)
+
+        def at_once(session: Any = session) -> None:
+            state_writer.AT_ONCE = 2**60
+            session._write(final=False)
+
+        def handed_over(session: Any = session) -> None:
+            state_writer.AT_ONCE = 0
+            session._write(final=False)
+
+        # What the training thread does itself; the other one computes beside it.
+        for side in (at_once, handed_over):
+            taken = []
+            for _ in range(5):
+                state_writer.WRITER.wait()
+                began = time.thread_time()
+                side()
+                taken.append(time.thread_time() - began)
+            print(f"{f'state, {method}: {side.__name__}':>52}  {min(taken) * 1e3:9.2f} ms of the training thread")
+        state_writer.WRITER.wait()
+    yield from ()
+
+
+PIECES: dict[str, Callable[[Bench], Iterator[tuple[str, Side, Side]]]] = {
+    "attention": attention,
+    "batches": batches,
+    "padding": padding,
+    "states": states,
+}
 
 if __name__ == "__main__":
     main()
