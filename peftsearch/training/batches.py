@@ -1,8 +1,8 @@
 """Batches on their way to the device, so that it never waits for the host, nor the host for it.
 
 On a GPU the next step's batches are made by a thread while the host launches this step's kernels, in pinned memory,
-from which they are copied without waiting. On the CPU both would only take time from the step: making a batch is less
-than a thousandth of it (tests/benchmarks/README.md, "Steps").
+from which they are copied without waiting. On the CPU both would only take time from the step: making a batch is about
+two thousandths of it (tests/benchmarks/README.md, "Steps").
 
 `transformers` asks the attention mask itself whether anything is padded, which on a GPU makes the host wait for all
 that was launched before, at every forward pass. Here the host finds out before the batch leaves it.
