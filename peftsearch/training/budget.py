@@ -48,7 +48,7 @@ def batch_length(length: int) -> int:
     Texts of one grid point can take each other's place in a batch, which keeps batches random; so the grid is not
     finer than 8, to which batches are padded, nor than an eighth of the length's power of two.
     """
-    grid = max(8, 2 ** (max(1, length).bit_length() - 4))
+    grid = max(8, 1 << max(0, length.bit_length() - 4))
     return -(-max(1, length) // grid) * grid
 
 

@@ -48,7 +48,8 @@ def dropout(values: torch.Tensor, rate: float, generator: torch.Generator | None
     if values.device.type != "cpu" and generator is None:
         return nn.functional.dropout(values, rate)
     keep = _kept(values.shape, threshold, generator, values.device)
-    dropped: torch.Tensor = _Dropped.apply(values, keep, _LEVELS / (_LEVELS - threshold))
+    scale = _LEVELS / (_LEVELS - threshold)
+    dropped: torch.Tensor = _Dropped.apply(values, keep, scale)  # type: ignore[no-untyped-call]
     return dropped
 
 
