@@ -6,9 +6,11 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 import uuid
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +30,10 @@ from peftsearch.spec.yaml_file import Loc
 if TYPE_CHECKING:
     import datasets
 
+log = logging.getLogger(__name__)
+
 # Part of every fingerprint of prepared data: raise it when what is written changes its form or meaning.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 # The order in which splits are shown.
@@ -423,6 +427,8 @@ class CheckedDomain:
         prepared = _load(target)
         if prepared is not None:
             return prepared
+        if target.exists():
+            log.warning("the prepared data of domain %r in %s is damaged, and made anew", self.name, target)
 
         tokenised = {}
         warnings = list(raw.warnings)
@@ -627,11 +633,13 @@ def _write(target: Path, splits: Mapping[str, datasets.Dataset], facts: Mapping[
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary / TOKENIZER))
         files = {
-            path.relative_to(temporary).as_posix(): path.stat().st_size
+            path.relative_to(temporary).as_posix(): [path.stat().st_size, _checksum(path)]
             for path in sorted(temporary.rglob("*"))
             if path.is_file()
         }
         manifest = {"format_version": FORMAT_VERSION, **facts, "files": files}
+        # As it will be read: JSON has no tuples, and its keys are texts.
+        manifest["checksum"] = _described(json.loads(json.dumps(manifest)))
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
         while True:
             try:
@@ -646,6 +654,9 @@ def _write(target: Path, splits: Mapping[str, datasets.Dataset], facts: Mapping[
             discarded = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
             with contextlib.suppress(FileNotFoundError):
                 target.rename(discarded)
+            # This process may have opened what is discarded.
+            for opened in (_open_split, _lengths, _open_tokenizer):
+                opened.cache_clear()
             shutil.rmtree(discarded, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -655,13 +666,28 @@ def _load(folder: Path) -> PreparedDomain | None:
     """The cache entry in a folder, or None where it is absent or damaged."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest.pop("format_version") != FORMAT_VERSION:
+        checksum = manifest.pop("checksum")
+        if manifest["format_version"] != FORMAT_VERSION or checksum != _described(manifest):
             return None
-        for file, size in manifest.pop("files").items():
-            if os.stat(folder / file).st_size != size:
+        del manifest["format_version"]
+        for file, (size, content) in manifest.pop("files").items():
+            if os.stat(folder / file).st_size != size or _checksum(folder / file) != content:
                 return None
         for field in ("labels", "parts", "warnings"):
             manifest[field] = tuple(manifest[field])
         return PreparedDomain(**manifest, folder=folder)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
+
+
+def _checksum(file: Path) -> int:
+    """CRC-32 of a file, read in pieces; about a second for a GB, once for each process that trains on it."""
+    value = 0
+    with file.open("rb") as opened:
+        while piece := opened.read(2**20):
+            value = zlib.crc32(piece, value)
+    return value
+
+
+def _described(manifest: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(manifest, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass"))

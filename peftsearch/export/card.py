@@ -344,7 +344,7 @@ def _training_table(card: CardFacts) -> str:
     rows = [
         ["method", METHODS[record.method].title],
         *([name, str(value)] for name, value in record.hyperparameters.items() if value != ""),
-        ["steps", f"{record.total_steps:,} of {training.batch_size} examples"],
+        ["steps", f"{record.total_steps:,} of {training.batch}"],
         ["seed", str(record.seed)],
         ["tokens per text", str(card.domain.max_length)],
         ["data", f"{card.domain.source} ({card.domain.rows.get('train', 0):,} examples to train on)"],

@@ -8,11 +8,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 from peftsearch.search.cells import corners
 from peftsearch.search.run import TrialCost
+from peftsearch.training import activations
 
 if TYPE_CHECKING:
     import torch
@@ -105,20 +105,18 @@ def frozen_bytes(shape: ModelShape, quantization: Quantization | None, parts: in
     return round(multiplied + shape.embeddings * shape.weight_bytes)
 
 
-def activation_bytes(shape: ModelShape, batch: int, length: int, compute_bytes: int) -> int:
-    """Activations kept for the backward pass.
-
-    Per layer ``34 * batch * length * hidden`` bytes with two bytes per number, attention matrices not kept: Korthikanti
-    et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", equation 2. An upper bound for
-    parameter-efficient methods, which need not keep the inputs of frozen layers.
+def activation_bytes(shape: ModelShape, batch: int, length: int, compute_bytes: int, recomputed: bool = False) -> int:
+    """Activations kept for the backward pass: see `training.activations`.
 
     Args:
         shape: The model.
         batch: Texts per worker.
         length: Tokens per text.
         compute_bytes: Bytes per number in the forward pass.
+        recomputed: Whether there is gradient checkpointing.
     """
-    return 17 * compute_bytes * shape.layers * batch * length * shape.hidden
+    formula = activations.recomputed_bytes if recomputed else activations.activation_bytes
+    return formula(shape.layers, shape.hidden, batch * length, compute_bytes)
 
 
 def trial_bytes(shape: ModelShape, trainable: int, trains_copy: bool, activations: int, parts: int = 1) -> int:
@@ -294,10 +292,28 @@ class MemoryCosts:
 
     def __call__(self, cell: Cell, count: ParameterCount) -> int:
         """Peak of one worker, in bytes: of the GPU where it trains on one."""
+        return self._peak(cell, count, self.recomputes(cell, count))
+
+    def recomputes(self, cell: Cell, count: ParameterCount) -> bool:
+        """Whether a configuration is known to need gradient checkpointing, or is given it in any case.
+
+        What free memory asks for besides, the workers find out.
+        """
+        wanted, limit = self._spec.training_of(cell.method).gradient_checkpointing, self._spec.search.max_memory
+        if wanted != "auto":
+            return wanted
+        return limit is not None and self._peak(cell, count, False) > limit * 2**30
+
+    def _peak(self, cell: Cell, count: ParameterCount, recomputed: bool) -> int:
         shape, training, resources = self._shapes[cell.model], self._spec.training_of(cell.method), self._spec.resources
-        batch = -(-training.batch_size // (resources.workers_per_trial * training.gradient_accumulation))
-        activations = activation_bytes(shape, batch, self._lengths[cell.domain], self._compute_bytes)
-        trial = trial_bytes(shape, count.trainable, cell.space.method.trains_copy, activations, self._parts)
+        length = self._lengths[cell.domain]
+        parts = resources.workers_per_trial * training.gradient_accumulation
+        tokens = -(-training.batch_size // parts) * length
+        if training.tokens_per_batch is not None:
+            # A batch is cut by texts, and one text at least is computed at once.
+            tokens = min(tokens, max(length, -(-training.tokens_per_batch // parts)))
+        kept = activation_bytes(shape, 1, tokens, self._compute_bytes, recomputed)
+        trial = trial_bytes(shape, count.trainable, cell.space.method.trains_copy, kept, self._parts)
         return (0 if resources.gpus_per_worker else PROCESS_BYTES) + self._bases + trial
 
 
@@ -333,7 +349,7 @@ class TrialCosts:
         plan, shape = self.plan, self._shapes[model]
         budget, data = plan.budgets[domain, method], plan.prepared[model, domain]
         # Batches hold texts of similar length (training/data_order.py), so hardly anything is padded.
-        tokens = budget.total_steps * plan.spec.training_of(method).batch_size * fmean(data.lengths("train"))
+        tokens = budget.epoch(budget.total_steps) * sum(data.lengths("train"))
         operations = evaluation_operations(shape, sum(data.lengths("validation")))
         training, full = self.speeds[self._format], self.speeds["fp32"]
         passes = budget.total_steps * plan.spec.training_of(method).gradient_accumulation

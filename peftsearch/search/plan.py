@@ -27,7 +27,7 @@ from peftsearch.spec import (
     model_location,
 )
 from peftsearch.spec.locations import PACKAGE_PREFIX
-from peftsearch.training.budget import Budget
+from peftsearch.training.budget import Budget, batch_sizes
 from peftsearch.training.forgetting import general_texts, measurable
 from peftsearch.training.segment import ModelPlace, WorkerPlan
 
@@ -85,6 +85,17 @@ class StudyPlan:
         """Trials of a cell: as many as every other's, unless its grid has fewer."""
         return trials_of(self.spec.search, cell.space)
 
+    def _training(self, method: str) -> TrainingSpec:
+        """A method's training, with gradient checkpointing where one of its cells is known to need it."""
+        training = self.spec.training_of(method)
+        lengths = {name: domain.max_length for name, domain in self.domains.items()}
+        shapes = model_shapes(self.models, self.model_facts)
+        memory = MemoryCosts(self.spec, [item.cell for item in self.cells], shapes, lengths)
+        mine = (item for item in self.cells if item.cell.method == method)
+        if training.gradient_checkpointing != "auto" or not any(memory.recomputes(i.cell, i.largest) for i in mine):
+            return training
+        return training.model_copy(update={"gradient_checkpointing": True})
+
     def searches(self) -> dict[str, DomainSearch]:
         """What the search needs to know of each domain."""
         return {
@@ -101,7 +112,7 @@ class StudyPlan:
             models=dict(self.models),
             domains={key: domain.folder for key, domain in self.prepared.items()},
             budgets=dict(self.budgets),
-            training={method: self.spec.training_of(method) for method in self.spec.methods},
+            training={method: self._training(method) for method in self.spec.methods},
             threads=threads,
             general_texts=self.general_texts,
             pack=self.spec.resources.trials_at_once,
@@ -155,13 +166,14 @@ def plan_study(file: StudyFile, cache: Path, *, partial: bool = False) -> StudyP
         for path, place in models.items()
     }
     lengths = {name: checked[first_model, name].max_length for name in spec.domains}
+    _check_tokens(spec)
     _check_limits(spec, cell_plans, MemoryCosts(spec, cells, model_shapes(models, facts), lengths))
     general = _general_texts(spec, file.folder, checked.values(), unchecked)
     prepared = {key: domain.prepare(cache) for key, domain in checked.items()}
     domains = {name: prepared[first_model, name] for name in spec.domains}
     budgets = {
-        (name, method): _budget(len(domain.lengths("train")), spec.training_of(method))
-        for name, domain in domains.items()
+        (name, method): _budget(name, list(prepared.values()), spec.training_of(method))
+        for name in domains
         for method in spec.methods
     }
     return StudyPlan(spec, cell_plans, domains, prepared, budgets, models, facts, counter, general, unchecked.sentences)
@@ -190,6 +202,25 @@ def _general_texts(
         return ()
 
 
+def _check_tokens(spec: StudySpec) -> None:
+    """A batch has room for the longest text that a domain may have.
+
+    Raises:
+        StudyError: It has not.
+    """
+    for method in spec.methods:
+        limit, own = spec.training_of(method).tokens_per_batch, spec.methods[method].training.tokens_per_batch
+        for name in spec.domains:
+            longest = spec.domain_max_length(name)
+            if limit is not None and limit < longest:
+                place = ("training",) if own is None else ("methods", method, "training")
+                raise StudyError(
+                    f"{limit} tokens have no room for one text of domain {name!r}, which may have {longest} "
+                    "(max_length): raise tokens_per_batch",
+                    (*place, "tokens_per_batch"),
+                )
+
+
 def _check_limits(spec: StudySpec, cells: Iterable[CellPlan], memory: MemoryCosts) -> None:
     """In every cell something is within the limits.
 
@@ -215,8 +246,13 @@ def _check_limits(spec: StudySpec, cells: Iterable[CellPlan], memory: MemoryCost
             )
 
 
-def _budget(examples: int, training: TrainingSpec) -> Budget:
-    return Budget.of(examples, training.batch_size, training.epochs, training.evaluations)
+def _budget(name: str, prepared: Iterable[PreparedDomain], training: TrainingSpec) -> Budget:
+    """The steps of a domain's trials; for all models as many as for the one whose tokens make the most batches."""
+    lengths = [domain.lengths("train") for domain in prepared if domain.name == name]
+    if training.tokens_per_batch is None:
+        return Budget.of(len(lengths[0]), training.batch_size, training.epochs, training.evaluations)
+    steps = max(len(batch_sizes(each, training.batch_size, training.tokens_per_batch)) for each in lengths)
+    return Budget.of_steps(steps, training.epochs, training.evaluations)
 
 
 def _places(spec: StudySpec, folder: Path, cache: Path, unchecked: Unchecked) -> dict[str, ModelPlace]:

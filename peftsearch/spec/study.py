@@ -252,6 +252,12 @@ class TrainingSpec(_Section):
     epochs: float = Field(default=3.0, gt=0, le=10_000, description="Full budget, in passes over the training split")
     evaluations: int = Field(default=9, ge=1, le=1000, description="Evenly spread evaluations; each may be a rung")
     batch_size: int = Field(default=16, ge=1, description="Examples per optimiser step, over all workers of a trial")
+    tokens_per_batch: int | None = Field(
+        default=None,
+        ge=8,
+        description="Padded tokens per optimiser step at most, beside batch_size: short texts make larger batches "
+        "than long ones",
+    )
     evaluation_batch_size: int = Field(default=64, ge=1, description="Examples per forward pass in evaluation")
     max_length: int = Field(default=128, ge=4, description="Tokens per text; longer ones are truncated")
     precision: Literal["auto", "fp32", "bf16"] = Field(
@@ -279,9 +285,21 @@ class TrainingSpec(_Section):
     gradient_accumulation: int = Field(
         default=1, ge=1, description="Forward passes per optimiser step: the batch is cut into so many parts"
     )
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Compute activations a second time in the backward pass instead of keeping them: a third more "
+        "work, and much less memory; auto: where they would not fit",
+    )
     optimizer: Literal["adamw", "adamw_8bit"] = Field(
         default="adamw", description="adamw_8bit (bitsandbytes, GPU) keeps its moments in 8 bits"
     )
+
+    @property
+    def batch(self) -> str:
+        """How large a batch is, in words."""
+        if self.tokens_per_batch is None:
+            return f"{self.batch_size} examples"
+        return f"at most {self.batch_size} examples and {self.tokens_per_batch:,} tokens"
 
 
 class MethodTraining(_Section):
@@ -292,6 +310,7 @@ class MethodTraining(_Section):
 
     epochs: float | None = Field(default=None, gt=0, le=10_000)
     batch_size: int | None = Field(default=None, ge=1)
+    tokens_per_batch: int | None = Field(default=None, ge=8)
     warmup: float | None = Field(default=None, ge=0, le=1)
     schedule: Literal["linear", "cosine", "constant"] | None = None
     weight_decay: float | None = Field(default=None, ge=0)
@@ -299,6 +318,7 @@ class MethodTraining(_Section):
     head_learning_rate: float | None = Field(default=None, gt=0, le=1)
     label_smoothing: float | None = Field(default=None, ge=0, lt=1)
     gradient_accumulation: int | None = Field(default=None, ge=1)
+    gradient_checkpointing: bool | Literal["auto"] | None = None
     optimizer: Literal["adamw", "adamw_8bit"] | None = None
 
 

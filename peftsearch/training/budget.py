@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -21,7 +23,11 @@ class Budget:
     @classmethod
     def of(cls, examples: int, batch_size: int, epochs: float, evaluations: int) -> Budget:
         """Spread evaluations evenly over ``epochs`` passes over ``examples`` examples."""
-        steps_per_epoch = math.ceil(examples / batch_size)
+        return cls.of_steps(math.ceil(examples / batch_size), epochs, evaluations)
+
+    @classmethod
+    def of_steps(cls, steps_per_epoch: int, epochs: float, evaluations: int) -> Budget:
+        """Spread evaluations evenly over ``epochs`` passes of so many steps."""
         total = max(1, round(epochs * steps_per_epoch))
         spread = sorted({max(1, round(total * (i + 1) / evaluations)) for i in range(evaluations)})
         return cls(steps_per_epoch, tuple(spread))
@@ -34,3 +40,48 @@ class Budget:
     def epoch(self, step: int) -> float:
         """Passes over the training split after a step."""
         return step / self.steps_per_epoch
+
+
+def batch_length(length: int) -> int:
+    """What a text counts as where batches are filled up to a number of tokens: its length, or the next one of a grid.
+
+    Texts of one grid point can take each other's place in a batch, which keeps batches random; so the grid is not
+    finer than 8, to which batches are padded, nor than an eighth of the length's power of two.
+    """
+    grid = max(8, 1 << max(0, length.bit_length() - 4))
+    return -(-max(1, length) // grid) * grid
+
+
+def batch_sizes(lengths: Iterable[int], batch_size: int, tokens: int, batches: int | None = None) -> list[int]:
+    """How many examples each batch of a pass holds, for examples in ascending order of `batch_length`.
+
+    The sizes depend on the lengths alone, not on what is drawn: every pass of every trial has as many steps.
+
+    Args:
+        lengths: Tokens of each example.
+        batch_size: Examples per batch at most.
+        tokens: Padded tokens per batch at most; a longer text has a batch of its own.
+        batches: Cut the largest batches further until there are so many, as far as there are examples.
+    """
+    sizes = [0]
+    for length in sorted(map(batch_length, lengths)):
+        if sizes[-1] and (sizes[-1] == batch_size or (sizes[-1] + 1) * length > tokens):
+            sizes.append(0)
+        sizes[-1] += 1
+    return sizes if batches is None else _cut_further(sizes, batches)
+
+
+def _cut_further(sizes: Sequence[int], batches: int) -> list[int]:
+    pieces = [1] * len(sizes)
+    # The batch with the largest pieces first.
+    heap = [(-size, place) for place, size in enumerate(sizes)]
+    heapq.heapify(heap)
+    for _ in range(min(batches, sum(sizes)) - len(sizes)):
+        _, place = heap[0]
+        pieces[place] += 1
+        heapq.heapreplace(heap, (-math.ceil(sizes[place] / pieces[place]), place))
+    return [
+        size * (number + 1) // count - size * number // count
+        for size, count in zip(sizes, pieces, strict=True)
+        for number in range(count)
+    ]

@@ -9,7 +9,7 @@ import torch
 _WANTED = re.compile(r"Tried to allocate ([\d.]+ \w+)")
 _WANTED_BYTES = re.compile(r"you tried to allocate (\d+) bytes")
 # Any of these makes a trial need less.
-_LOWER = "lower training.batch_size, training.evaluation_batch_size or training.max_length"
+_LOWER = "lower training.batch_size (or tokens_per_batch), training.evaluation_batch_size or training.max_length"
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -33,4 +33,5 @@ def describe(error: BaseException) -> str:
         wanted = f": {int(found[1]) / 2**30:.2f} GiB more were wanted"
     else:
         wanted = ""
-    return f"out of {where}{wanted}; {_LOWER}, raise training.gradient_accumulation, or set search.max_memory"
+    others = "raise training.gradient_accumulation, write training.gradient_checkpointing: true"
+    return f"out of {where}{wanted}; {_LOWER}, {others}, or set search.max_memory"

@@ -20,7 +20,9 @@ from peftsearch.domains.tasks import LossOptions
 from peftsearch.files import Place, patiently, persist, read_json, write_bytes, write_json
 from peftsearch.methods import METHODS, AttachContext
 from peftsearch.spec import TrainingSpec
+from peftsearch.training.attention import use_fast_attention
 from peftsearch.training.base_model import FrozenBase, count_trainable, move, trainable
+from peftsearch.training.batches import Batch, ahead, load, padding_known
 from peftsearch.training.budget import Budget
 from peftsearch.training.checkpoint import (
     TEST_PREDICTIONS,
@@ -32,11 +34,11 @@ from peftsearch.training.checkpoint import (
     sound_states,
     trial_folder,
     write_checkpoint,
-    write_state,
 )
 from peftsearch.training.data_order import DataOrder
 from peftsearch.training.distributed import WorkerGroup
-from peftsearch.training.evaluate import Evaluation, evaluate, to_device
+from peftsearch.training.dropout import use_fast_dropout
+from peftsearch.training.evaluate import Evaluation, evaluate
 from peftsearch.training.forgetting import FORGETTING, GeneralText
 from peftsearch.training.optimizer import (
     learning_rate_factor,
@@ -48,8 +50,10 @@ from peftsearch.training.optimizer import (
     step_optimizer,
 )
 from peftsearch.training.precision import training_autocast, trains_bf16
+from peftsearch.training.recompute import recompute
 from peftsearch.training.segment import SegmentResult, TestReading, TrialPlan
 from peftsearch.training.sharding import part_like
+from peftsearch.training.state_writer import WRITER
 
 _STEPS_BETWEEN_QUESTIONS = 8
 """Several workers ask one another so often whether one of them has to leave."""
@@ -165,7 +169,11 @@ class TrialSession:
             torch.cuda.reset_peak_memory_stats(group.device)
         with nullcontext() if group.sharded else group.together():
             self.model = build_model(base, domain, plan.method, plan.hyperparameters, plan.seed)
+        if group.device.type == "cpu":
+            use_fast_attention()
+            use_fast_dropout(self.model)
         self.half = trains_bf16(training.precision, group.device)
+        recompute(self.model, training.gradient_checkpointing, self._most_tokens(), self.half, group)
         self.wrapped = group.wrap(self.model, self.half)
         self.parameters = trainable(self.model)
         self.masters = master_weights(self.model)
@@ -179,10 +187,18 @@ class TrialSession:
         )
         self.loss_options = _loss_options(domain, training, group.device)
         self.best = _Best()
-        self.order = DataOrder(domain.lengths("train"), training.batch_size, plan.seed)
+        lengths, tokens = domain.lengths("train"), training.tokens_per_batch
+        self.order = DataOrder(lengths, training.batch_size, plan.seed, tokens, budget.steps_per_epoch)
         # Ranks draw different dropout masks; rank 0's stream is that of a single worker.
         torch.manual_seed(plan.seed * 65_537 + 1 + group.rank)
         self._random_state = _random_state(group.device)
+
+    def _most_tokens(self) -> int:
+        """Padded tokens of a forward pass at most."""
+        training, longest = self.training, max(self.domain.lengths("train"))
+        parts = self.group.size * training.gradient_accumulation
+        most = -(-training.batch_size // parts) * longest
+        return most if training.tokens_per_batch is None else min(most, max(longest, training.tokens_per_batch))
 
     def resume(self, latest: int) -> None:
         """Continue from the latest sound state of the trial up to a step, where there is one.
@@ -190,6 +206,8 @@ class TrialSession:
         Raises:
             StorageError: The storage cannot be read.
         """
+        # It may be on its way.
+        WRITER.wait()
         found = patiently(self.folder, lambda: next(sound_states(self.folder, latest), None), "read")
         if found is None:
             return
@@ -374,36 +392,28 @@ class TrialSession:
         return reading
 
     def _train(self, to_step: int) -> float:
-        group, task, data = self.group, self.domain.task, self.domain.split("train")
+        group, task = self.group, self.domain.task
         self.wrapped.train()
         group.prepare(self.model, self.half)
         total = torch.full((), self._part.loss, dtype=torch.float64, device=group.device)
         examples, began = self._part.examples, time.perf_counter() - self._part.seconds
         self._part = Part()
         parameters = list(self.parameters.values())
-        for step in range(self.step, to_step):
+        for step, count, loaded in ahead(range(self.step, to_step), self._loaded, group.device):
             if self._leaves(step):
                 self.step, self._random_state = step, _random_state(group.device)
                 loss_so_far = float(group.sum(total).item())
                 self._part = Part(loss_so_far, examples, time.perf_counter() - began)
                 self._write(final=False)
+                with group.together():
+                    WRITER.wait()
                 raise LeavingError
-            indices = self.order.batch(step)
-            mine = indices[group.rank :: group.size] or indices[:1]
-            # A rank without examples of its own still takes part in the collectives, with weight zero.
-            weight = group.size / len(indices) if len(indices) > group.rank else 0.0
-            largest = -(-len(indices) // group.size)
-            part = -(-largest // self.training.gradient_accumulation)
-            parts = [(mine[first : first + part], weight) for first in range(0, len(mine), part)]
-            if group.sharded:
-                # Each forward pass gathers weights from all ranks: they make the same number of them.
-                parts += [(mine[:1], 0.0)] * (-(-largest // part) - len(parts))
             loss = torch.zeros((), device=group.device)
-            for number, (rows, weight) in enumerate(parts, start=1):
-                batch = to_device(task.collate(data[rows], self.domain.pad_token_id), group.device)
+            for number, (moved, weight) in enumerate(loaded, start=1):
+                batch = moved.values
                 group.place = f"{self.plan.key}: forward pass {number} of step {step}"
-                with group.no_sync(self.wrapped) if number < len(parts) else nullcontext():
-                    with training_autocast(self.training.precision, group.device):
+                with group.no_sync(self.wrapped) if number < len(loaded) else nullcontext():
+                    with training_autocast(self.training.precision, group.device), padding_known(moved.full):
                         inputs = {name: value for name, value in batch.items() if name not in task.hidden}
                         output = self.wrapped(**inputs)
                     losses = task.losses(output, batch, self.loss_options)
@@ -418,12 +428,28 @@ class TrialSession:
             set_learning_rate(self.optimizer, learning_rate_factor(step, self.budget.total_steps, self.training))
             step_optimizer(self.optimizer, self.parameters, self.masters)
             # Summed on the device: reading it every step would make the host wait for the GPU.
-            total += loss.double() * len(indices) / group.size
-            examples += len(indices)
+            total += loss.double() * count / group.size
+            examples += count
         self.step = to_step
         mean = float(group.sum(total).item()) / max(1, examples)
         self.check_loss(mean, to_step)
         return mean
+
+    def _loaded(self, step: int) -> tuple[int, int, list[tuple[Batch, float]]]:
+        """A step, its examples, and this worker's parts of its batch, each with the weight of an example's loss."""
+        group, data, indices = self.group, self.domain.split("train"), self.order.batch(step)
+        mine = indices[group.rank :: group.size] or indices[:1]
+        # A rank without examples of its own still takes part in the collectives, with weight zero.
+        weight = group.size / len(indices) if len(indices) > group.rank else 0.0
+        largest = -(-len(indices) // group.size)
+        part = -(-largest // self.training.gradient_accumulation)
+        parts = [(mine[first : first + part], weight) for first in range(0, len(mine), part)]
+        if group.sharded:
+            # Each forward pass gathers weights from all ranks: they make the same number of them.
+            parts += [(mine[:1], 0.0)] * (-(-largest // part) - len(parts))
+        task, fill = self.domain.task, self.domain.pad_token_id
+        loaded = [(load(task.collate(data[rows], fill), group.device), weight) for rows, weight in parts]
+        return step, len(indices), loaded
 
     def _leaves(self, step: int) -> bool:
         if self.group.size == 1:
@@ -480,13 +506,14 @@ class TrialSession:
             "part": asdict(self._part),
         }
         if final:
+            WRITER.wait()
             # Without the states, a trial whose weights do not survive would be lost.
             write_checkpoint(self.folder / WEIGHTS, weights, meta, lasting=True)
             delete_states(self.folder)
             return
         for rank, state in enumerate(random_states):
             tensors |= {f"random/{rank}/{name}": tensor for name, tensor in state.items()}
-        write_state(self.folder, self.step, tensors, meta)
+        WRITER.write(self.folder, self.step, tensors, meta)
 
 
 @dataclass(frozen=True)

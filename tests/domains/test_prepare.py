@@ -124,8 +124,10 @@ def test_a_tokenizer_that_was_used_before_is_the_same_tokenizer(tmp_path: Path, 
     assert again.folder == first.folder
 
 
-@pytest.mark.parametrize("damage", ["manifest", "truncated", "garbage", "folder"])
-def test_a_damaged_entry_is_made_again(tmp_path: Path, study: Make, tokenizer: str, cache: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["manifest", "truncated", "flipped", "described", "garbage", "folder"])
+def test_a_damaged_entry_is_made_again(
+    tmp_path: Path, study: Make, tokenizer: str, cache: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     write_json_lines(tmp_path / "a.jsonl", rows(40))
     file = study({"source": "a.jsonl"})
     first = prepare(file, tokenizer, cache)
@@ -137,13 +139,26 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, study: Make, tokenizer: s
     elif damage == "truncated":
         arrow = next((first.folder / "train").glob("*.arrow"))
         arrow.write_bytes(arrow.read_bytes()[:-10])
+    elif damage == "flipped":
+        arrow = next((first.folder / "train").glob("*.arrow"))
+        content = bytearray(arrow.read_bytes())
+        content[len(content) // 2] ^= 1
+        arrow.write_bytes(content)
+    elif damage == "described":
+        manifest = first.folder / "manifest.json"
+        manifest.write_text(manifest.read_text().replace('"c0"', '"c9"', 1))
     else:
         os.rename(first.folder / "validation", tmp_path / "gone")
     with pytest.raises(StudyError, match="is incomplete: delete that folder and run again"):
         PreparedDomain.load(first.folder)
     again = prepare(file, tokenizer, cache)
+    assert "the prepared data of domain 'd'" in caplog.text
+    assert "is damaged, and made anew" in caplog.text
     assert again == first
     assert again.split("train")[:] == tokens
+    caplog.clear()
+    assert prepare(file, tokenizer, cache) == first
+    assert not caplog.records
     assert os.listdir(cache) == [first.folder.name]
 
 

@@ -7,6 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peftsearch.training.budget import batch_length, batch_sizes
 from peftsearch.training.data_order import DataOrder
 
 
@@ -20,7 +21,7 @@ def test_each_pass_holds_every_example_once(lengths: list[int], batch_size: int,
 
 
 def test_any_worker_finds_the_same_batch() -> None:
-    lengths = [random.Random(0).randint(1, 50) for _ in range(500)]
+    lengths = random.Random(0).choices(range(1, 51), k=500)
     whole = DataOrder(lengths, 16, seed=3)
     expected = [whole.batch(step) for step in range(70)]
     assert [DataOrder(lengths, 16, seed=3).batch(step) for step in range(69, -1, -1)] == expected[::-1]
@@ -28,7 +29,47 @@ def test_any_worker_finds_the_same_batch() -> None:
 
 
 def test_little_is_padded() -> None:
-    lengths = [random.Random(0).randint(4, 64) for _ in range(2000)]
+    lengths = random.Random(0).choices(range(4, 65), k=2000)
     order = DataOrder(lengths, 16, seed=0)
     padded = sum(max(lengths[row] for row in order.batch(step)) * 16 for step in range(125))
     assert padded < 1.15 * sum(lengths)
+
+
+LENGTHS = st.lists(st.integers(1, 3000), min_size=1, max_size=200)
+
+
+@given(LENGTHS, st.integers(1, 40), st.integers(8, 5000), st.integers(0, 300), st.integers(0, 2**31 - 1))
+def test_with_a_limit_on_tokens_every_pass_has_equally_many_batches_within_it(
+    lengths: list[int], batch_size: int, tokens: int, more: int, seed: int
+) -> None:
+    needed = len(batch_sizes(lengths, batch_size, tokens))
+    # Another model's lengths may make more batches: those of this one are then cut further, as far as there are texts.
+    steps = min(len(lengths), needed + more)
+    order = DataOrder(lengths, batch_size, seed, tokens, needed + more)
+    for epoch in range(2):
+        batches = [order.batch(epoch * steps + step) for step in range(steps)]
+        assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+        for batch in batches:
+            assert 1 <= len(batch) <= batch_size
+            padded = len(batch) * -(-max(lengths[row] for row in batch) // 8) * 8
+            assert padded <= tokens or len(batch) == 1
+
+
+@given(st.integers(1, 10**6))
+def test_a_length_counts_as_little_more_than_it_is(length: int) -> None:
+    assert length <= batch_length(length) <= max(length + 7, length * 9 / 8)
+    assert batch_length(length) % 8 == 0
+
+
+def test_a_limit_on_tokens_fills_batches_and_draws_them_anew() -> None:
+    lengths = random.Random(0).choices([8, 16, 64, 128], k=1000)
+    order = DataOrder(lengths, 256, seed=0, tokens=1024)
+    steps = len(batch_sizes(lengths, 256, 1024))
+    first, second = ([set(order.batch(epoch * steps + step)) for step in range(steps)] for epoch in range(2))
+    assert steps < 1.1 * sum(lengths) / 1024
+    assert len(set(map(len, first))) >= 4
+    assert not any(batch in second for batch in first)
+    other = DataOrder(lengths, 256, seed=1, tokens=1024)
+    assert [sorted(other.batch(step)) for step in range(steps)] != [sorted(order.batch(step)) for step in range(steps)]
+    again = DataOrder(lengths, 256, seed=0, tokens=1024)
+    assert set(again.batch(steps + 3)) == second[3]

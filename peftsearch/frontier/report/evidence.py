@@ -188,7 +188,7 @@ def provenance(document: Document, study: Material) -> None:
         Text(
             f"Search: {spec.search.sampler} sampler, {spec.search.scheduler} scheduler, seed {spec.search.seed}, "
             f"{facts.trials_per_cell} trials per cell. Training: {spec.training.epochs:g} epochs, batches of "
-            f"{spec.training.batch_size}. Confirmation: {spec.confirm.seeds or 'no'} seeds."
+            f"{spec.training.batch}. Confirmation: {spec.confirm.seeds or 'no'} seeds."
         )
     )
     document.add(

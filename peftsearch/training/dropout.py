@@ -1,0 +1,76 @@
+"""Dropout on the CPU, where torch draws one random number for each element and keeps one float for it.
+
+Dropout takes a tenth of a training step of a small encoder there. Ours draws 64 random bits for four elements, keeps
+one byte for each of them, and is the same function of the same distribution (a rate is rounded to 1/65536, and the
+scale follows from the rate as it then is).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+_LEVELS = 2**16
+
+
+class Dropout(nn.Dropout):
+    """`torch.nn.Dropout` (Srivastava et al. 2014), faster on the CPU; drawn from torch's global generator."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """The input with some elements set to 0 and the others scaled up, in training; else the input itself."""
+        return dropout(input, self.p) if self.training else input
+
+
+def use_fast_dropout(model: nn.Module) -> None:
+    """Let a trial's own modules drop as `Dropout` does."""
+    for module in model.modules():
+        if type(module) is nn.Dropout and not module.inplace:
+            module.__class__ = Dropout
+
+
+def dropout(values: torch.Tensor, rate: float, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Each element set to 0 with probability ``rate``, and divided by ``1 - rate`` otherwise.
+
+    Args:
+        values: Floating-point, of any shape.
+        rate: From 0 to 1.
+        generator: What is drawn from, on the values' device; torch's global generator where absent.
+    """
+    threshold = round(rate * _LEVELS)
+    if threshold == 0:
+        return values
+    if threshold == _LEVELS:
+        return values * 0.0
+    if values.device.type != "cpu" and generator is None:
+        return nn.functional.dropout(values, rate)
+    keep = _kept(values.shape, threshold, generator, values.device)
+    scale = _LEVELS / (_LEVELS - threshold)
+    dropped: torch.Tensor = _Dropped.apply(values, keep, scale)  # type: ignore[no-untyped-call]
+    return dropped
+
+
+def _kept(
+    shape: Sequence[int], threshold: int, generator: torch.Generator | None, device: torch.device
+) -> torch.Tensor:
+    count = math.prod(shape)
+    bits = torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+    return (bits.view(torch.int16)[:count] >= threshold - _LEVELS // 2).view(shape)
+
+
+class _Dropped(torch.autograd.Function):
+    """Autograd would keep the values too, for a gradient that nobody asks for."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, keep: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.save_for_backward(keep)
+        ctx.scale = scale
+        return torch.mul(values, keep).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (keep,) = ctx.saved_tensors
+        return torch.mul(gradients[0], keep).mul_(ctx.scale), None, None

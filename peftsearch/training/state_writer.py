@@ -1,0 +1,80 @@
+"""Writing a trial's state while the next segment trains.
+
+A segment is answered once its state is handed over here, not once it is in the storage. Where the process dies in
+between, the trial goes on from the state before: the lost segment is trained again, with the same result, and what was
+answered stays true (`TrialSession.catch_up`). A state that could not be written is told at the next one, and stops the
+study as it would have done at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from peftsearch.files import Place, exists, is_local, persist
+from peftsearch.training.checkpoint import WEIGHTS, delete_states, write_state
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+AT_ONCE = 8 * 2**20
+"""Bytes that are written to a local disk without a thread: that takes a few milliseconds, and copying them some too."""
+
+
+class StateWriter:
+    """Writes one state at a time, in a thread where it is large or goes over a network.
+
+    A process has one (`WRITER`): at most one copy of a state is in memory at a time. The thread is no daemon: a process
+    that ends in order ends after its last state is written.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def write(self, folder: Place, step: int, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
+        """Write a state, or begin to; the tensors may be changed afterwards.
+
+        Raises:
+            StorageError: This state, or the one before it, could not be written.
+        """
+        self.wait()
+        if is_local(folder) and sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) < AT_ONCE:
+            write_state(folder, step, tensors, meta)
+            return
+        copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        self._thread = threading.Thread(
+            target=self._write, args=(folder, step, copies, meta), name=f"state of {folder.name}", daemon=False
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return once everything that was handed over is in its storage.
+
+        Raises:
+            StorageError: It could not be written; said once.
+        """
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _write(self, folder: Place, step: int, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
+        try:
+            write_state(folder, step, tensors, meta)
+            if exists(folder / WEIGHTS):
+                # Another worker was faster with what is left of the trial.
+                persist(folder, lambda: delete_states(folder))
+        except BaseException as error:
+            log.warning("the state of trial folder %s after step %d is not written: %s", folder.name, step, error)
+            self._error = error
+
+
+WRITER = StateWriter()
+"""This process's."""
