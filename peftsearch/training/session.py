@@ -321,6 +321,7 @@ class TrialSession:
             StorageError: It cannot be written.
         """
         self._write(final=False)
+        WRITER.wait()
 
     def check_loss(self, mean: float, to_step: int) -> None:
         """Refuse a training loss that is no number.

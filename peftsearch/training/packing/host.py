@@ -13,6 +13,7 @@ from peftsearch.methods import Quantization
 from peftsearch.methods.soft_prompt.layer import positions_of
 from peftsearch.methods.sublayers import feed_forward_input
 from peftsearch.training.base_model import FrozenBase, share_tensors
+from peftsearch.training.dropout import use_fast_dropout
 from peftsearch.training.packing.banks import Banks, Key, Placed, along_columns, along_rows, as_it_is
 from peftsearch.training.packing.layers import Change, PackedBottleneck, PackedLowRank, Range
 from peftsearch.training.packing.layout import Layout
@@ -40,6 +41,8 @@ class Host:
             self.own[path] = OwnModules()
             parent, _, child = path.rpartition(".")
             setattr(self.model.get_submodule(parent), child, self.own[path])
+        if base.device.type == "cpu":
+            use_fast_dropout(self.model)
         self._frozen = dict(self.model.named_parameters(remove_duplicate=False))
         self._handles: list[Any] = []
         self._begins: dict[str, str] = {}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftsearch.training.batches import Batch, load, padding_known
 from peftsearch.training.evaluate import to_device
 from peftsearch.training.optimizer import learning_rate_factor
 from peftsearch.training.packing.banks import Banks
@@ -168,8 +169,10 @@ class Pack:
             rows = [own[number] if number < len(own) else own[0][:1] for own in parts]
             batches = self._collate(rows)
             inputs = self._inputs(batches)
-            with training_autocast(self._precision if autocast else "fp32", self.device):
-                output = self.host.model(**inputs)
+            # Soft tokens of different numbers are padded in their turn: the model has to look.
+            full = None if self._prompts else inputs.full
+            with training_autocast(self._precision if autocast else "fp32", self.device), padding_known(full):
+                output = self.host.model(**inputs.values)
             found = []
             for member, batch in enumerate(batches):
                 if now[member] is None:
@@ -198,7 +201,7 @@ class Pack:
             first += len(own)
         return [found[tuple(own)] for own in rows]
 
-    def _inputs(self, batches: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def _inputs(self, batches: list[dict[str, Any]]) -> Batch:
         """What the model sees, on the device; the batches are moved there too."""
         task = self.domain.task
         names = [name for name in batches[0] if name not in task.hidden]
@@ -223,7 +226,7 @@ class Pack:
         }
         moved = {id(batch): to_device(batch, self.device) for batch in batches}
         batches[:] = [moved[id(batch)] for batch in batches]
-        return to_device(inputs, self.device)
+        return load(inputs, self.device)
 
     def _output_of(self, member: int, output: Any, batch: Mapping[str, Any]) -> Any:
         """The part of the model's output that a member would have had alone."""
