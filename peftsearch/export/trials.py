@@ -272,8 +272,8 @@ def _with_form(chosen: Sequence[Choice], form: Form, told: Callable[[str], None]
             refused.append(error)
     if not left:
         raise refused[0]
-    for error in refused:
-        told(f"Left out: {error.message}")
+    for reason_why in refused:
+        told(f"Left out: {reason_why.message}")
     return left
 
 

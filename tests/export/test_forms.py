@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow
 
 TRIALS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", CONFIGURATIONS["lora"]),
-    "rslora": ("lora", CONFIGURATIONS["lora"] | {"variant": "rslora", "targets": "all-linear"}),
+    "rslora": ("lora", CONFIGURATIONS["lora"] | {"variant": "rslora", "targets": "all-linear", "learning_rate": 2e-3}),
     "dora": ("lora", CONFIGURATIONS["lora"] | {"variant": "dora"}),
     "ia3": ("ia3", SAMPLES["ia3"] | {"learning_rate": 5e-2}),
     "layer_norm": ("layer_norm", SAMPLES["layer_norm"]),

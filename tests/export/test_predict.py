@@ -194,8 +194,8 @@ def test_the_code_of_a_merged_models_card_runs(task: str, merged: dict[str, Expo
     (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(code, "card", "exec"), {})
-    # How well an encoder fills in words takes more than a card can show.
-    assert bool(printed.getvalue().strip()) == (task != "language_modeling")
+    # How well an encoder fills in words takes more than a card can show. (A tiny model may well write an empty text.)
+    assert bool(printed.getvalue()) == (task != "language_modeling")
     assert ("pipeline_tag: fill-mask" in card) == (task == "language_modeling")
     assert card_errors(card) == []
 
