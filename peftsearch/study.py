@@ -18,6 +18,7 @@ import socket
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ from peftsearch.spec import (
 )
 from peftsearch.spec.changes import compare
 from peftsearch.storage import StudyFolder, damaged, reaching, read_json, study_folder, write_json
-from peftsearch.tracking.ledger import Ledger, LedgerCell, Owner, hide_password
+from peftsearch.tracking.ledger import CLAIMS, Ledger, LedgerCell, Owner, hide_password
 
 if TYPE_CHECKING:
     from peftsearch.events import StudyEvents
@@ -534,6 +535,7 @@ class Study:
             if old is not None and domain.fingerprint not in (old.fingerprint, UNCHECKED):
                 rows = [split for split in old.rows if old.rows[split] != domain.rows.get(split)]
                 others = f"; other numbers of examples in {', '.join(rows)}" if rows else ""
+                others += f"; it was {old.source} then" if old.source != domain.source else ""
                 raise StudyError(
                     f"the data of domain {name!r} ({domain.source}) has changed since the study {self.name!r} began"
                     f"{others}: {advice}"
@@ -657,14 +659,43 @@ class Study:
             )
             for item in plan.cells
         ]
-        return Ledger(
+        owner = self._claim()
+        ledger = Ledger(
             self.ledger_url,
             self.name,
             cells,
-            owner=self._owner(),
+            owner=owner,
             patience=LEDGER_PATIENCE,
             guard=lease.check if lease else None,
         )
+        if owner.claim is not None:
+            self._write_claims(owner.claim)
+        return ledger
+
+    def _claim(self) -> Owner:
+        """This run, told from runs in copies of the storage that share its ledger: each leaves a word of its own in
+        both places, and a copy's word is not in this storage.
+
+        The word is in the storage first, and the former ones stay until it is in the ledger: whenever a driver dies,
+        the ledger holds one of them.
+        """
+        owner = self._owner()
+        if self.spec.tracking.ledger == "auto":
+            # The ledger is in the storage, and copied with it.
+            return owner
+        found = read_json(self.folder.path / CLAIMS)
+        earlier = None
+        if found is not None:
+            if not isinstance(found.get("claims"), list):
+                raise damaged(self.folder.path / CLAIMS, "it holds no list of claims")
+            earlier = tuple(map(str, found["claims"]))
+        claim = str(uuid.uuid4())
+        self._write_claims(claim, *(earlier or ()))
+        return replace(owner, claim=claim, earlier=earlier)
+
+    def _write_claims(self, *claims: str) -> None:
+        place = self.folder.path / CLAIMS
+        persist(place, lambda: write_json(place, {"claims": claims}))
 
     def _tracker(self, facts: StudyFacts, ledger: Ledger) -> MlflowTracker | None:
         from peftsearch.tracking.mlflow_tracker import MlflowTracker

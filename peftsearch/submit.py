@@ -19,15 +19,16 @@ import tempfile
 import time
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from peftsearch.ray_access import HOW_TO_SWITCH_ON, check_access, refused, token_of_the_user
-from peftsearch.spec import DataSpec, StudyError, StudyFile, model_location
+from peftsearch.spec import DataSpec, StudyError, StudyFile, model_location, without_passwords
 from peftsearch.storage import ENVIRONMENT_VARIABLE
 from peftsearch.study import SUBMITTED_FROM, Study
+from peftsearch.tracking.provenance import SUBMITTED_COMMIT, study_commit
 
 SHIPPED_BYTES = 200 * 2**20
 """What may travel with a job: Ray keeps it in the memory of the cluster's head, and takes no more than 512 MB."""
@@ -196,9 +197,11 @@ def run_as_job(
         The exit status of the study; 0 where it is not followed.
 
     Raises:
-        StudyError: The cluster cannot be reached or refuses us, or the study cannot be sent.
+        StudyError: The cluster cannot be reached or refuses us, or the study cannot be sent or holds a password.
         KeyboardInterrupt: Ctrl-C while following; the job goes on.
     """
+    assert study.file is not None
+    _refuse_passwords(study.file, overrides)
     server = JobServer(address, told)
     try:
         job, before = submit(study, overrides, server, told)
@@ -263,10 +266,7 @@ def submit(study: Study, overrides: Sequence[str], server: JobServer, told: Told
         job = Job(f"{prefix}{number}", files=digest)
         mark = _mark_storage(study, told)
         entrypoint = _entrypoint(study, names[0], overrides)
-        environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), SUBMITTED_FROM: str(file.folder)}
-        if mark is not None:
-            environment[STORAGE_MARK] = str(mark)
-        return server.submit(job, entrypoint, package, environment), False
+        return server.submit(job, entrypoint, package, _environment(file, mark)), False
 
 
 def follow(server: JobServer, job: Job, write: Callable[[str], None], told: Told) -> int:
@@ -365,6 +365,42 @@ def shipped_files(file: StudyFile) -> tuple[Path, list[str]]:
     return root, list(files)
 
 
+def _refuse_passwords(file: StudyFile, overrides: Sequence[str]) -> None:
+    """Ray keeps a job's command and files, and shows them to everybody who may see its jobs.
+
+    Raises:
+        StudyError: A setting or the study file, be it in a comment, holds a password or token.
+    """
+    message = (
+        "holds a password or token, which everybody who may see the cluster's jobs could read: leave it out, and have "
+        "the environment of the cluster's head bring it (PGPASSWORD or ~/.pgpass for PostgreSQL, "
+        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for MLflow, HF_TOKEN for the Hub)"
+    )
+    for setting in overrides:
+        key, _, value = setting.partition("=")
+        if without_passwords(value) != value:
+            raise StudyError(f"--set {key.strip()}: {message}")
+    for text, loc in _texts(file.spec.model_dump(mode="json")):
+        if without_passwords(text) != text:
+            raise StudyError(file.explain(StudyError(message, loc)))
+    for number, line in enumerate((file.text or "").splitlines(), 1):
+        if without_passwords(line) != line:
+            raise StudyError(f"{file.where}, line {number}: {message}")
+
+
+def _texts(value: Any, loc: tuple[str | int, ...] = ()) -> Iterator[tuple[str, tuple[str | int, ...]]]:
+    """Every text in a specification, keys included, with its place."""
+    if isinstance(value, str):
+        yield value, loc
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key), loc
+            yield from _texts(item, (*loc, key))
+    elif isinstance(value, Sequence):
+        for number, item in enumerate(value):
+            yield from _texts(item, (*loc, number))
+
+
 def _references(file: StudyFile) -> Iterator[tuple[str, tuple[str | int, ...]]]:
     """Every path in a study that may be a local one, with its place."""
     for number, model in enumerate(file.spec.models):
@@ -444,6 +480,16 @@ def _entrypoint(study: Study, name: str, overrides: Sequence[str]) -> str:
         command += ["--set", setting]
     # In the shell's place: a signal to stop is for the driver.
     return f"exec {shlex.join(command)}"
+
+
+def _environment(file: StudyFile, mark: Path | None) -> dict[str, str]:
+    """Environment variables of the job: what only this machine knows."""
+    environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), SUBMITTED_FROM: str(file.folder)}
+    if commit := study_commit(file.folder):
+        environment[SUBMITTED_COMMIT] = commit
+    if mark is not None:
+        environment[STORAGE_MARK] = str(mark)
+    return environment
 
 
 def check_arrival(study: Study) -> None:

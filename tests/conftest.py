@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,15 @@ import yaml
 from gcs_server import gcs_server  # noqa: F401  (one server for all tests that ask for it)
 from postgres_server import postgres_server  # noqa: F401  (the same)
 from s3_server import s3_server  # noqa: F401  (the same)
+from small_disk import small_disk  # noqa: F401  (shared by tests of several folders)
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Several test processes share the cores: threads of one would wait for those of the others.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # What a shell starts in the background ignores Ctrl-C, and so would all programs that tests start and interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TOPICS = {
     "contract": [

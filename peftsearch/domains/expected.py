@@ -95,7 +95,7 @@ def expected_domain(
         rows={split: rows[split] for split in SPLITS if split in rows},
         max_length=longest,
         fingerprint=raw.fingerprint if raw is not None else UNCHECKED,
-        source=describe_source(data),
+        source=raw.source if raw is not None else describe_source(data),
         warnings=raw.warnings if raw is not None else (),
         pad_token_id=0,
         folder=Path(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
+from pathlib import Path
 
 PATIENCE = 4.0
 """Seconds after which a Hub that has not answered counts as out of reach."""
@@ -43,6 +44,20 @@ def hub_reachable() -> bool:
 
         datasets.config.HF_HUB_OFFLINE = True
     return False
+
+
+def cached_commit(dataset: str, revision: str) -> str | None:
+    """The commit that a data set's branch or tag was when this machine last asked the Hub; None where it never did.
+
+    The cache's layout is documented: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+    """
+    from huggingface_hub import constants
+
+    ref = Path(constants.HF_HUB_CACHE) / f"datasets--{dataset.replace('/', '--')}" / "refs" / revision
+    try:
+        return ref.read_text().strip()
+    except (OSError, ValueError):
+        return None
 
 
 def out_of_reach(error: BaseException) -> str | None:

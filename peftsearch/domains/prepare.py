@@ -80,7 +80,7 @@ class PreparedDomain:
         rows: Examples per split. ``train`` and ``validation`` are always there, ``test`` unless the study wants none.
         max_length: Tokens per text at most.
         fingerprint: Hash of texts, labels and splits, whatever the tokenizer.
-        source: Where the data came from, as the study file says.
+        source: Where the data came from, as the study file says; with the commit of a data set of the Hub.
         warnings: What a careful reader should know about the data.
         pad_token_id: What batches are padded with (the end token where a tokenizer has no padding token).
         folder: Where the splits and the manifest are.
@@ -190,10 +190,11 @@ def load_domain(name: str, spec: StudySpec, folder: Path) -> RawDomain:
     get_metric(task, domain.metric, (*place, "metric"))
     parts = tuple(data.join or ())
     if data.join is None:
-        splits, cuts = _read_splits(task, data, folder, loc)
+        splits, cuts, commit = _read_splits(task, data, folder, loc)
+        commits = {"": commit}
         warnings = _group_warnings(splits, data)
     else:
-        splits, cuts, warnings = _join(task, data.join, folder, (*loc, "join"))
+        splits, cuts, warnings, commits = _join(task, data.join, folder, (*loc, "join"))
     # Before limits: a study on a few rows of each split keeps the labels of the whole.
     labels = task.check(splits, data, loc, cut=cuts)
     metric = get_metric(task, domain.metric, (*place, "metric"), labels)
@@ -201,11 +202,14 @@ def load_domain(name: str, spec: StudySpec, folder: Path) -> RawDomain:
     warnings += _overlap_warnings({split: task.keys(table) for split, table in splits.items()})
     warnings += task.warnings(splits, labels)
     fingerprint = _digest([split, *row] for split, table in splits.items() for row in ((), *task.content(table)))
-    return RawDomain(task, metric, labels, splits, fingerprint, describe_source(data), tuple(warnings), parts)
+    return RawDomain(task, metric, labels, splits, fingerprint, describe_source(data, commits), tuple(warnings), parts)
 
 
-def _read_splits(task: Task, data: DataSpec, folder: Path, loc: Loc) -> tuple[dict[str, pa.Table], tuple[str, ...]]:
-    """The splits of one data set in the task's form, missing ones cut from train; and which were cut."""
+def _read_splits(
+    task: Task, data: DataSpec, folder: Path, loc: Loc
+) -> tuple[dict[str, pa.Table], tuple[str, ...], str | None]:
+    """The splits of one data set in the task's form, missing ones cut from train; which were cut; and the commit of a
+    data set of the Hub."""
     sources = read_source(data, folder, loc, task.columns(data), task.formats)
     _check_group(data, sources["train"], (*loc, "split", "group"))
     splits = {}
@@ -216,18 +220,20 @@ def _read_splits(task: Task, data: DataSpec, folder: Path, loc: Loc) -> tuple[di
             table = table.append_column(GROUP, raw.table.column(group))
         splits[split] = table
     splits, cuts = _cut_missing(task, splits, data, loc)
-    return {split: splits[split] for split in SPLITS if split in splits}, cuts
+    return {split: splits[split] for split in SPLITS if split in splits}, cuts, sources["train"].commit
 
 
 def _join(
     task: Task, parts: Mapping[str, DataSpec], folder: Path, loc: Loc
-) -> tuple[dict[str, pa.Table], tuple[str, ...], list[str]]:
-    """The splits of several data sets one after another, each row with the name of its part."""
+) -> tuple[dict[str, pa.Table], tuple[str, ...], list[str], dict[str, str | None]]:
+    """The splits of several data sets one after another, each row with the name of its part; which were cut; warnings;
+    and the commits of data sets of the Hub by part."""
     joined: dict[str, list[pa.Table]] = {}
     cuts: set[str] = set()
     warnings: list[str] = []
+    commits: dict[str, str | None] = {}
     for name, data in parts.items():
-        splits, cut = _read_splits(task, data, folder, (*loc, name))
+        splits, cut, commits[name] = _read_splits(task, data, folder, (*loc, name))
         warnings += [f"{name}: {warning}" for warning in _group_warnings(splits, data)]
         cuts |= set(cut)
         for split, table in _limit(task, splits, data).items():
@@ -237,7 +243,7 @@ def _join(
     for split, tables in joined.items():
         if len(tables) < len(parts):
             raise StudyError(f"a part of the joined data has no {split} split while another has one", loc)
-    return {split: pa.concat_tables(tables) for split, tables in joined.items()}, tuple(cuts), warnings
+    return {split: pa.concat_tables(tables) for split, tables in joined.items()}, tuple(cuts), warnings, commits
 
 
 def _limit(task: Task, splits: Mapping[str, pa.Table], data: DataSpec) -> dict[str, pa.Table]:

@@ -13,16 +13,20 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from peftsearch.domains.hub import hub_reachable, out_of_reach
+from peftsearch.domains.hub import cached_commit, hub_reachable, out_of_reach
 from peftsearch.domains.iob import read_iob
+from peftsearch.domains.models import is_commit
 from peftsearch.domains.squad_file import is_squad, squad_records
 from peftsearch.spec import DataSpec, StudyError, UnreachableError, hide_secrets, package_path, suggest
 from peftsearch.spec.locations import PACKAGE_PREFIX, local_path
 from peftsearch.spec.yaml_file import Loc
+
+if TYPE_CHECKING:
+    import datasets
 
 HUB_PREFIX = "hub:"
 RECIPE_PREFIX = "recipe:"
@@ -54,28 +58,38 @@ class RawSplit:
         table: All columns under their own names.
         where: What to call it in errors, for example ``train.csv``.
         loc: The place in the study file that names it.
+        commit: Of a data set of the Hub, the commit that its revision was.
     """
 
     table: pa.Table
     where: str
     loc: Loc
+    commit: str | None = None
 
 
-def describe_source(data: DataSpec) -> str:
-    """The source as the study file says, in one line for provenance; without passwords."""
-    return hide_secrets(_described(data))
+def describe_source(data: DataSpec, commits: Mapping[str, str | None] | None = None) -> str:
+    """The source as the study file says, in one line for provenance; without passwords.
+
+    Args:
+        data: The domain's ``data`` section.
+        commits: Commits of data sets of the Hub, by part of joined data; that of a single one is called ``""``.
+    """
+    return hide_secrets(_described(data, "", commits or {}))
 
 
-def _described(data: DataSpec) -> str:
+def _described(data: DataSpec, name: str, commits: Mapping[str, str | None]) -> str:
     if data.join is not None:
-        return "; ".join(f"{name}: {_described(part)}" for name, part in data.join.items())
+        return "; ".join(f"{part}: {_described(data.join[part], part, commits)}" for part in data.join)
     if data.source is None:
         return ", ".join(
             f"{split}: {path}"
             for split, path in (("train", data.train), ("validation", data.validation), ("test", data.test))
             if path
         )
-    return data.source + (f" ({data.config})" if data.config else "") + (f" @ {data.revision}" if data.revision else "")
+    described = data.source + (f" ({data.config})" if data.config else "")
+    described += f" @ {data.revision}" if data.revision else ""
+    commit = commits.get(name)
+    return described + (f", commit {commit}" if commit not in (None, data.revision) else "")
 
 
 def read_source(
@@ -431,29 +445,72 @@ def _read_hub(identifier: str, data: DataSpec, loc: Loc) -> dict[str, RawSplit]:
     hub_reachable()
     try:
         with quiet_datasets():
-            loaded = datasets.load_dataset(identifier, data.config, revision=data.revision)
+            # As `datasets.load_dataset` does, which does not say what it has loaded.
+            builder = _at_revision(
+                datasets.load_dataset_builder(identifier, data.config, revision=data.revision),
+                identifier,
+                data.revision,
+            )
+            builder.download_and_prepare()
+            loaded = builder.as_dataset()
     except Exception as error:
         # Wrong names, wrong configurations, missing networks and broken files all raise differently, by version.
         why = out_of_reach(error)
         reason = why or _first_line(error).rstrip(".")
+        if why and isinstance(error, _OtherRevisions):
+            reason = f"{why}, and {error}"
         message = (
             f"cannot load {identifier!r} from the Hub: {reason}. Check the id, 'config', 'revision' and the network, "
             "or use a local file"
         )
         raise (UnreachableError(message, loc, why) if why else StudyError(message, loc)) from None
-    return _from_datasets(loaded, f"{HUB_PREFIX}{identifier}", loc)
+    commit = builder.hash if is_commit(builder.hash) else None
+    return _from_datasets(loaded, f"{HUB_PREFIX}{identifier}", loc, commit)
 
 
-def _from_datasets(loaded: Any, where: str, loc: Loc) -> dict[str, RawSplit]:
+class _OtherRevisions(FileNotFoundError):
+    pass
+
+
+def _at_revision(builder: datasets.DatasetBuilder, identifier: str, revision: str | None) -> datasets.DatasetBuilder:
+    """What reads the wanted revision.
+
+    Where the Hub does not answer, `datasets` takes what this machine has loaded last, of whatever revision (seen:
+    5.2.0, https://github.com/huggingface/datasets/issues/7928).
+
+    Raises:
+        _OtherRevisions: This machine holds other revisions only, or cannot know which it holds.
+    """
+    from datasets.packaged_modules.cache.cache import Cache
+
+    if revision is None or not isinstance(builder, Cache):
+        return builder
+    commit = revision if is_commit(revision) else cached_commit(identifier, revision)
+    if commit == builder.hash:
+        return builder
+    if is_commit(commit):
+        other = Cache(
+            repo_id=identifier,
+            dataset_name=builder.dataset_name,
+            config_name=builder.config.name,
+            version=str(builder.config.version),
+            hash=commit,
+        )
+        if Path(other.cache_dir).is_dir():
+            return other
+    raise _OtherRevisions(f"what this machine has downloaded of it is not known to be its revision {revision!r}")
+
+
+def _from_datasets(loaded: Any, where: str, loc: Loc, commit: str | None = None) -> dict[str, RawSplit]:
     import datasets
 
     if isinstance(loaded, datasets.Dataset):
-        return {"train": RawSplit(_dataset_table(loaded), where, loc)}
+        return {"train": RawSplit(_dataset_table(loaded), where, loc, commit)}
     found = {}
     for split, aliases in SPLIT_NAMES.items():
         alias = next((alias for alias in aliases if alias in loaded), None)
         if alias is not None:
-            found[split] = RawSplit(_dataset_table(loaded[alias]), f"split {alias!r} of {where}", loc)
+            found[split] = RawSplit(_dataset_table(loaded[alias]), f"split {alias!r} of {where}", loc, commit)
     if "train" not in found:
         raise StudyError(f"{where} has no split 'train'; its splits: {', '.join(map(str, loaded))}", loc)
     return found

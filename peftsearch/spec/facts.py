@@ -44,7 +44,9 @@ class DomainFacts(_Facts):
     rows: dict[str, int] = Field(description="Examples per split")
     max_length: int
     fingerprint: str = Field(description="Hash of the texts, labels and splits")
-    source: str = Field(description="Where the data came from, as the study file says")
+    source: str = Field(
+        description="Where the data came from, as the study file says; with the commit of a data set of the Hub"
+    )
     warnings: tuple[str, ...] = Field(default=(), description="What a careful reader should know about the data")
     baselines: dict[str, dict[str, Baseline]] = Field(
         default_factory=dict, description="By model path, then by name ('majority', 'linear_probe')"

@@ -19,7 +19,7 @@ _LOGIN = re.compile(_SCHEME + r"(?P<user>[^\s:/@'\"]*):(?P<password>[^\s@'\"]*)@
 # A token alone, as in https://TOKEN@host: names of users are shorter.
 _TOKEN = re.compile(_SCHEME + r"(?P<user>[^\s:/@'\"]{20,})@")
 _SETTING = re.compile(rf"(?P<key>\b[\w.-]*{_WORDS}\s*=\s*)(?P<value>[^\s&;,:'\"]+)", re.IGNORECASE)
-_QUERY = re.compile(rf"(?P<before>[?&])[\w.-]*{_WORDS}=(?P<value>[^&\s'\"]*)&?", re.IGNORECASE)
+_QUERY = re.compile(rf"(?P<before>[?&])[\w.-]*{_WORDS}=(?P<value>[^&\s'\"]*)(?P<more>&?)", re.IGNORECASE)
 # In what is one URL and nothing else, a password may contain anything but "@".
 _URL_LOGIN = re.compile(_SCHEME + r"(?P<user>[^:/@]*):(?P<password>[^@]*)@")
 _ENVIRONMENT = re.compile(rf"(?:^|_){_WORDS}S?(?:_|$)", re.IGNORECASE)
@@ -68,9 +68,9 @@ def without_passwords(text: str) -> str:
     if _URL_LOGIN.match(text):
         text = _URL_LOGIN.sub(login, text, count=1)
     text = _TOKEN.sub(r"\g<scheme>", _LOGIN.sub(login, text))
-    while (shorter := _QUERY.sub(r"\g<before>", text)) != text:
+    while (shorter := _QUERY.sub(lambda match: match["before"] if match["more"] else "", text)) != text:
         text = shorter
-    return re.sub(r"[?&](?=$|[\s'\"])", "", text)
+    return text
 
 
 def _of_environment() -> set[str]:

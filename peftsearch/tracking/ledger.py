@@ -21,6 +21,9 @@ from peftsearch.spec import Confirmed, Direction, Reading, Rung, StudyError, Tri
 if TYPE_CHECKING:
     import optuna
 
+CLAIMS = "ledger-claims.json"
+"""The file in a study's folder that tells the folder from copies of it, where the ledger is elsewhere."""
+
 _CELL = "peftsearch_cell"
 _OWNER = "peftsearch_study"
 _TRIAL = "trial"
@@ -53,10 +56,20 @@ class Owner:
     Attributes:
         id: Made when the study was begun.
         where: The storage that holds the study's other files, for people.
+        claim: A word that this run makes up and leaves in the storage and in the ledger, whoever else may have a copy
+            of the storage; None where storage and ledger cannot part, or nothing is to be written.
+        earlier: The words of the storage, one of which the ledger must hold; None where any other will do, too.
     """
 
     id: str
     where: str
+    claim: str | None = None
+    earlier: tuple[str, ...] | None = None
+
+    @property
+    def signature(self) -> dict[str, str]:
+        """What the ledger keeps of it."""
+        return {"id": self.id, "where": self.where} | ({"claim": self.claim} if self.claim else {})
 
 
 class Ledger:
@@ -143,8 +156,8 @@ class Ledger:
                 # Last, so that a driver that dies here finds the cell unfinished and not half made.
                 created.set_metric_names([cell.metric, "trainable_parameters"])
                 created.set_user_attr(_CELL, cell.__dict__)
-            if owner is not None and created.user_attrs.get(_OWNER) != owner.__dict__:
-                created.set_user_attr(_OWNER, owner.__dict__)
+            if owner is not None and created.user_attrs.get(_OWNER) != owner.signature:
+                created.set_user_attr(_OWNER, owner.signature)
             loaded[name] = created
         for _, item in sorted(loaded.items()):
             if _CELL in item.user_attrs:
@@ -467,6 +480,13 @@ def _check_owner(found: Mapping[str, str] | None, owner: Owner, url: str, study:
         raise StudyError(
             f"the ledger {hide_password(url)} holds another study of the name {study!r}, which lives in "
             f"{found['where']}: give this one another --name, or another tracking.ledger",
+            ("tracking", "ledger"),
+        )
+    if found is not None and owner.earlier is not None and found.get("claim") not in (None, *owner.earlier):
+        raise StudyError(
+            f"the ledger {hide_password(url)} holds trials of {study!r} that a copy of this storage has run, which is "
+            f"{found['where']}: continue the study there, or give this one another --name; if that copy is lost, "
+            f"delete {CLAIMS} in the folder of this one",
             ("tracking", "ledger"),
         )
 

@@ -49,7 +49,7 @@ from peftsearch.tracking.mlflow_runs import (
     to_milliseconds,
     trial_params,
 )
-from peftsearch.tracking.mlflow_store import prepare_sqlite
+from peftsearch.tracking.mlflow_store import prepare_sqlite, relocate_artifacts
 from peftsearch.tracking.names import confirmation_name, description_note, mlflow_names, run_name, shorten
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ class Mirror:
         if self.connected:
             return
         client, facts = self.client, self.facts
+        self._relocate()
         found = client.get_experiment_by_name(facts.study)
         if found is None:
             experiment = client.create_experiment(facts.study, self.artifact_location)
@@ -431,7 +432,13 @@ class Mirror:
         known.tags |= tags
         known.metrics |= {key: value for key, value, _, _ in metrics}
 
+    def _relocate(self) -> None:
+        if self.artifact_location is not None:
+            relocate_artifacts(self.tracking_uri, self.artifact_location)
+
     def _upload(self, run_id: str, files: Mapping[str, bytes]) -> None:
+        # Whoever has opened the storage on another machine, where it is mounted elsewhere, has left its own path.
+        self._relocate()
         with tempfile.TemporaryDirectory() as folder:
             for name, content in files.items():
                 (Path(folder) / name).write_bytes(content)

@@ -40,15 +40,61 @@ def prepare_sqlite(tracking_uri: str) -> None:
     It is remembered in the file. Writing a trial then takes a third of the time, and whoever looks at the UI neither
     waits for the study nor stops it. https://www.sqlite.org/wal.html
     """
-    prefix = "sqlite:///"
-    if not tracking_uri.startswith(prefix):
+    path = sqlite_file(tracking_uri)
+    if path is None:
         return
     import sqlite3
 
-    path = Path(tracking_uri.removeprefix(prefix).partition("?")[0])
     path.parent.mkdir(parents=True, exist_ok=True)
     with closing(sqlite3.connect(path, timeout=10)) as connection:
         connection.execute("PRAGMA journal_mode=WAL")
+
+
+def sqlite_file(tracking_uri: str) -> Path | None:
+    """The file of a SQLite store; None for every other one."""
+    prefix = "sqlite:///"
+    if not tracking_uri.startswith(prefix):
+        return None
+    return Path(tracking_uri.removeprefix(prefix).partition("?")[0])
+
+
+def relocate_artifacts(tracking_uri: str, artifacts: str) -> None:
+    """Have a SQLite store that was moved, copied, or is mounted elsewhere find and keep its artifacts in their folder
+    of today.
+
+    MLflow writes the absolute path into every experiment and every run, and goes on writing there
+    (https://github.com/mlflow/mlflow/issues/3144).
+
+    Args:
+        tracking_uri: The store; nothing happens to one that is not SQLite, or not there yet.
+        artifacts: The folder. Former ones are known by its name: ``/before/mlflow-artifacts``, and what a server
+            chooses below it for experiments of its own, ``/before/mlflow-artifacts/3``.
+
+    Raises:
+        sqlite3.Error: The store cannot be read, or written where that is needed.
+    """
+    path = sqlite_file(tracking_uri)
+    if path is None or not path.is_file():
+        return
+    import sqlite3
+
+    name = Path(artifacts).name
+    with closing(sqlite3.connect(path, timeout=10)) as connection, connection:
+        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'experiments'").fetchone():
+            return
+        former = set()
+        for (location,) in connection.execute("SELECT DISTINCT artifact_location FROM experiments"):
+            place = Path(location or "")
+            folder = place.parent if place.name.isdigit() else place
+            if folder.name == name and str(folder) != artifacts:
+                former.add(str(folder))
+        for root in former:
+            for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+                connection.execute(
+                    f"UPDATE {table} SET {column} = :new || substr({column}, length(:old) + 1) "
+                    f"WHERE {column} = :old OR substr({column}, 1, length(:old) + 1) = :old || '/'",
+                    {"new": artifacts, "old": root},
+                )
 
 
 def public_uri(tracking_uri: str) -> str:

@@ -8,6 +8,9 @@ import platform
 import subprocess
 from pathlib import Path
 
+SUBMITTED_COMMIT = "PEFTSEARCH_SUBMITTED_COMMIT"
+"""Environment variable of a job: the commit of its study file, which runs from a copy outside the repository."""
+
 _PACKAGES = (
     "peftsearch",
     "torch",
@@ -27,7 +30,8 @@ def provenance(study_folder: Path) -> dict[str, str]:
     """Facts about software and hardware, as short texts by name.
 
     Args:
-        study_folder: Folder of the study file; where it is a git checkout, its commit is recorded.
+        study_folder: Folder of the study file; where it is a git checkout, its commit is recorded. In a job, the commit
+            is the one that the submitting machine knew.
     """
     facts = {
         "python": platform.python_version(),
@@ -40,11 +44,17 @@ def provenance(study_folder: Path) -> dict[str, str]:
             facts[f"version.{name}"] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    commit = _git(study_folder, "rev-parse", "HEAD")
-    if commit:
-        dirty = bool(_git(study_folder, "status", "--porcelain"))
-        facts["git_commit"] = commit + (" (with uncommitted changes)" if dirty else "")
+    if commit := os.environ.get(SUBMITTED_COMMIT) or study_commit(study_folder):
+        facts["git_commit"] = commit
     return facts
+
+
+def study_commit(folder: Path) -> str | None:
+    """The commit that a folder's git checkout is at, and whether something in it differs; None where it is none."""
+    commit = _git(folder, "rev-parse", "HEAD")
+    if not commit:
+        return None
+    return commit + (" (with uncommitted changes)" if _git(folder, "status", "--porcelain") else "")
 
 
 def _cpu_name() -> str:

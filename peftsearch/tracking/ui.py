@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
 from peftsearch.spec import StudyError
-from peftsearch.tracking.mlflow_tracker import default_artifacts, default_tracking_uri
+from peftsearch.tracking.mlflow_store import default_artifacts, default_tracking_uri, relocate_artifacts
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
@@ -122,6 +123,9 @@ def serve_ui(
             file=sys.stderr,
             flush=True,
         )
+    with contextlib.suppress(sqlite3.OperationalError):
+        # A store that cannot be written can be looked at all the same.
+        relocate_artifacts(default_tracking_uri(storage), default_artifacts(storage))
     # In a session of its own the server does not get the terminal's Ctrl-C: it is ended below, with its workers, once.
     process = subprocess.Popen(
         [*ui_command(storage, host, port, names), *extra], env=ui_environment(), start_new_session=True
@@ -135,7 +139,7 @@ def serve_ui(
         _end(process)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _terminate_as_interrupt() -> Iterator[None]:
     """Have SIGTERM end us as Ctrl-C does, so that no server is left behind."""
     if threading.current_thread() is not threading.main_thread():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -27,6 +28,7 @@ from peftsearch import submit
 from peftsearch.cli.app import run_app
 from peftsearch.spec import StudyError, StudyFile
 from peftsearch.study import Study
+from peftsearch.tracking.provenance import SUBMITTED_COMMIT, provenance
 
 TOKEN = "0123456789abcdef" * 4
 
@@ -196,6 +198,19 @@ def wait_for_trials(name: str, storage: Path, count: int, *processes: subprocess
     raise AssertionError(f"{name} has no {count} trials")
 
 
+def commit_all(folder: Path) -> str:
+    """Make a folder a git repository; returns the commit."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), "-c", "user.name=me", "-c", "user.email=me@home", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "a study")
+    return git("rev-parse", "HEAD")
+
+
 def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
     lines = done.stderr.strip().splitlines()
     assert "Traceback" not in done.stderr
@@ -209,6 +224,7 @@ def test_a_job_outlives_its_followers_and_is_found_again(
     cluster: Cluster, travelling_study: Callable[..., Path], tmp_path: Path
 ) -> None:
     path, storage = travelling_study("outlives", trials=7), tmp_path / "storage"
+    commit = commit_all(path.parent)
     command = ("submit", path, "--storage", storage, "--address")
 
     first = cluster.start(*command, cluster.url)
@@ -248,6 +264,7 @@ def test_a_job_outlives_its_followers_and_is_found_again(
     with urllib.request.urlopen(request, timeout=30) as answer:
         assert begin + out == json.load(answer)["logs"]
 
+    assert Study.open("outlives", storage).facts().provenance["git_commit"] == commit
     front = cluster.run("frontier", "outlives", "--json", "--storage", storage)
     assert json.loads(front.stdout)["domains"]["topics"]["counts"]["complete"] == 7
     status = json.loads(cluster.run("status", "outlives", "--json", "--storage", storage).stdout)
@@ -402,6 +419,66 @@ def test_a_file_that_is_missing_or_too_large_is_said_before_anything_is_sent(
         submit.shipped_files(file)
     with pytest.raises(StudyError, match=r"line \d+: model: no model folder './model'"):
         submit.shipped_files(load(tmp_path))
+
+
+PASSWORD = "hunter2hunter2"
+LOGIN = f"postgresql://me:{PASSWORD}@database/ledger"
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "where"),
+    [
+        (f"tracking: {{ledger: '{LOGIN}'}}", [], r"study.yaml, line 6: tracking.ledger"),
+        (f"# once {LOGIN}", [], r"study.yaml, line 6"),
+        ('tracking: {mlflow: "http://me:hunter\\x32hunter2\\x40tracking"}', [], r"study.yaml, line 6: tracking.mlflow"),
+        ("", [f"tracking.ledger={LOGIN}"], r"--set tracking.ledger"),
+        ("", ["search.trials=2", f"description=from https://{PASSWORD}hunter2hunter2@hub/"], r"--set description"),
+        ("", [f"tracking.ledger=postgresql://me@database/ledger?password={PASSWORD}"], r"--set tracking.ledger"),
+    ],
+)
+def test_a_password_does_not_reach_rays_list_of_jobs(
+    text: str, settings: list[str], where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What travels with a job can be read by everybody who may see the cluster's jobs."""
+    (tmp_path / "topics.csv").touch()
+    path = tmp_path / "study.yaml"
+    lines = ["name: tiny", "model: some/hub-id", "domains:", "  topics: {data: {source: topics.csv}}"]
+    path.write_text("\n".join([*lines, "methods: {lora: {}}", text, ""]))
+    # An address that would be tried for long: the cluster is not asked before.
+    command = ["submit", str(path), "--storage", str(tmp_path / "storage"), "--address", "http://192.0.2.1:8265"]
+    for setting in settings:
+        command += ["--set", setting]
+    assert run_app(command) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert re.match(rf"Error: {where}: holds a password or token, .*PGPASSWORD .*MLFLOW_TRACKING_PASSWORD", told), told
+    assert "hunter" not in told
+    assert not (tmp_path / "storage").exists()
+
+
+def test_a_study_without_passwords_travels(tmp_path: Path) -> None:
+    tracking = {"ledger": "postgresql://me@database/ledger", "mlflow": "https://tracking:5000/a?b=c"}
+    asking = "Which is best? See http://h/a? Or mail me@home.org & others?"
+    file = load(tmp_path, model="some/hub-id", tracking=tracking, description=asking)
+    submit._refuse_passwords(file, ["search.seed=1", "description=Which one?"])
+
+
+def test_a_job_records_the_commit_of_the_study_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs from a copy that is in no repository; what is recorded is what a run on the laptop would record."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "topics.csv").touch()
+    copy = Path(tempfile.mkdtemp(dir=tmp_path))
+    file = load(tmp_path / "work" / "studies", model="some/hub-id", domains={"a": {"data": {"source": "hub:a/b"}}})
+    assert SUBMITTED_COMMIT not in submit._environment(file, None)
+
+    commit = commit_all(tmp_path / "work")
+    for recorded in (commit, f"{commit} (with uncommitted changes)"):
+        with monkeypatch.context() as job:
+            assert provenance(file.folder)["git_commit"] == recorded
+            assert "git_commit" not in provenance(copy)
+            for name, value in submit._environment(file, None).items():
+                job.setenv(name, value)
+            assert provenance(copy)["git_commit"] == recorded
+        (tmp_path / "work" / "topics.csv").write_text("changed")
 
 
 def test_the_cluster_must_see_the_same_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

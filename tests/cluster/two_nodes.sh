@@ -4,8 +4,10 @@
 # TOKEN_COMMANDS and ASK_COMMANDS come in the environment.
 set -euo pipefail
 
-mount -t tmpfs tmpfs /tmp
-export HOME=/tmp/home
+# Ray's folder alone: the Python environment may itself be somewhere in /tmp.
+mkdir -p /tmp/ray
+mount -t tmpfs tmpfs /tmp/ray
+export HOME=/tmp/ray/home
 mkdir -p "$HOME"
 cd "$HOME"
 
@@ -30,18 +32,18 @@ echo "token-mode $(stat -c %a "$HOME/.ray/auth_token")"
 # Ray gives a node 30 seconds to start, which on two busy cores is not always enough: ask again, as `ray up` would.
 try() {
   for attempt in 1 2 3; do
-    echo "attempt $attempt" >>/tmp/start.log
-    if "$@" >>/tmp/start.log 2>&1; then return; fi
+    echo "attempt $attempt" >>/tmp/ray/start.log
+    if "$@" >>/tmp/ray/start.log 2>&1; then return; fi
     ray stop --force >/dev/null 2>&1 || true
   done
-  cat /tmp/start.log
+  cat /tmp/ray/start.log
   return 1
 }
 try bash -c "$HEAD_COMMAND"
 RAY_HEAD_IP=10.77.0.1
 export RAY_HEAD_IP
 # Not again where it fails: stopping it would stop the head.
-worker bash -c "$WORKER_COMMAND" >/tmp/worker.log 2>&1 || { cat /tmp/worker.log; exit 1; }
+worker bash -c "$WORKER_COMMAND" >/tmp/ray/worker.log 2>&1 || { cat /tmp/ray/worker.log; exit 1; }
 
 status() { curl --silent --output /dev/null --max-time 10 --write-out '%{http_code}' "$@" || true; }
 dashboard=http://127.0.0.1:8265/api/jobs/
@@ -56,8 +58,8 @@ RAY_AUTH_MODE=token python -c "$nodes"
 if RAY_AUTH_MODE=disabled timeout 60 python -c "$nodes" >/dev/null 2>&1; then echo "driver-without-token admitted"; else
   echo "driver-without-token refused"
 fi
-if RAY_AUTH_MODE=token bash -euo pipefail -c "$ASK_COMMANDS" >/tmp/ask.log 2>&1; then echo "asked yes"; else
-  tail -n 5 /tmp/ask.log
+if RAY_AUTH_MODE=token bash -euo pipefail -c "$ASK_COMMANDS" >/tmp/ray/ask.log 2>&1; then echo "asked yes"; else
+  tail -n 5 /tmp/ray/ask.log
 fi
 
 ss -H -ltn | awk '{ print "head-listens", $4 }'

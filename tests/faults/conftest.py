@@ -12,7 +12,7 @@ from agreement import Undisturbed
 from injections import Driver
 from mlflow_proxy import Proxy
 from table import Row
-from tracking_study import Server
+from tracking_study import Server, running_server
 
 # Read when MLflow downloads something.
 os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
@@ -20,11 +20,8 @@ os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
 
 @pytest.fixture(scope="session")
 def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    running = Server(tmp_path_factory.mktemp("mlflow-server"))
-    running.start()
-    yield running
-    if running.process is not None:
-        running.kill()
+    with running_server(tmp_path_factory.mktemp("mlflow-server")) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -7,16 +7,13 @@ from pathlib import Path
 
 import pytest
 from postgres_server import PostgresServer
-from tracking_study import Server
+from tracking_study import Server, running_server
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    running = Server(tmp_path_factory.mktemp("mlflow-server"))
-    running.start()
-    yield running
-    if running.process is not None:
-        running.kill()
+    with running_server(tmp_path_factory.mktemp("mlflow-server")) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lone_worker import new_worker, numbers
 from s3_server import S3Server
 
 from peftsearch import files
@@ -34,9 +34,7 @@ from peftsearch.training.checkpoint import (
     write_checkpoint,
     write_state,
 )
-from peftsearch.training.distributed import WorkerGroup
-from peftsearch.training.segment import Failure, Segment, SegmentResult, TrialPlan
-from peftsearch.training.worker import Worker
+from peftsearch.training.segment import Failure, Segment, TrialPlan
 
 LORA = {
     "rank": 4,
@@ -148,28 +146,12 @@ def plan(write_study: Callable[..., Path], tmp_path: Path) -> StudyPlan:
     return plan_study(StudyFile.load(write_study(methods={"lora": {}})), tmp_path / "cache")
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def new_worker(plan: StudyPlan, folder: Place) -> Worker:
-    return Worker(plan.for_workers(folder, threads=1), WorkerGroup())
-
-
 def trial(plan: StudyPlan) -> TrialPlan:
     return TrialPlan(0, next(iter(plan.models)), "topics", "lora", LORA, seed=0)
 
 
 def steps_of(plan: StudyPlan) -> tuple[int, ...]:
     return tuple(plan.budgets["topics", "lora"].evaluation_steps)
-
-
-def numbers(result: Any) -> Any:
-    assert isinstance(result, SegmentResult), result
-    return result.step, result.loss, result.train_loss, result.scores
 
 
 def train(plan: StudyPlan, folder: Place, count: int | None = None) -> list[Any]:
@@ -241,20 +223,6 @@ def test_a_trial_in_an_object_store_is_trained_and_resumed_as_in_a_folder(
 
 
 # --- a full disk ---
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("only root can make a small disk")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def fill(folder: Path) -> Path:

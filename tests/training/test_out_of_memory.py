@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from group_runs import GroupRun, run_group
+from lone_worker import numbers
 from tiny_models import SAMPLES
 
 from peftsearch.search.plan import StudyPlan, plan_study
 from peftsearch.spec import StudyFile
 from peftsearch.training.memory import describe, out_of_memory
-from peftsearch.training.segment import Failure, Outcome, Segment, SegmentResult, TrialPlan
+from peftsearch.training.segment import Failure, Segment, SegmentResult, TrialPlan
 
 ROOM = 400 * 2**20
 """What the processes may still allocate once the base is loaded."""
@@ -39,11 +40,6 @@ def too_large_to_build(plan: StudyPlan) -> Segment:
 def too_large_to_run(plan: StudyPlan) -> Segment:
     """Its weights take 150 MB, and the activations of its first layer for a batch 200 MB each."""
     return segment(plan, "adapter", 1, bottleneck=300_000)
-
-
-def numbers(outcome: Outcome) -> tuple[Any, ...]:
-    assert isinstance(outcome, SegmentResult), outcome
-    return outcome.step, outcome.loss, outcome.train_loss, outcome.scores
 
 
 @pytest.mark.parametrize("workers", [1, 2])

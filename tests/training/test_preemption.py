@@ -6,18 +6,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
+from lone_worker import new_worker, numbers
 from tiny_models import SAMPLES
 
 from peftsearch.search.plan import StudyPlan, plan_study
 from peftsearch.spec import StudyFile
 from peftsearch.training.checkpoint import saved_steps, trial_folder
-from peftsearch.training.distributed import WorkerGroup
-from peftsearch.training.segment import HandedBack, Segment, SegmentResult, TrialPlan
+from peftsearch.training.segment import HandedBack, Segment, TrialPlan
 from peftsearch.training.worker import Worker
 
 
@@ -27,13 +26,6 @@ def plan(write_study: Callable[..., Path], tmp_path: Path) -> StudyPlan:
     return plan_study(StudyFile.load(write_study(methods={"lora": {}}, training=training)), tmp_path / "cache")
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def segments(plan: StudyPlan) -> list[Segment]:
     # Dropout: the masks after the interruption are those that would have been drawn.
     trial = TrialPlan(0, next(iter(plan.models)), "topics", "lora", SAMPLES["lora"] | {"dropout": 0.2}, seed=0)
@@ -41,17 +33,12 @@ def segments(plan: StudyPlan) -> list[Segment]:
     return [Segment(trial, step, final=step == steps[-1]) for step in steps]
 
 
-def new_worker(plan: StudyPlan, folder: Path, steps: int | None = None) -> Worker:
+def leaving_worker(plan: StudyPlan, folder: Path, steps: int) -> Worker:
     """A worker that is told to leave after some steps."""
-    worker = Worker(plan.for_workers(folder, threads=1), WorkerGroup())
+    worker = new_worker(plan, folder)
     asked = iter(range(10**6))
-    worker.must_leave = lambda: steps is not None and next(asked) >= steps
+    worker.must_leave = lambda: next(asked) >= steps
     return worker
-
-
-def numbers(result: object) -> tuple[object, ...]:
-    assert isinstance(result, SegmentResult), result
-    return result.step, result.loss, result.train_loss, result.scores
 
 
 @pytest.mark.parametrize("left", [0, 3])
@@ -63,13 +50,13 @@ def test_a_segment_that_is_cut_short_goes_on_elsewhere_to_the_same_numbers(
     expected = [numbers(undisturbed.do(first)), numbers(undisturbed.do(second))]
 
     folder = tmp_path / "disturbed"
-    assert new_worker(plan, folder, left).do(first) == HandedBack()
+    assert leaving_worker(plan, folder, left).do(first) == HandedBack()
     assert saved_steps(trial_folder(folder, "00000"))[0] == left
     found = [numbers(new_worker(plan, folder).do(first))]
-    assert new_worker(plan, folder, left).do(second) == HandedBack()
+    assert leaving_worker(plan, folder, left).do(second) == HandedBack()
     assert saved_steps(trial_folder(folder, "00000"))[0] == first.to_step + left
     # Told a second time, one step further on.
-    assert new_worker(plan, folder, 1).do(second) == HandedBack()
+    assert leaving_worker(plan, folder, 1).do(second) == HandedBack()
     found.append(numbers(new_worker(plan, folder).do(second)))
     assert found == expected
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from lone_worker import new_worker, numbers
 from tiny_models import SAMPLES
 
 from peftsearch.search.plan import StudyPlan, plan_study
 from peftsearch.spec import StudyFile
 from peftsearch.training.checkpoint import WEIGHTS, read_checkpoint, trial_folder
-from peftsearch.training.distributed import WorkerGroup
-from peftsearch.training.segment import Segment, SegmentResult, TrialPlan
+from peftsearch.training.segment import Segment, TrialPlan
 from peftsearch.training.worker import Worker
 
 pytest.importorskip("bitsandbytes")
@@ -25,13 +24,6 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "adapter": {**SAMPLES["adapter"], "quantization": "nf4", "placement": "houlsby"},
     "hybrid": {**SAMPLES["hybrid"], "quantization": "int8", "placement": "parallel", "dropout": 0.1},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -46,9 +38,7 @@ def train(plan: StudyPlan, method: str, number: int, worker: Callable[[], Worker
     steps = plan.budgets["topics", method].evaluation_steps
     results = []
     for index, step in enumerate(steps):
-        outcome = worker().do(Segment(what, step, final=index == len(steps) - 1))
-        assert isinstance(outcome, SegmentResult), outcome
-        results.append((outcome.step, outcome.loss, outcome.train_loss, outcome.scores))
+        results.append(numbers(worker().do(Segment(what, step, final=index == len(steps) - 1))))
     return results
 
 
@@ -60,7 +50,7 @@ def weights(folder: Path, number: int) -> dict[str, bytes]:
 @pytest.mark.parametrize("method", CONFIGURATIONS)
 def test_warm_fresh_and_interrupted_workers_give_the_same(method: str, plan: StudyPlan, tmp_path: Path) -> None:
     def new(name: str) -> Worker:
-        return Worker(plan.for_workers(tmp_path / name, threads=1), WorkerGroup())
+        return new_worker(plan, tmp_path / name)
 
     warm = new("warm")
     for number, other in enumerate((*CONFIGURATIONS, "lora"), start=10):

@@ -6,19 +6,19 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lone_worker import new_worker
 from tiny_models import SAMPLES
 
 from peftsearch.methods import METHODS
 from peftsearch.search.plan import StudyPlan, plan_study
 from peftsearch.spec import StudyFile
 from peftsearch.training.checkpoint import WEIGHTS, read_checkpoint, state_name, trial_folder
-from peftsearch.training.distributed import WorkerGroup
 from peftsearch.training.segment import Failure, Probe, ProbeResult, Segment, SegmentResult, TrialPlan
 from peftsearch.training.worker import Worker
 
@@ -57,17 +57,6 @@ def plan(request: pytest.FixtureRequest, write_study: Callable[..., Path], tmp_p
     )
     written = {method: FURTHER.get(method, {}) for method in methods}
     return plan_study(StudyFile.load(write_study(methods=written)), tmp_path / "cache")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def new_worker(plan: StudyPlan, folder: Path) -> Worker:
-    return Worker(plan.for_workers(folder, threads=1), WorkerGroup())
 
 
 def trial(plan: StudyPlan, method: str, number: int = 0, **changes: Any) -> TrialPlan:
