@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lone_worker import new_worker
 from test_packing import MIXED, planned
 
 from peftsearch.search.plan import StudyPlan
 from peftsearch.training.checkpoint import WEIGHTS, read_checkpoint, saved_steps, trial_folder
 from peftsearch.training.crew import Crew
-from peftsearch.training.distributed import WorkerGroup
 from peftsearch.training.segment import Failure, HandedBack, Outcome, Segment, SegmentResult, TrialPlan
-from peftsearch.training.worker import Worker
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
 def plan(tmp_path: Path) -> StudyPlan:
     return planned(tmp_path, "encoder", "classification")
-
-
-def new_worker(plan: StudyPlan, folder: Path, at_once: int = 8) -> Worker:
-    worker = Worker(plan.for_workers(folder, threads=1), WorkerGroup())
-    worker.at_once = at_once
-    return worker
 
 
 def segments(plan: StudyPlan, number: int, kind: int | None = None, **changes: Any) -> list[Segment]:
