@@ -13,7 +13,7 @@ from frontier_study import confirm_best, make_facts, make_record, make_study
 
 from peftsearch.frontier import domain_fronts, front, front_html
 from peftsearch.frontier.tables import key_hyperparameters
-from peftsearch.spec import StudyFacts, TrialRecord, TrialState
+from peftsearch.spec import Confirmed, StudyFacts, TrialRecord, TrialState
 
 pytestmark = [
     pytest.mark.slow,
@@ -88,6 +88,18 @@ def test_the_front_is_the_ledgers(browser: Page, tmp_path: Path, study: tuple[li
             assert f"{baseline.title} {baseline.value:.3f}" in browser.evaluate(
                 "document.querySelector('#front').textContent"
             )
+
+
+def test_a_pick_that_gave_way_within_the_error_bars_says_so(browser: Page, tmp_path: Path) -> None:
+    records = [
+        make_record(number, value, parameters, confirmed=Confirmed(seeds=3, mean=value, std=0.01))
+        for number, value, parameters in ((3, 0.80, 1_000), (5, 0.81, 9_000))
+    ]
+    show(browser, tmp_path, (records, make_facts()))
+    cards = browser.evaluate("[...document.querySelectorAll('.pick')].map(card => card.innerText)")
+    assert len(cards) == 1
+    assert "Best, knee, smallest: the cheapest within the error bars" in cards[0]
+    assert "trial 3 (lora) is picked rather than trial 5" in cards[0]
 
 
 def test_a_trial_is_fixed_by_a_click_and_says_all_about_itself(

@@ -13,7 +13,7 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from statistics import fmean
 from typing import Any
 
-from peftsearch.frontier.front import DomainFront, domain_fronts, pick
+from peftsearch.frontier.front import DomainFront, choose, domain_fronts, pick
 from peftsearch.frontier.history import hypervolume_history
 from peftsearch.frontier.plots import baseline_lines, is_log, method_colour, method_symbol, methods_in_order
 from peftsearch.frontier.tables import key_hyperparameters, verdict
@@ -119,10 +119,8 @@ def latency(record: TrialRecord) -> float | None:
 
 def _domain(front: DomainFront, facts: StudyFacts, total: int, storage: str | None) -> dict[str, Any]:
     found, said = front.facts, verdict(front)
-    picks: dict[str, int] = {}
-    if front.front:
-        picks = {how: pick(front.front, how, found.direction)[0].number for how in ("best", "knee")}
-        picks["smallest"] = front.front[0].number
+    hows = ("best", "knee", "smallest") if front.front else ()
+    choices = {how: choose(front.front, how, found.direction)[0] for how in hows}
     return {
         "name": front.domain,
         "task": found.task,
@@ -138,7 +136,8 @@ def _domain(front: DomainFront, facts: StudyFacts, total: int, storage: str | No
         "history": hypervolume_history(front.records, found.direction, total),
         "baselines": [{"title": title, "value": value} for title, value in baseline_lines(front)],
         "verdict": {"paid": said.paid, "sentence": said.sentence},
-        "picks": picks,
+        "picks": {how: choice.record.number for how, choice in choices.items()},
+        "ties": {how: choice.reason for how, choice in choices.items() if choice.reason},
         "front": [record.number for record in front.front],
         "commands": {str(record.number): export_command(front, record, facts.study, storage) for record in front.front},
     }

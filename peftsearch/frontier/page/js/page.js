@@ -126,12 +126,14 @@ function picks(domain) {
     [...new Set(Object.values(domain.picks))].map(number => {
       const trial = study.byNumber.get(number), method = study.methods[trial.method];
       const hows = Object.keys(domain.picks).filter(how => domain.picks[how] === number), title = hows.join(', ');
+      const tie = hows.map(how => domain.ties[how]).find(Boolean);
       return h('button', {type: 'button', class: 'pick', 'data-focus': `pick-${hows[0]}`, 'data-pick': hows.join(' '),
         'aria-pressed': String(fixed === trial), onclick: () => actions.fix(trial)},
-      h('span', {class: 'how'}, h('b', {}, title[0].toUpperCase() + title.slice(1)), hows.length === 1 ? `: ${PICKS[hows[0]](domain.title)}` : null),
+      h('span', {class: 'how'}, h('b', {}, title[0].toUpperCase() + title.slice(1)), tie ? ': the cheapest within the error bars' : hows.length === 1 ? `: ${PICKS[hows[0]](domain.title)}` : null),
       h('span', {class: 'big'}, metricText(trial.value), ' ', trial.confirmed
         ? h('small', {}, `${deviation(trial.confirmed.mean, trial.confirmed.std)} over ${trial.confirmed.seeds} seeds`) : null),
-      h('span', {class: 'what'}, glyph(method), `${method.name}, ${whole(trial.trainable_parameters)} parameters`));
+      h('span', {class: 'what'}, glyph(method), `${method.name}, ${whole(trial.trainable_parameters)} parameters`),
+      tie ? h('span', {class: 'what'}, tie) : null);
     }));
 }
 
