@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -52,7 +53,10 @@ def ray_cluster(address: str | None, warn: Callable[[str], None] = log.warning) 
         yield _live_nodes()
         return
     local = address in (None, "local")
-    with token_of_our_own() if local else token_of_the_user():
+    with (
+        token_of_our_own() if local else token_of_the_user(),
+        _for_this_machine() if local else contextlib.nullcontext(),
+    ):
         with _handlers_kept():
             if local:
                 _start_ray()
@@ -62,6 +66,30 @@ def ray_cluster(address: str | None, warn: Callable[[str], None] = log.warning) 
             yield _live_nodes()
         finally:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _for_this_machine() -> Iterator[None]:
+    """Have the Ray that is started within listen on loopback alone.
+
+    Ray replaces ``_node_ip_address="127.0.0.1"`` by an address that others can reach, and listens everywhere
+    (``services.resolve_ip_for_localhost``). Only where it is for one machine, as by default on macOS and Windows, it
+    stays on loopback: https://github.com/ray-project/ray/issues/18730.
+    """
+    from ray._private import ray_constants
+
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    written = os.environ.get(name)
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        if written is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = written
 
 
 @contextlib.contextmanager
