@@ -218,18 +218,14 @@ class _Interruption(_Adapter, tune.Stopper):  # type: ignore[misc]
 
 
 def _forget(controller: Any, trial: Any) -> bool:
-    """Have Tune drop a trial that has ended; returns whether it could.
+    """Have Tune drop a trial that has ended; returns whether it has.
 
-    Tune keeps every trial with its results and, where actors are reused, its actor too, for snapshots and for an
-    analysis that nobody reads here: memory that grows with the study, and seconds at its end (ran, 2.60.0,
-    ``TuneController._trials``, ``_trial_to_actor``). The ledger has what is to be kept.
+    Tune keeps every trial with its results, for snapshots and for an analysis that nobody reads here: memory that grows
+    with the study, and work at its end (2.60.0, ``TuneController._trials``, ``_trials_to_cache`` and others). The
+    ledger has what is to be kept.
     """
-    actors, trials_of = getattr(controller, "_trial_to_actor", {}), getattr(controller, "_actor_to_trial", {})
-    actor = actors.get(trial)
-    if trial.status != "TERMINATED" or (actor is not None and trials_of.get(actor) is trial):
-        # Its actor waits for another trial.
+    if trial.status != "TERMINATED":
         return False
-    actors.pop(trial, None)
     getattr(controller, "_trial_metadata", {}).pop(trial.trial_id, None)
     for name in ("_stopped_trials", "_trials_to_cache"):
         getattr(controller, name, set()).discard(trial)
