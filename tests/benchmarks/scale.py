@@ -8,14 +8,16 @@ ASHA, the ledger in SQLite, MLflow in SQLite) but the training: a slot answers a
 scores from a formula. Two domains with three methods each, four evaluations.
 
 By tenths of the trials: the driver's overhead per trial (wall time, with what the slots spent "training" left out, and
-the driver's own CPU time, which a busy machine does not change), its resident memory, and how many trials MLflow was
-behind. Then how much of the slots' time was spent training, the first and last tenth of it left out.
+the driver's own CPU time, which a busy machine does not change), its resident memory, how many trials MLflow was
+behind, and how many Tune still held. Then how much of the slots' time was spent training, the first and last tenth of
+it left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import math
 import os
@@ -111,6 +113,7 @@ class Tenth:
         cpu_ms: The driver's CPU time per trial.
         memory_mb: The driver's resident memory.
         behind: Trials that MLflow had not seen.
+        tune: Trials that Ray Tune held in memory.
     """
 
     trials: int
@@ -119,6 +122,7 @@ class Tenth:
     cpu_ms: float
     memory_mb: int
     behind: int
+    tune: int
 
 
 class Clock:
@@ -156,9 +160,16 @@ class Clock:
                     1000 * cpu / trials,
                     self._process.memory_info().rss >> 20,
                     self._tracker.backlog,
+                    _tune_trials(),
                 )
             )
             self._last = now
+
+
+def _tune_trials() -> int:
+    from ray.tune.experiment import Trial
+
+    return sum(type(item) is Trial for item in gc.get_objects())
 
 
 def utilisation(spans: list[tuple[float, float]], slots: int) -> float:
@@ -282,11 +293,11 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         figures = run(Path(folder), options.trials, options.slots, options.segment_seconds, options.scheduler)
-    print("  trials  segments  overhead ms  driver CPU ms  memory MB  MLflow behind")
+    print("  trials  segments  overhead ms  driver CPU ms  memory MB  MLflow behind  in Tune")
     for tenth in figures["tenths"]:
         print(
             f"{tenth['trials']:>8}{tenth['segments']:>10}{tenth['overhead_ms']:>13.1f}{tenth['cpu_ms']:>15.1f}"
-            f"{tenth['memory_mb']:>11}{tenth['behind']:>15}"
+            f"{tenth['memory_mb']:>11}{tenth['behind']:>15}{tenth['tune']:>9}"
         )
     for name, value in figures.items():
         if name != "tenths":
