@@ -128,6 +128,7 @@ def write_table(path: Path, records: Iterable[TrialRecord], facts: StudyFacts) -
         for name, domain in facts.domains.items()
     }
     ended = [record for record in records if record.state in (TrialState.COMPLETE, TrialState.FAILED)]
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         file.write(f"# {json.dumps(head)}\n")
         rows = csv.writer(file, lineterminator="\n")
