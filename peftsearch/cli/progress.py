@@ -93,7 +93,9 @@ class Progress:
         self._planned: int | None = None
         self._search_began = 0.0
         self._ended_before = 0
-        self._trials: dict[int, tuple[str, TrialState, float]] = {}
+        self._trials: dict[int, TrialState] = {}
+        # How much of their budgets the running trials have had; the view is drawn often, and the others are many.
+        self._shares: dict[int, float] = {}
         self._domains: dict[str, _Domain] = {}
         self._reasons: set[str] = set()
         self._confirmed: tuple[int, int, int] | None = None
@@ -142,6 +144,7 @@ class Progress:
                 for found in domain.baselines.values():
                     self._domains[name].add_baselines(found)
             self._trials.clear()
+            self._shares.clear()
             for record in run.ledger.records:
                 self._count(record)
             self._planned = run.planned
@@ -160,7 +163,7 @@ class Progress:
             known = self._trials.get(record.number)
             self._count(record)
             failure = line = None
-            if record.state is TrialState.FAILED and (known is None or known[1] is not TrialState.FAILED):
+            if record.state is TrialState.FAILED and known is not TrialState.FAILED:
                 failure = self._failure(record)
             if self._plain and self._planned is not None and self._clock() - self._said >= INTERVAL:
                 line = self._line()
@@ -219,11 +222,12 @@ class Progress:
         if domain is None:
             return
         if record.number in self._trials:
-            domain.counts[self._trials[record.number][1]] -= 1
+            domain.counts[self._trials[record.number]] -= 1
         domain.counts[record.state] += 1
-        step = record.rungs[-1].step if record.rungs else 0
-        share = step / record.total_steps if record.total_steps and record.state is TrialState.RUNNING else 0.0
-        self._trials[record.number] = (record.domain, record.state, share)
+        self._trials[record.number] = record.state
+        self._shares.pop(record.number, None)
+        if record.state is TrialState.RUNNING and record.rungs and record.total_steps:
+            self._shares[record.number] = record.rungs[-1].step / record.total_steps
         if record.state is TrialState.COMPLETE:
             domain.take(record)
 
@@ -288,7 +292,7 @@ class Progress:
             head.add_row(self._spinner, Text(self._study.name, style="bold"), Text(self._phase), Text(self._times()))
             parts: list[RenderableType] = [head]
             if self._planned is not None:
-                done = self._ended + sum(share for _, _, share in self._trials.values())
+                done = self._ended + sum(self._shares.values())
                 bar = Table.grid(padding=(0, 2))
                 bar.add_row(
                     ProgressBar(total=max(1, self._planned), completed=done, width=24),

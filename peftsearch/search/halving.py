@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Sequence
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import numpy as np
 
-from peftsearch.search.pareto import crowding_distance, non_dominated_rank
+from peftsearch.search.levels import Levels
+from peftsearch.search.pareto import crowding_distance
 from peftsearch.spec import Direction
+
+Quality = tuple[float, float]
+"""Less is better."""
 
 
 @dataclass(frozen=True)
@@ -63,48 +66,65 @@ class Pruner(ABC):
     def __init__(self, evaluations: int, eta: float, grace: int, direction: Direction) -> None:
         self.eta = eta
         self.sign = -1.0 if direction == "maximize" else 1.0
-        self.rungs = rung_evaluations(evaluations, eta, grace)
-        self._seen: dict[int, list[Candidate]] = defaultdict(list)
+        self.rungs = {evaluation: self.table() for evaluation in rung_evaluations(evaluations, eta, grace)}
 
     def record(self, evaluation: int, candidate: Candidate) -> None:
         """Take note of a trial at an evaluation without deciding: what a resumed study has seen before."""
         if evaluation in self.rungs:
-            self._seen[evaluation].append(candidate)
+            self.rungs[evaluation].add(candidate, self._quality(candidate))
 
     def goes_on(self, evaluation: int, candidate: Candidate) -> bool:
         """Whether the trial that just finished an evaluation (from 1) should train on."""
         if evaluation not in self.rungs:
             return True
-        seen = self._seen[evaluation]
-        seen.append(candidate)
-        return self.promotes(seen, candidate)
+        table = self.rungs[evaluation]
+        table.add(candidate, self._quality(candidate))
+        return table.promotes_latest(max(1, math.floor(table.seen / self.eta)))
 
     @abstractmethod
-    def promotes(self, seen: Sequence[Candidate], candidate: Candidate) -> bool:
-        """Whether a candidate goes on, given all that reached the rung so far, itself included."""
+    def table(self) -> RungTable:
+        """What is kept of a rung."""
 
-    def _quality(self, candidate: Candidate) -> tuple[float, float]:
-        """Metric, then validation loss: early on, many trials sit at the majority class with the very same metric."""
-        return (self.sign * candidate.value, candidate.loss)
+    def _quality(self, candidate: Candidate) -> Quality:
+        """Metric, then validation loss: early on, many trials sit at the majority class with the very same metric.
+
+        Not a number is the worst of all.
+        """
+        value, loss = self.sign * candidate.value, candidate.loss
+        return (math.inf if math.isnan(value) else value, math.inf if math.isnan(loss) else loss)
+
+
+class RungTable(ABC):
+    """All trials that reached a rung so far, in an order that is kept up as they come: with ten thousand of them, a
+    decision must not look at each."""
+
+    seen = 0
+    """Trials so far."""
+
+    def add(self, candidate: Candidate, quality: Quality) -> None:
+        """A trial has reached the rung."""
+        self.seen += 1
+
+    @abstractmethod
+    def promotes_latest(self, places: int) -> bool:
+        """Whether the trial that came last is among the best of all, of which so many go on."""
 
 
 class NoPruning(Pruner):
     """Every trial gets the full budget."""
 
-    def promotes(self, seen: Sequence[Candidate], candidate: Candidate) -> bool:
-        """Always."""
-        return True
+    def table(self) -> RungTable:
+        """Of nothing."""
+        return _Everyone()
 
 
 class AccuracyHalving(Pruner):
-    """Plain ASHA: ranks by the metric alone, across all methods of the domain."""
+    """Plain ASHA: ranks by the metric alone, across all methods of the domain; ties by validation loss, then the
+    earlier trial."""
 
-    def promotes(self, seen: Sequence[Candidate], candidate: Candidate) -> bool:
-        """The top 1/eta (at least one) by metric; ties by validation loss, then the earlier trial."""
-        ahead = sum(
-            (*self._quality(other), other.number) < (*self._quality(candidate), candidate.number) for other in seen
-        )
-        return ahead < max(1, math.floor(len(seen) / self.eta))
+    def table(self) -> RungTable:
+        """A sorted list."""
+        return _ByQuality()
 
 
 class ParetoHalving(Pruner):
@@ -115,26 +135,77 @@ class ParetoHalving(Pruner):
     full budget.
     """
 
-    def promotes(self, seen: Sequence[Candidate], candidate: Candidate) -> bool:
-        """The top 1/eta (at least one) of the sorting, and the best of the cell."""
-        cell = [other for other in seen if other.cell == candidate.cell]
-        if all(self._quality(candidate) <= self._quality(other) for other in cell):
+    def table(self) -> RungTable:
+        """Fronts."""
+        return _ByFront()
+
+
+class _Everyone(RungTable):
+    def promotes_latest(self, places: int) -> bool:
+        return True
+
+
+class _ByQuality(RungTable):
+    def __init__(self) -> None:
+        self._order: list[tuple[float, float, int]] = []
+        self._ahead = 0
+
+    def add(self, candidate: Candidate, quality: Quality) -> None:
+        super().add(candidate, quality)
+        mine = (*quality, candidate.number)
+        self._ahead = bisect_left(self._order, mine)
+        self._order.insert(self._ahead, mine)
+
+    def promotes_latest(self, places: int) -> bool:
+        return self._ahead < places
+
+
+class _ByFront(RungTable):
+    def __init__(self) -> None:
+        self._levels = Levels()
+        self._numbers: list[int] = []
+        self._qualities: list[Quality] = []
+        """All that differ, in order."""
+        self._best: dict[str, Quality] = {}
+        """By cell."""
+        self._best_of_cell = False
+        self._rank = 0
+
+    def add(self, candidate: Candidate, quality: Quality) -> None:
+        super().add(candidate, quality)
+        best = self._best.setdefault(candidate.cell, quality)
+        self._best_of_cell = quality <= best
+        if self._best_of_cell:
+            self._best[candidate.cell] = quality
+        place = bisect_left(self._qualities, quality)
+        if self._qualities[place : place + 1] != [quality]:
+            self._qualities.insert(place, quality)
+        self._rank = self._levels.add(quality, math.log(max(1, candidate.parameters)), len(self._numbers))
+        self._numbers.append(candidate.number)
+
+    def promotes_latest(self, places: int) -> bool:
+        if self._best_of_cell:
             return True
-        # Metric and loss become one objective: the place in their lexicographic order, equal pairs sharing a place.
-        order = sorted({self._quality(other) for other in seen})
-        place = {quality: float(index) for index, quality in enumerate(order)}
-        points = np.array([(place[self._quality(other)], math.log(max(1, other.parameters))) for other in seen])
-        ranks = non_dominated_rank(points)
-        mine = next(index for index, other in enumerate(seen) if other is candidate)
-        better = int((ranks < ranks[mine]).sum())
-        peers = np.flatnonzero(ranks == ranks[mine])
-        room = crowding_distance(points[peers])
-        my_room = room[int(np.flatnonzero(peers == mine)[0])]
-        earlier = sum(
-            bool(room[i] > my_room or (room[i] == my_room and seen[peer].number < candidate.number))
-            for i, peer in enumerate(peers.tolist())
+        better = self._levels.before(self._rank)
+        if better >= places:
+            return False
+        return better + self._levels.size(self._rank) <= places or better + self._peers_ahead() < places
+
+    def _peers_ahead(self) -> int:
+        """How many of the same front have more room, or as much and an earlier number."""
+        peers: list[tuple[int, float, float]] = []
+        for quality, cost, members in self._levels.steps(self._rank):
+            # Metric and loss become one objective: the place in their lexicographic order, equal pairs sharing a place.
+            place = float(bisect_left(self._qualities, quality))
+            peers += [(member, place, cost) for member in members]
+        peers.sort()
+        room = crowding_distance(np.array([(place, cost) for _, place, cost in peers])).tolist()
+        # Of the whole rung, the latest came last.
+        mine, number = room[-1], self._numbers[-1]
+        return sum(
+            theirs > mine or (theirs == mine and self._numbers[member] < number)
+            for theirs, (member, _, _) in zip(room, peers, strict=True)
         )
-        return better + earlier < max(1, math.floor(len(seen) / self.eta))
 
 
 PRUNERS: dict[str, type[Pruner]] = {"pareto_asha": ParetoHalving, "asha": AccuracyHalving, "none": NoPruning}

@@ -14,13 +14,15 @@ from peftsearch.spec import Range, Scalar, SearchSpec, StudyError
 if TYPE_CHECKING:
     import optuna
 
+    from peftsearch.search.history import Memory
+
 
 _GUIDED_PROPOSALS = 20
 """TPE proposes so many configurations for one trial; where all are outside the limits, chance finds others."""
 
 
 def make_sampler(
-    search: SearchSpec, number: int, attempt: int = 0, grid: Grid | None = None
+    search: SearchSpec, number: int, attempt: int = 0, grid: Grid | None = None, memory: Memory | None = None
 ) -> optuna.samplers.BaseSampler:
     """A sampler for one proposal, seeded from the study's seed, the trial's number and how many were refused before.
 
@@ -32,6 +34,7 @@ def make_sampler(
         number: The trial's number.
         attempt: Proposals for this trial that were outside the study's limits.
         grid: The cell's grid, where the sampler is ``grid``.
+        memory: What chooses, of a long history of the cell, the trials that TPE looks at.
     """
     import optuna
 
@@ -42,7 +45,9 @@ def make_sampler(
     if search.sampler == "random" or attempt >= _GUIDED_PROPOSALS:
         return optuna.samplers.RandomSampler(seed=seed)
     startup = search.startup_trials or min(10, max(4, search.trials // 4))
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
+    from peftsearch.search.history import Memory, RememberingTPE
+
+    return RememberingTPE(memory or Memory(), seed=seed, n_startup_trials=startup)
 
 
 def suggest(trial: optuna.Trial, space: MethodSpace) -> dict[str, Scalar]:

@@ -98,6 +98,8 @@ class StudyRun:
         cost: Callable[[Cell, Mapping[str, Any], ParameterCount], TrialCost] | None = None,
         guesses: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     ) -> None:
+        from peftsearch.search.history import Memory
+
         self.search = search
         self.cells = list(cells)
         self.domains = domains
@@ -111,6 +113,7 @@ class StudyRun:
         self._observers = observers
         self._cell_of = {(cell.model, cell.domain, cell.method): cell for cell in cells}
         self._pruners = {name: self._pruner(domain) for name, domain in domains.items()}
+        self._memories = {cell.key: Memory() for cell in self.cells}
         self._interrupted: list[int] = []
         self._grids = {cell.key: Grid(cell.space) for cell in self.cells} if search.sampler == "grid" else {}
         for cell in self.cells:
@@ -244,7 +247,7 @@ class StudyRun:
             last = cell.key not in self._grids and attempt >= PROPOSALS - 1
             record = self.ledger.ask(
                 cell.key,
-                make_sampler(self.search, number, attempt, self._grids.get(cell.key)),
+                make_sampler(self.search, number, attempt, self._grids.get(cell.key), self._memories[cell.key]),
                 lambda trial: suggest(trial, cell.space),
                 lambda _, values, last=last: self._describe(cell, values, last),
             )

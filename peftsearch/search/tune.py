@@ -140,6 +140,7 @@ class _Scheduler(_Adapter, TrialScheduler):  # type: ignore[misc]
         super().__init__()
         self.run = run
         self.stopped = stopped
+        self.ended: list[Any] = []
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         goes_on = self.run.evaluated(_number(trial), result[RESULT], result[RETRIES], final=False)
@@ -152,7 +153,8 @@ class _Scheduler(_Adapter, TrialScheduler):  # type: ignore[misc]
         pass
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        pass
+        # The one that ends now is still to be wound up; Tune must be left with one trial at least.
+        self.ended = [*(other for other in self.ended if not _forget(tune_controller, other)), trial]
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
         pass
@@ -213,6 +215,23 @@ class _Interruption(_Adapter, tune.Stopper):  # type: ignore[misc]
 
     def stop_all(self) -> bool:
         return self.stopped()
+
+
+def _forget(controller: Any, trial: Any) -> bool:
+    """Have Tune drop a trial that has ended; returns whether it has.
+
+    Tune keeps every trial with its results, for snapshots and for an analysis that nobody reads here: memory that grows
+    with the study, and work at its end (2.60.0, ``TuneController._trials``, ``_trials_to_cache`` and others). The
+    ledger has what is to be kept.
+    """
+    if trial.status != "TERMINATED":
+        return False
+    getattr(controller, "_trial_metadata", {}).pop(trial.trial_id, None)
+    for name in ("_stopped_trials", "_trials_to_cache"):
+        getattr(controller, name, set()).discard(trial)
+    if trial in (known := controller.get_trials()):
+        known.remove(trial)
+    return True
 
 
 def _number(trial: Any) -> int:

@@ -11,6 +11,7 @@ Optuna's front know as infeasible. It is no trial of the study.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -108,9 +109,13 @@ class Ledger:
         self._database = open_database(url, patience, guard)
         self._storage = optuna.storages.get_storage(self._database)
         self._studies: dict[str, optuna.Study] = {}
+        # What never changes in a cell's study: its own attributes grow with every trial (`set_run_id`).
+        self._cells: dict[str, Mapping[str, Any]] = {}
+        # By number, ascending.
         self._trials: dict[int, _Entry] = {}
+        self._started: Counter[str] = Counter()
         self._unstarted: dict[str, list[optuna.trial.FrozenTrial]] = {}
-        self._infeasible: dict[str, list[int]] = {}
+        self._infeasible: dict[str, Counter[int]] = {}
         self._readings: dict[int, dict[int, Reading]] = {}
         self._unconfirmed: dict[int, dict[int, str]] = {}
         self._confirming: dict[tuple[int, int], Mapping[str, Any]] = {}
@@ -160,8 +165,8 @@ class Ledger:
                 created.set_user_attr(_OWNER, owner.signature)
             loaded[name] = created
         for _, item in sorted(loaded.items()):
-            if _CELL in item.user_attrs:
-                self._studies[item.user_attrs[_CELL]["key"]] = item
+            if (info := item.user_attrs.get(_CELL)) is not None:
+                self._studies[info["key"]], self._cells[info["key"]] = item, info
         self._read()
 
     @property
@@ -172,7 +177,7 @@ class Ledger:
     @property
     def records(self) -> list[TrialRecord]:
         """Every started trial, by number."""
-        return [self._trials[number].record for number in sorted(self._trials)]
+        return [entry.record for entry in self._trials.values()]
 
     def record(self, number: int) -> TrialRecord:
         """One trial."""
@@ -180,11 +185,11 @@ class Ledger:
 
     def next_number(self) -> int:
         """The number of the next new trial."""
-        return max(self._trials, default=-1) + 1
+        return next(reversed(self._trials), -1) + 1
 
     def started(self, cell: str) -> int:
         """Trials of a cell, whatever their state."""
-        return sum(entry.cell == cell for entry in self._trials.values())
+        return self._started[cell]
 
     def is_new(self, cell: str) -> bool:
         """Whether nothing has ever been asked for in a cell."""
@@ -204,8 +209,8 @@ class Ledger:
 
     def infeasible(self, cell: str, number: int | None = None) -> int:
         """Proposals of a cell that were outside the study's limits: all of them, or those for one trial."""
-        refused = self._infeasible.get(cell, [])
-        return len(refused) if number is None else refused.count(number)
+        refused = self._infeasible.get(cell, Counter())
+        return refused.total() if number is None else refused[number]
 
     def ask(
         self,
@@ -238,7 +243,7 @@ class Ledger:
         trial = optuna.Trial(study, left.pop(0)._trial_id) if left else study.ask()
         hyperparameters = suggest(trial)
         number = self.next_number()
-        info = study.user_attrs[_CELL]
+        info = self._cells[cell]
         fields = {
             "number": number,
             "model": info["model"],
@@ -257,12 +262,12 @@ class Ledger:
         if error is None and any(excess > 0 for excess in constraints.values()):
             trial.set_user_attr(_INFEASIBLE, fields)
             self._storage.set_trial_state_values(trial._trial_id, optuna.trial.TrialState.PRUNED, None)
-            self._infeasible[cell].append(number)
+            self._infeasible[cell][number] += 1
             return None
         record = TrialRecord(state=TrialState.RUNNING, **fields)
         # One attribute, one transaction: a trial has all of these or is not started.
         trial.set_user_attr(_TRIAL, fields)
-        self._trials[number] = _Entry(cell, trial._trial_id, record)
+        self._add(number, _Entry(cell, trial._trial_id, record))
         if error is not None:
             return self.fail(number, str(error))
         return record
@@ -417,6 +422,10 @@ class Ledger:
         entry.record = record
         return record
 
+    def _add(self, number: int, entry: _Entry) -> None:
+        self._trials[number] = entry
+        self._started[entry.cell] += 1
+
     def _set(self, entry: _Entry, key: str, value: Any) -> None:
         self._storage.set_trial_user_attr(entry.trial_id, key, value)
 
@@ -429,13 +438,13 @@ class Ledger:
             optuna.trial.TrialState.PRUNED: TrialState.PRUNED,
             optuna.trial.TrialState.FAIL: TrialState.FAILED,
         }
-        self._trials.clear()
+        entries: dict[int, _Entry] = {}
         self._readings.clear()
         self._unconfirmed.clear()
         self._confirming.clear()
         for cell, study in self._studies.items():
             late = study.user_attrs
-            self._unstarted[cell], self._infeasible[cell] = [], []
+            self._unstarted[cell], self._infeasible[cell] = [], Counter()
             for key, value in late.items():
                 kind, *place = key.split(":")
                 if kind == _READING:
@@ -450,7 +459,7 @@ class Ledger:
                     continue
                 if _TRIAL not in attributes:
                     if trial.state is optuna.trial.TrialState.PRUNED:
-                        self._infeasible[cell].append(attributes[_INFEASIBLE]["number"])
+                        self._infeasible[cell][attributes[_INFEASIBLE]["number"]] += 1
                     if trial.state is optuna.trial.TrialState.RUNNING:
                         self._unstarted[cell].append(trial)
                     continue
@@ -464,7 +473,11 @@ class Ledger:
                 fields["confirmed"] = _confirmed(self._readings.get(fields["number"], {}))
                 fields["mlflow_run_id"] = late.get(f"{_RUN_ID}:{fields['number']}")
                 record = TrialRecord(**{**fields, "state": states[trial.state]})
-                self._trials[record.number] = _Entry(cell, trial._trial_id, record)
+                entries[record.number] = _Entry(cell, trial._trial_id, record)
+        self._trials.clear()
+        self._started.clear()
+        for number in sorted(entries):
+            self._add(number, entries[number])
 
 
 @dataclass

@@ -69,6 +69,16 @@ class Known:
     steps: set[int] | None
     """Steps whose curves are written; None where the server has not been asked."""
     deleted: bool = False
+    brief: bool = False
+    """Whether only what every report asks for is kept here, see `Mirror._recall`."""
+
+    def shorten(self) -> None:
+        """Drop what is not needed any more: of ten thousand trials it is a lot."""
+        self.tags = {key: self.tags[key] for key in _KEPT if key in self.tags}
+        self.params, self.metrics, self.steps, self.brief = {}, {}, None, True
+
+
+_KEPT = (PARENT, DOMAIN, NUMBER, "domain", "on_front")
 
 
 class Mirror:
@@ -155,6 +165,7 @@ class Mirror:
                 self._trials[record.number] = twin
         known = self._trials.get(record.number)
         if known is not None:
+            self._recall(known)
             self._restore(known)
         on_front = self._front_tag(record, known)
         tags = texts(self._trial_tags(record, domain.run_id, on_front), TAG_LENGTH)
@@ -194,6 +205,8 @@ class Mirror:
             known.status = status
         for reading in record.confirmed.readings if record.confirmed else ():
             self._write_reading(record, known.run_id, reading)
+        if record.state is not TrialState.RUNNING:
+            known.shorten()
 
     def _write_reading(self, record: TrialRecord, parent: str, reading: Reading) -> None:
         """Make the run of a re-training what it should be; its metrics stand at its last step."""
@@ -342,6 +355,13 @@ class Mirror:
             {key: value for key, value in params.items() if key not in known.params},
             {key: value for key, value in tags.items() if known.tags.get(key) != value},
         )
+
+    def _recall(self, known: Known) -> None:
+        """Ask the server for the run of a trial that had ended: it was confirmed since, or comes a second time."""
+        if known.brief:
+            data = self.client.get_run(known.run_id).data
+            known.tags, known.params, known.metrics = dict(data.tags), dict(data.params), dict(data.metrics)
+            known.brief = False
 
     def _restore(self, known: Known) -> None:
         if known.deleted:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 
+import numpy as np
 import pytest
 
 from peftsearch.search.halving import PRUNERS, AccuracyHalving, Candidate, ParetoHalving, Pruner, rung_evaluations
+from peftsearch.search.pareto import crowding_distance, non_dominated_rank
 
 
 def pruner(kind: str, evaluations: int = 9, eta: float = 3.0) -> Pruner:
@@ -108,3 +111,80 @@ def test_what_was_recorded_before_an_interruption_counts() -> None:
     for item in trials[:15]:
         resumed.record(1, item)
     assert [resumed.goes_on(1, item) for item in trials[15:]] == decided[15:]
+
+
+def promoted_by_sorting_anew(seen: list[Candidate], eta: float) -> bool:
+    """What `ParetoHalving` is defined as: everything that the rung has seen, sorted from the start, for the latest."""
+    latest = seen[-1]
+    qualities = [(-other.value, other.loss) for other in seen]
+    if all(
+        qualities[-1] <= quality for other, quality in zip(seen, qualities, strict=True) if other.cell == latest.cell
+    ):
+        return True
+    place = {quality: float(index) for index, quality in enumerate(sorted(set(qualities)))}
+    points = np.array([(place[q], math.log(other.parameters)) for q, other in zip(qualities, seen, strict=True)])
+    ranks = non_dominated_rank(points)
+    peers = np.flatnonzero(ranks == ranks[-1])
+    room = crowding_distance(points[peers])
+    earlier = sum(
+        room[i] > room[-1] or (room[i] == room[-1] and seen[peer].number < latest.number)
+        for i, peer in enumerate(peers.tolist())
+    )
+    return int((ranks < ranks[-1]).sum()) + int(earlier) < max(1, math.floor(len(seen) / eta))
+
+
+@pytest.mark.parametrize("values", [7, 10**6])
+@pytest.mark.parametrize("eta", [1.5, 3.0])
+def test_sorting_as_trials_come_decides_like_sorting_anew(values: int, eta: float) -> None:
+    generator = random.Random(values)
+    pareto = pruner("pareto_asha", eta=eta)
+    seen: list[Candidate] = []
+    numbers = random.Random(1).sample(range(400), 400)
+    decided = []
+    for number in numbers:
+        size = generator.randint(1, 12) * 50
+        value = generator.randrange(values) / values * math.log(size)
+        loss = generator.randrange(3) / 2
+        seen.append(candidate(number, value, size, loss=loss, cell=str(number % 3)))
+        decided.append(pareto.goes_on(1, seen[-1]))
+        assert decided[-1] == promoted_by_sorting_anew(seen, eta), len(seen)
+    assert 20 < sum(decided) < 380
+
+
+def test_a_metric_that_is_no_number_is_the_worst() -> None:
+    pareto = pruner("pareto_asha")
+    for number in range(6):
+        pareto.record(1, candidate(number, 0.5 + number / 100, 100 + number))
+    assert not pareto.goes_on(1, candidate(6, math.nan, 1000))
+    assert pareto.goes_on(1, candidate(7, 0.9, 1000))
+
+
+@pytest.mark.parametrize("kind", ["asha", "pareto_asha"])
+def test_a_decision_among_thousands_compares_few(kind: str) -> None:
+    """Counted, not timed: how often two metrics are compared."""
+    compared = 0
+
+    class Counted(float):
+        def __lt__(self, other: float) -> bool:
+            nonlocal compared
+            compared += 1
+            return float(self) < float(other)
+
+        def __neg__(self) -> Counted:
+            return Counted(-float(self))
+
+        def __rmul__(self, other: float) -> Counted:
+            return Counted(other * float(self))
+
+    generator = random.Random(5)
+    chosen = pruner(kind)
+    counts = []
+    for number in range(4000):
+        before = compared
+        size = generator.randint(1, 10**6)
+        chosen.goes_on(1, candidate(number, Counted(generator.random()), size, cell=str(number % 4)))
+        counts.append(compared - before)
+    first, last = sum(counts[400:800]) / 400, sum(counts[-400:]) / 400
+    assert first > 0
+    assert last < 4 * first
+    assert last < 2000

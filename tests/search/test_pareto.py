@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from peftsearch.search.levels import Levels
 from peftsearch.search.pareto import crowding_distance, non_dominated, non_dominated_rank
 
 # Few distinct values, so that ties, duplicates, infinities and NaN meet often.
@@ -124,3 +125,19 @@ def test_a_million_points_in_a_second(kind: str) -> None:
     assert time.process_time() - start < 1.0
     assert front.any()
     assert front.all() == (kind == "all on the front")
+
+
+def test_points_that_come_one_by_one_end_in_the_fronts_of_all() -> None:
+    generator = np.random.default_rng(3)
+    points = generator.integers(0, 25, (600, 2)).astype(float)
+    levels = Levels()
+    for index, (x, y) in enumerate(points.tolist()):
+        rank = levels.add(x, y, index)
+        assert rank == non_dominated_rank(points[: index + 1])[-1]
+    expected = non_dominated_rank(points)
+    found = {
+        member: rank for rank in range(expected.max() + 1) for *_, members in levels.steps(rank) for member in members
+    }
+    assert [found[index] for index in range(len(points))] == expected.tolist()
+    assert [levels.size(rank) for rank in range(3)] == np.bincount(expected)[:3].tolist()
+    assert levels.before(3) == np.bincount(expected)[:3].sum()

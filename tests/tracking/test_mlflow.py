@@ -20,6 +20,7 @@ from tracking_study import MODEL, Server, study_facts, trial, wait_for
 
 from peftsearch.frontier import domain_report
 from peftsearch.spec import Confirmed, Reading, Rung, StudyError, StudyFacts, TrialRecord, TrialState
+from peftsearch.tracking.mlflow_mirror import Mirror
 from peftsearch.tracking.mlflow_tracker import (
     NOTE_LENGTH,
     DomainReport,
@@ -285,6 +286,24 @@ def test_deleted_things_come_back(store: Store, study: str) -> None:
     assert restored is not None
     assert restored.lifecycle_stage == "active"
     assert store.everything(study) == before
+
+
+def test_of_a_trial_that_has_ended_little_is_kept_and_the_rest_is_asked_for(
+    sqlite_storage: Path, study: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(default_tracking_uri(sqlite_storage), default_artifacts(sqlite_storage))
+    mirror = Mirror(store.uri, default_artifacts(sqlite_storage), study_facts(study))
+    mirror.connect()
+    mirror.write(trial(0))
+    known = mirror._trials[0]
+    assert (known.params, known.metrics, len(known.tags) < 6) == ({}, {}, True)
+    before = store.everything(study)
+    mirror.write(trial(0))
+    assert store.everything(study) == before
+    mirror.write(trial(0, confirmed=Confirmed(seeds=3, mean=0.6, std=0.01)))
+    run = store.children(study)[0]
+    assert run.data.metrics["confirmed_mean"] == 0.6
+    assert [step for step, _ in store.history(run, "loss")] == [10, 20, 30]
 
 
 def test_a_run_deleted_while_the_study_runs(store: Store, study: str) -> None:
