@@ -19,7 +19,8 @@ DOCUMENTS = (
     *("README.md", "studies/README.md", "cluster/README.md", "dashboards/README.md"),
     "tests/benchmarks/README.md",
 )
-VERBS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+_PROGRAM: Any = typer.main.get_command(app)
+VERBS: dict[str, Any] = _PROGRAM.commands
 
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 
@@ -110,8 +111,8 @@ def programs(line: str) -> list[str]:
     found, expected = [], True
     for word in lexer:
         if set(word) <= set("();<>|&"):
-            # A word behind a redirection is a file, and one behind a closing bracket an argument.
-            expected = word[-1] in "(;|&" or word == ");"
+            # A word behind a redirection is a file; behind () a function's body begins.
+            expected = word[-1] in "(;|&" or word == "()"
         elif expected and word not in ("{", "}") and not re.match(r"\w+=", word):
             found.append(word)
             expected = False
@@ -145,6 +146,10 @@ def parsed(line: str) -> tuple[str, dict[str, Any]]:
     """
     program, verb, *arguments = shlex.split(line, comments=True)
     assert Path(program).name == "peftsearch", line
+    if verb.startswith("-"):
+        # An option of the program itself, such as --install-completion.
+        assert verb in {option for parameter in _PROGRAM.params for option in parameter.opts}, line
+        return verb, {}
     assert verb in VERBS, f"{line}: no command {verb!r}"
     context = VERBS[verb].make_context(verb, arguments)
     return verb, context.params

@@ -178,7 +178,7 @@ def is_ours(line: str) -> bool:
     program = Path(words[0]).name
     if program == "python":
         return words[1] == "tests/screenshot.py"
-    return program == "peftsearch" and words[1] not in RUN_ELSEWHERE
+    return program == "peftsearch" and words[1] in VERBS and words[1] not in RUN_ELSEWHERE
 
 
 @pytest.mark.parametrize(("where", "typed"), [pytest.param(*item, id=item[0]) for item in lines()])
