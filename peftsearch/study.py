@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from peftsearch.events import StudyEvents
     from peftsearch.export import ExportedAdapter
     from peftsearch.export.convert import Form
-    from peftsearch.frontier import DomainFront
+    from peftsearch.frontier import Frontier, Trials
     from peftsearch.search.plan import StudyPlan
     from peftsearch.tracking.mlflow_tracker import MlflowTracker
 
@@ -184,7 +184,7 @@ class Study:
         events: StudyEvents | None = None,
         fork: str | None = None,
         at_once: Callable[[], None] | None = None,
-    ) -> dict[str, DomainFront]:
+    ) -> Frontier:
         """Run the study, or continue it where it stands; what has finished is not run again.
 
         Args:
@@ -302,29 +302,43 @@ class Study:
 
     # --- afterwards, or from another terminal ---
 
-    def trials(self) -> list[TrialRecord]:
-        """Every trial of the ledger, whatever its state."""
+    def trials(self) -> Trials:
+        """Every trial of the ledger, whatever its state: a list, with ``to_pandas`` and ``to_arrow``."""
+        from peftsearch.frontier import Trials
+
         with closing(self._reader()) as ledger:
-            return ledger.records
+            return Trials(ledger.records)
 
     def facts(self) -> StudyFacts:
         """What is known beside the trials."""
         return _facts_of(read_json(self.folder.facts), self.folder)
 
-    def frontier(self, domain: str | None = None) -> dict[str, DomainFront]:
-        """The front of each domain, or of one.
+    def frontier(self, domain: str | None = None) -> Frontier:
+        """The front of each domain, or of one: a dict, with ``to_pandas`` and ``to_arrow``; a notebook shows it as the
+        Pareto page.
 
         Raises:
             StudyError: The study has no such domain.
         """
-        from peftsearch.frontier import domain_fronts
-        from peftsearch.spec import suggest
+        from peftsearch.frontier import Frontier
 
-        facts = self.facts()
-        if domain is not None and domain not in facts.domains:
-            raise StudyError(f"the study {self.name!r} has no domain {domain!r}{suggest(domain, facts.domains)}")
-        fronts = domain_fronts(self.trials(), facts)
-        return fronts if domain is None else {domain: fronts[domain]}
+        return Frontier(self.trials(), self.facts(), domain)
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        """In a notebook: the Pareto page of what the ledger holds by now."""
+        from peftsearch.frontier.notebook import display
+
+        if not self.folder.exists() or read_json(self.folder.facts) is None:
+            return {"text/plain": f"The study {self.name!r} has not begun yet: nothing in {self.folder.path}"}
+        facts, standing = self.facts(), self.status()
+        return display(
+            self.trials(),
+            facts,
+            facts.domains,
+            state=standing["state"],
+            planned=standing["planned"],
+            storage=standing["storage"],
+        )
 
     def status(self) -> dict[str, Any]:
         """Where the study stands, in the shape of ``status --json``.

@@ -29,7 +29,23 @@ StorageOption = Annotated[
     typer.Option(help="Folder, or s3://BUCKET/PREFIX, gs://... (default: $PEFTSEARCH_STORAGE or ~/peftsearch)"),
 ]
 StudyFileArgument = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The study file")]
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of a study in the storage")]
+
+
+def _studies(context: typer.Context, incomplete: str) -> list[str]:
+    """For the shell's completion: the studies of the storage. Nothing where it cannot be read: no place for errors."""
+    from peftsearch.storage import list_studies, storage_folder
+
+    try:
+        return [
+            name for name in list_studies(storage_folder(context.params.get("storage"))) if name.startswith(incomplete)
+        ]
+    except (StudyError, OSError):
+        return []
+
+
+NameArgument = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name of a study in the storage", autocompletion=_studies)
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the study file; repeatable")
@@ -529,6 +545,20 @@ def sync(name: NameArgument, storage: StorageOption = None) -> None:
     chosen = Study.open(name, storage)
     count = chosen.sync()
     out.print(f"MLflow at {chosen.public_tracking_uri} holds all {count} trials of {chosen.name}", markup=False)
+
+
+@app.command()
+def schema() -> None:
+    """Print the study file's JSON Schema, for editors.
+
+    An editor with a YAML language server then completes, explains and checks study files that begin with
+    "# yaml-language-server: $schema=study.schema.json".
+
+    Example: `peftsearch schema > study.schema.json`
+    """
+    from peftsearch.schema import study_schema
+
+    _print_json(study_schema())
 
 
 @app.command()

@@ -12,6 +12,7 @@ from peftsearch.frontier.front import (
     pick,
 )
 from peftsearch.frontier.mlflow_report import domain_report
+from peftsearch.frontier.notebook import Frontier, Trials
 from peftsearch.frontier.page import front_html
 from peftsearch.frontier.plots import front_figure, front_png
 from peftsearch.frontier.tables import (
@@ -34,7 +35,9 @@ from peftsearch.frontier.tables import (
 __all__ = [
     "Choice",
     "DomainFront",
+    "Frontier",
     "Pick",
+    "Trials",
     "Verdict",
     "choose",
     "complete",

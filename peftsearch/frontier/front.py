@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -39,6 +39,7 @@ class DomainFront:
         by_model: The front of each model's trials.
         hypervolume: Of ``front``, see `hypervolume`.
         records: All trials of the domain, whatever their state, by number.
+        study: The study that the domain is one of.
     """
 
     domain: str
@@ -47,6 +48,7 @@ class DomainFront:
     by_model: dict[str, list[TrialRecord]]
     hypervolume: float
     records: list[TrialRecord]
+    study: StudyFacts = field(repr=False)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -58,6 +60,11 @@ class DomainFront:
     def best(self) -> TrialRecord | None:
         """The trial with the best metric; of several, the one with fewest parameters."""
         return _best(self.front, self.facts.direction) if self.front else None
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        from peftsearch.frontier.notebook import display
+
+        return display(self.records, self.study, [self.domain])
 
 
 def complete(records: Iterable[TrialRecord]) -> list[TrialRecord]:
@@ -143,6 +150,7 @@ def domain_fronts(records: Iterable[TrialRecord], facts: StudyFacts) -> dict[str
             {model: front((record for record in mine if record.model == model), direction) for model in models},
             hypervolume(mine, direction, total),
             mine,
+            facts,
         )
     return fronts
 

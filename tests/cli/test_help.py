@@ -10,28 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 from cli_study import Result
 
+from peftsearch.cli.app import app, run_app
 from peftsearch.study import Study
 
 Cli = Callable[..., Result]
-COMMANDS = (
-    *(
-        "run",
-        "validate",
-        "list",
-        "status",
-        "trials",
-        "frontier",
-        "export",
-        "report",
-        "evaluate",
-        "predict",
-        "ui",
-        "sync",
-        "doctor",
-    ),
-)
+COMMANDS = tuple(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
 def test_every_command_has_one_line(peftsearch: Cli) -> None:
@@ -94,3 +80,51 @@ def test_tables_in_a_file_are_as_wide_as_they_want(peftsearch: Cli, storage: Pat
     (failed,) = (line for line in result.out.splitlines() if "FAILED" in line)
     assert "the loss became NaN" in failed
     assert "learning_rate" in failed or "lr=" in failed
+
+
+@pytest.fixture
+def ask(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """What the program tells a shell; it ends there, as typer has it."""
+
+    def call(*arguments: str, **environment: str) -> str:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as end:
+            run_app(list(arguments))
+        out, err = capfd.readouterr()
+        assert (end.value.code, err) == (0, "")
+        return out
+
+    return call
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "powershell"])
+def test_completion_can_be_installed_in_every_shell(shell: str, ask: Callable[..., str]) -> None:
+    script = ask("--show-completion", shell)
+    assert "_PEFTSEARCH_COMPLETE" in script
+    if shell == "bash":
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("peftsearch fr", ["frontier"]),
+        ("peftsearch frontier --ht", ["--html"]),
+        ("peftsearch export small --pick k", ["knee"]),
+        ("peftsearch status sm", ["small"]),
+        ("peftsearch status x", []),
+    ],
+)
+def test_bash_completes(
+    words: str, expected: list[str], ask: Callable[..., str], started: Study, storage: Path
+) -> None:
+    """As bash asks: commands, options, choices, and the studies of the storage."""
+    request = {"_PEFTSEARCH_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    assert ask(PEFTSEARCH_STORAGE=str(storage), **request).split() == expected
+
+
+def test_completion_is_silent_where_there_is_no_storage(ask: Callable[..., str], tmp_path: Path) -> None:
+    request = {"_PEFTSEARCH_COMPLETE": "complete_bash", "COMP_WORDS": "peftsearch status x", "COMP_CWORD": "2"}
+    for storage in (str(tmp_path / "missing"), "s3://", "nowhere://x"):
+        assert ask(PEFTSEARCH_STORAGE=storage, **request).strip() == ""

@@ -438,6 +438,11 @@ async function ask() {
 recall();
 render();
 matchMedia('(prefers-color-scheme: dark)').addEventListener('change', render);
+// Inside a frame whose page came with its element (a notebook's), the link would lead to the page around it.
+document.querySelector('.skip').addEventListener('click', event => {
+  event.preventDefault();
+  document.getElementById('main').focus();
+});
 addEventListener('hashchange', () => { recall(); render(); });
 let widthWas = innerWidth;
 addEventListener('resize', () => {
