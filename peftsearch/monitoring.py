@@ -1,4 +1,4 @@
-"""What the driver tells Prometheus of its study (`peftsearch.workers.metrics`), and where Prometheus finds the cluster."""
+"""What the driver tells Prometheus of its study (`peftsearch.workers.metrics`), and where Prometheus finds it all."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """What a running study tells Prometheus, by way of Ray: every metric, and who sets it.
 
-Ray collects the metrics of all processes of a node once per reporting interval (10 seconds, ``RAY_metrics_report_interval_ms``)
-and serves them on the node's metrics port; `dashboards/README.md` says how Prometheus finds it. There, Ray puts ``ray_``
+Ray collects the metrics of a node's processes once per interval (``RAY_metrics_report_interval_ms``, 10 seconds) and
+serves them on the node's metrics port; `dashboards/README.md` says how Prometheus finds it. There, Ray puts ``ray_``
 before each name, and ``_total`` behind that of a counter.
 
-Where Ray exports nothing (``RAY_enable_metrics_collection=0``, or Ray without its extra ``default``), nothing is measured.
-See https://docs.ray.io/en/latest/ray-observability/user-guides/add-app-metrics.html
+Where Ray exports nothing (``RAY_enable_metrics_collection=0``, or Ray without its extra ``default``), nothing is
+measured. See https://docs.ray.io/en/latest/ray-observability/user-guides/add-app-metrics.html
 """
 
 from __future__ import annotations
@@ -161,7 +161,8 @@ def metrics_targets() -> list[str]:
 class Meter:
     """Tells Ray the values of metrics; Ray hands them on in a thread of its own.
 
-    Labels are names of a study file and words of this module: Ray 2.60 raises UnicodeEncodeError where one is not ASCII.
+    Labels are names of a study file and words of this module: Ray 2.60 raises UnicodeEncodeError where one is not
+    ASCII.
 
     Args:
         study: Label of everything that is told; None where nothing is to be told.
