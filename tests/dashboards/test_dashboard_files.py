@@ -128,7 +128,6 @@ def test_nothing_is_told_where_nobody_listens() -> None:
     DispatcherMeter(meter).retried("its worker died")
 
 
-
 def test_the_readme_lists_every_metric_as_it_is() -> None:
     text = (DASHBOARDS / "README.md").read_text()
     for metric in METRICS:
