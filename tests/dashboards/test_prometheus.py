@@ -22,11 +22,10 @@ import psutil
 import pytest
 import yaml
 from dashboard_files import PROMETHEUS, dashboard, queries
+from study_runs import run
 
-from peftsearch.driver import ray_cluster
-from peftsearch.monitoring import StudyMetrics
+from peftsearch.spec import TrialState
 from peftsearch.study import Study
-from peftsearch.workers.metrics import metrics_targets
 
 SECONDS = 2
 """How often Ray renews its numbers and Prometheus reads them, which both do every 10 seconds elsewhere."""
@@ -175,9 +174,8 @@ def test_every_panel_shows_a_running_study(write_study: Callable[..., Path], tmp
         (shown,) = wait_for(lambda: [value for value in values(server, complete).values() if value >= ended])
         assert shown <= Study.open("observed", storage).status()["counts"]["complete"]
 
-        (retried,) = values(server, "sum by (reason) (ray_peftsearch_retries_total)").items()
-        assert "its worker died" in retried[0]
-        assert 1 <= retried[1] <= 2
+        retried = values(server, "sum by (reason) (ray_peftsearch_retries_total)")
+        assert retried['{"reason": "its worker died"}'] in (1, 2)
         (share,) = values(server, "avg(ray_peftsearch_hypervolume_ratio)").values()
         assert 0 < share < 1
         (backlog,) = values(server, "max(ray_peftsearch_mlflow_backlog_entries)").values()
@@ -185,12 +183,13 @@ def test_every_panel_shows_a_running_study(write_study: Callable[..., Path], tmp
         (planned,) = values(server, "max(ray_peftsearch_planned_trials)").values()
         assert planned == 4000
         busy = values(server, "sum by (slot) (rate(ray_peftsearch_slot_busy_seconds_total[20s]))")
-        assert 0 < busy['{"slot": "0"}'] <= 1.05
+        # Rates are extrapolated, and what is counted comes in steps.
+        assert 0 < busy['{"slot": "0"}'] < 1.5
         # Ray's own series are left out, and so is what would only say who has measured.
         names = get(server, "label/__name__/values")
         assert {name for name in names if name.startswith("ray_") and not name.startswith("ray_peftsearch_")} == set()
         assert not [label for label in get(server, "labels") if label.startswith("otel_")]
-    assert not targets.exists()
+    assert list(targets.parent.iterdir()) == []
 
 
 @pytest.mark.slow
@@ -199,12 +198,8 @@ def test_where_ray_exports_nothing_nothing_is_measured(
     write_study: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_enable_metrics_collection", "0")
-    path = write_study("silent", methods={"prompt": {"tokens": [2]}}, search={"trials": 1})
     storage = tmp_path / "storage"
-    facts = Study.load(path, storage).run() and Study.open("silent", storage).facts()
+    run(write_study("silent", methods={"prompt": {"tokens": [2]}}, search={"trials": 1}), storage)
+    assert [record.state for record in Study.open("silent", storage).trials()] == [TrialState.COMPLETE]
+    # It stays behind where a study has told where its metrics are.
     assert not (storage / "prometheus").exists()
-    with ray_cluster(None):
-        assert metrics_targets() == []
-        metrics = StudyMetrics(facts, [], lambda: 0)
-        with metrics.exporting(storage / "studies" / "silent", 1) as measured_as:
-            assert measured_as is None
