@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 from peftsearch.files import Place, delete, is_local, write_json
-from peftsearch.frontier.front import complete, domain_fronts, goodness
-from peftsearch.spec import StudyFacts, TrialRecord
+from peftsearch.frontier.front import complete, front, goodness, hypervolume
+from peftsearch.spec import StudyFacts, TrialRecord, TrialState
 from peftsearch.workers.metrics import (
     BACKLOG,
     BEST,
@@ -21,6 +21,7 @@ from peftsearch.workers.metrics import (
     PLANNED,
     TRIALS,
     Meter,
+    Metric,
     metrics_targets,
     regularly,
 )
@@ -42,21 +43,24 @@ class StudyMetrics:
 
     def __init__(self, facts: StudyFacts, records: Iterable[TrialRecord], backlog: Callable[[], int]) -> None:
         self._facts = facts
-        self._records = {record.number: record for record in records}
         self._backlog = backlog
-        self._changed = True
-        self._trials: dict[tuple[str, ...], float] = {}
-        self._best: dict[tuple[str, ...], float] = {}
-        self._method_best: dict[tuple[str, ...], float] = {}
-        self._hypervolume: dict[tuple[str, ...], float] = {}
-        self._front: dict[tuple[str, ...], float] = {}
+        self._total = max((model.total_parameters for model in facts.models.values()), default=1)
+        self._states: dict[int, TrialState] = {}
+        self._news: deque[TrialRecord] = deque()
+        # Known to the thread alone.
+        self._counted: dict[int, tuple[str, str, str]] = {}
+        self._trials: Counter[tuple[str, ...]] = Counter()
+        self._fronts: dict[str, list[TrialRecord]] = {domain: [] for domain in facts.domains}
+        self._best: dict[tuple[str, ...], TrialRecord] = {}
+        for record in records:
+            self.trial_changed(record)
 
     def trial_changed(self, record: TrialRecord) -> None:
         """A trial was started, evaluated or ended."""
-        before = self._records.get(record.number)
-        self._records[record.number] = record
         # Evaluations change no number here, and there are many of them.
-        self._changed = self._changed or before is None or before.state is not record.state
+        if self._states.get(record.number) is not record.state:
+            self._states[record.number] = record.state
+            self._news.append(record)
 
     @contextlib.contextmanager
     def exporting(self, folder: Place, planned: int) -> Iterator[str | None]:
@@ -90,7 +94,8 @@ class StudyMetrics:
         def look() -> None:
             nonlocal looked
             try:
-                self._tell(meter, planned)
+                for metric, values in {**self.numbers(), PLANNED: {(): float(planned)}}.items():
+                    meter.show(metric, values)
                 if time.monotonic() > looked + _TARGETS_SECONDS:
                     looked = time.monotonic()
                     name(metrics_targets())
@@ -109,29 +114,41 @@ class StudyMetrics:
                 if written:
                     delete(file)
 
-    def _tell(self, meter: Meter, planned: int) -> None:
-        if self._changed:
-            self._changed = False
-            self._count(list(self._records.values()))
-        meter.show(TRIALS, self._trials)
-        meter.show(PLANNED, {(): float(planned)})
-        meter.show(BEST, self._best)
-        meter.show(METHOD_BEST, self._method_best)
-        meter.show(HYPERVOLUME, self._hypervolume)
-        meter.show(FRONT, self._front)
-        meter.show(BACKLOG, {(): float(self._backlog())})
+    def numbers(self) -> dict[Metric, dict[tuple[str, ...], float]]:
+        """Each of the driver's gauges, by the values of its labels. Called from one thread alone."""
+        while self._news:
+            self._count(self._news.popleft())
+        best, volumes = {}, {}
+        for domain, found in self._fronts.items():
+            facts = self._facts.domains[domain]
+            volumes[(domain,)] = hypervolume(found, facts.direction, self._total)
+            if found:
+                best[(domain, facts.metric)] = _value(max(found, key=partial(goodness, direction=facts.direction)))
+        return {
+            TRIALS: {key: float(count) for key, count in self._trials.items()},
+            BEST: best,
+            METHOD_BEST: {key: _value(record) for key, record in self._best.items()},
+            HYPERVOLUME: volumes,
+            FRONT: {(domain,): float(len(found)) for domain, found in self._fronts.items()},
+            BACKLOG: {(): float(self._backlog())},
+        }
 
-    def _count(self, records: list[TrialRecord]) -> None:
-        states = Counter((record.domain, record.method, record.state.value.lower()) for record in records)
-        self._trials = {key: float(count) for key, count in states.items()}
-        for domain, found in domain_fronts(records, self._facts).items():
-            self._front[(domain,)] = float(len(found.front))
-            self._hypervolume[(domain,)] = found.hypervolume
-            if found.best is None or found.best.value is None:
-                continue
-            metric, direction = found.facts.metric, found.facts.direction
-            self._best[(domain, metric)] = found.best.value
-            # The best of each method comes last, and stays.
-            for record in sorted(complete(found.records), key=partial(goodness, direction=direction)):
-                assert record.value is not None
-                self._method_best[(domain, record.method, metric)] = record.value
+    def _count(self, record: TrialRecord) -> None:
+        if (before := self._counted.get(record.number)) is not None:
+            self._trials[before] -= 1
+        key = self._counted[record.number] = (record.domain, record.method, record.state.value.lower())
+        self._trials[key] += 1
+        facts = self._facts.domains.get(record.domain)
+        if facts is None or not complete([record]):
+            return
+        # A trial that was dominated once stays so, which keeps this fast with ten thousand of them.
+        self._fronts[record.domain] = front([*self._fronts[record.domain], record], facts.direction)
+        cell = (record.domain, record.method, facts.metric)
+        known = self._best.get(cell)
+        if known is None or goodness(record, facts.direction) > goodness(known, facts.direction):
+            self._best[cell] = record
+
+
+def _value(record: TrialRecord) -> float:
+    assert record.value is not None
+    return record.value
