@@ -94,8 +94,9 @@ class StudyMetrics:
         def look() -> None:
             nonlocal looked
             try:
-                for metric, values in {**self.numbers(), PLANNED: {(): float(planned)}}.items():
+                for metric, values in self.numbers().items():
                     meter.show(metric, values)
+                meter.show(PLANNED, {(): float(planned)})
                 if time.monotonic() > looked + _TARGETS_SECONDS:
                     looked = time.monotonic()
                     name(metrics_targets())
@@ -118,7 +119,8 @@ class StudyMetrics:
         """Each of the driver's gauges, by the values of its labels. Called from one thread alone."""
         while self._news:
             self._count(self._news.popleft())
-        best, volumes = {}, {}
+        best: dict[tuple[str, ...], float] = {}
+        volumes: dict[tuple[str, ...], float] = {}
         for domain, found in self._fronts.items():
             facts = self._facts.domains[domain]
             volumes[(domain,)] = hypervolume(found, facts.direction, self._total)

@@ -14,7 +14,7 @@ import contextlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -312,7 +312,7 @@ class SlotMeter:
             yield
 
 
-_OUTCOMES: Mapping[Hashable, str] = {
+_OUTCOMES: Mapping[type, str] = {
     SegmentResult: "done",
     Failure: "failed",
     SetAside: "set aside",
