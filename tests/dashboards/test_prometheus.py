@@ -22,9 +22,10 @@ import psutil
 import pytest
 import yaml
 from dashboard_files import PROMETHEUS, dashboard, queries
-from study_runs import run
+from tracking_study import study_facts
 
-from peftsearch.spec import TrialState
+from peftsearch.driver import ray_cluster
+from peftsearch.monitoring import StudyMetrics
 from peftsearch.study import Study
 
 SECONDS = 2
@@ -194,12 +195,10 @@ def test_every_panel_shows_a_running_study(write_study: Callable[..., Path], tmp
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_where_ray_exports_nothing_nothing_is_measured(
-    write_study: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_ray_exports_nothing_nothing_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_enable_metrics_collection", "0")
-    storage = tmp_path / "storage"
-    run(write_study("silent", methods={"prompt": {"tokens": [2]}}, search={"trials": 1}), storage)
-    assert [record.state for record in Study.open("silent", storage).trials()] == [TrialState.COMPLETE]
-    # It stays behind where a study has told where its metrics are.
-    assert not (storage / "prometheus").exists()
+    metrics = StudyMetrics(study_facts("silent"), [], lambda: 0)
+    with ray_cluster(None), metrics.exporting(tmp_path / "studies" / "silent", 1) as measured_as:
+        # Dispatcher and slots are told this, and measure nothing.
+        assert measured_as is None
+        assert list(tmp_path.iterdir()) == []
