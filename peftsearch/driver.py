@@ -16,6 +16,7 @@ from typing import Any
 from peftsearch.events import StudyEvents
 from peftsearch.files import Place, StorageError, is_local
 from peftsearch.frontier.front import finalists
+from peftsearch.monitoring import StudyMetrics
 from peftsearch.ray_access import HOW_TO_SWITCH_ON, check_access, token_of_our_own, token_of_the_user
 from peftsearch.search.cells import Cell
 from peftsearch.search.confirmation import Confirmations
@@ -172,6 +173,7 @@ def run_study(
     save_facts: Callable[[StudyFacts], None],
     stopped: StopRequest,
     guesses: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    backlog: Callable[[], int] = lambda: 0,
 ) -> None:
     """Run the remaining trials of a study, and then confirm its finalists.
 
@@ -186,13 +188,15 @@ def run_study(
         save_facts: Called when facts have been added.
         stopped: Whether somebody asked to stop.
         guesses: By method, configurations of another study to try first.
+        backlog: How much MLflow does not have yet.
 
     Raises:
         StudyError: The cluster cannot hold a slot.
         RuntimeError: No worker could be started.
     """
     spec = plan.spec
-    listeners = [events, *observers]
+    metrics = StudyMetrics(facts, ledger.records, backlog)
+    listeners = [events, *observers, metrics]
     costs = _Costs(plan)
     run = StudyRun(
         spec.search,
@@ -223,7 +227,10 @@ def run_study(
     if not run.finished():
         costs.measure()
     events.phase("starting Ray")
-    with ray_cluster(address, events.warning) as nodes:
+    with (
+        ray_cluster(address, events.warning) as nodes,
+        metrics.exporting(folder, run.planned) as measured_as,
+    ):
         embedded = address in (None, "local")
         slots = SlotPlan.fit(spec.resources, nodes, [] if embedded else nodes_to_come(), grows=not embedded)
         costs.slot(slots)
@@ -234,7 +241,7 @@ def run_study(
         # Another number of threads adds numbers in another order: exports are verified with this one.
         facts.provenance[THREADS] = str(slots.cpus)
         save_facts(facts)
-        pool = SlotPool(workers, slots, spec.resources.max_retries, folder / "ray", events.warning)
+        pool = SlotPool(workers, slots, spec.resources.max_retries, folder / "ray", events.warning, measured_as)
         events.phase(f"warming up {slots.slots} slot{'s' if slots.slots > 1 else ''}")
         pool.start()
         try:

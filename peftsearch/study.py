@@ -264,6 +264,7 @@ class Study:
                                 save_facts,
                                 stopped,
                                 guesses,
+                                backlog=lambda: tracker.backlog if tracker else 0,
                             )
                         except StudyError as error:
                             assert self.file is not None

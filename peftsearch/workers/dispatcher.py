@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peftsearch.training.segment import Failure, Outcome, Segment, Work
+from peftsearch.workers.metrics import TICK_SECONDS, DispatcherMeter, Meter
 from peftsearch.workers.packing import Others, Sizes, Waiting, choose
 
 _POLL_SECONDS = 5.0
@@ -84,6 +85,7 @@ class Dispatcher:
         lease_seconds: A slot that is silent for longer has lost its work.
         restarted: Whether an earlier dispatcher of this study died, and slots may be at work already.
         sizes: How many trials a slot trains at once; one where absent.
+        meter: Told how it goes; nobody is where absent.
     """
 
     def __init__(
@@ -93,8 +95,10 @@ class Dispatcher:
         *,
         restarted: bool = False,
         sizes: Sizes | None = None,
+        meter: DispatcherMeter | None = None,
     ) -> None:
         self.sizes = sizes or Sizes()
+        self.meter = meter or DispatcherMeter(Meter())
         self.max_retries = max_retries
         self.lease_seconds = lease_seconds
         self._settled = time.monotonic() + (_SETTLE_SECONDS if restarted else 0.0)
@@ -106,6 +110,7 @@ class Dispatcher:
         self._unusable: dict[int, str] = {}
         self._unclaimed: list[tuple[Work, Outcome]] = []
         self._watch: asyncio.Task[None] | None = None
+        self._measuring: asyncio.Task[None] | None = None
         self._notes: list[str] = []
 
     # --- asked by trial actors and the driver ---
@@ -114,6 +119,8 @@ class Dispatcher:
         """Queue work and wait for its outcome, and how often it had to be handed out again."""
         if self._watch is None:
             self._watch = asyncio.create_task(self._watch_leases())
+            if self.meter.on:
+                self._measuring = asyncio.create_task(self._measure())
         found = next((answer for done, answer in self._unclaimed if done == work), None)
         if found is not None and time.monotonic() < self._settled:
             return found, 0
@@ -368,6 +375,7 @@ class Dispatcher:
         leases: list[tuple[int, Work]] = []
         for job in jobs:
             self._queue.remove(job)
+            self.meter.waited(time.monotonic() - job.queued_at)
             lease = next(self._leases)
             slot.leased[lease] = job
             leases.append((lease, job.work))
@@ -387,6 +395,7 @@ class Dispatcher:
         for job in slot.leased.values():
             if job.answer.done():
                 continue
+            self.meter.retried(reason)
             job.alone = job.alone or (blame and several)
             job.attempts += blame
             if job.attempts > self.max_retries:
@@ -407,6 +416,12 @@ class Dispatcher:
                 if slot.leased and time.monotonic() - slot.seen > self.lease_seconds:
                     slot.ready = False
                     self._requeue(slot, "its slot was lost")
+
+    async def _measure(self) -> None:
+        while not self._stopping:
+            held = {number: (slot.ready, len(slot.at_work)) for number, slot in self._slots.items()}
+            self.meter.look(len(self._queue), len(self._unusable), held)
+            await asyncio.sleep(TICK_SECONDS)
 
     def _wake(self) -> None:
         self._changed.set()

@@ -30,6 +30,7 @@ from peftsearch.workers.cluster_state import (
     without_cleaner,
 )
 from peftsearch.workers.dispatcher import Dispatcher
+from peftsearch.workers.metrics import DispatcherMeter, Meter
 from peftsearch.workers.packing import Sizes
 from peftsearch.workers.slot import slot_loop
 from peftsearch.workers.slot_plan import Node, SlotPlan
@@ -95,6 +96,7 @@ class SlotPool:
         max_retries: See `Dispatcher`.
         folder: Where Ray Train keeps its run's state; on shared storage where there are several machines.
         tell: Told, in a sentence, of what a person should know: no machine holds a slot, say.
+        measured_as: The study's name in Ray's metrics; None where nothing is to be measured.
     """
 
     def __init__(
@@ -104,8 +106,10 @@ class SlotPool:
         max_retries: int,
         folder: Place,
         tell: Callable[[str], None] = log.warning,
+        measured_as: str | None = None,
     ) -> None:
         self.plan = plan
+        self.measured_as = measured_as
         self.slots = slots
         self.max_retries = max_retries
         self.folder = folder
@@ -150,7 +154,7 @@ class SlotPool:
                     context.get_node_id(), soft=False
                 ),
             )
-            .remote(self.max_retries, self._sizes)
+            .remote(self.max_retries, self._sizes, self.measured_as)
         )
         self._start_slots()
         self._supervisor = threading.Thread(target=self._supervise, name="slots", daemon=True)
@@ -355,7 +359,12 @@ class SlotPool:
         system, path = filesystem(self.folder)
         trainer = SlotTrainer(
             slot_loop,
-            train_loop_config={"plan": self.plan, "slot": slot, "dispatcher": self.dispatcher},
+            train_loop_config={
+                "plan": self.plan,
+                "slot": slot,
+                "dispatcher": self.dispatcher,
+                "measured_as": self.measured_as,
+            },
             torch_config=SlotTorchConfig(),
             scaling_config=ScalingConfig(
                 num_workers=self.slots.workers, use_gpu=self.slots.gpus > 0, resources_per_worker=resources
@@ -380,11 +389,12 @@ _RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
 class _DispatcherActor(Dispatcher):
     """The dispatcher as a Ray actor, which knows whether it follows one that died."""
 
-    def __init__(self, max_retries: int, sizes: Sizes) -> None:
+    def __init__(self, max_retries: int, sizes: Sizes, measured_as: str | None = None) -> None:
         import ray
 
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
-        super().__init__(max_retries, restarted=restarted, sizes=sizes)
+        meter = DispatcherMeter(Meter(measured_as))
+        super().__init__(max_retries, restarted=restarted, sizes=sizes, meter=meter)
 
 
 def _end_children() -> None:

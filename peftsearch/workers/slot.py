@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from peftsearch.training.segment import HandedBack, Outcome, Segment, SegmentResult, SetAside, Work, WorkerPlan
 from peftsearch.workers.departure import departure
 from peftsearch.workers.dispatcher import BEAT_SECONDS, Order
+from peftsearch.workers.metrics import Meter, SlotMeter
 
 if TYPE_CHECKING:
     from peftsearch.training.crew import Crew
@@ -28,7 +29,8 @@ def slot_loop(config: dict[str, Any]) -> None:
     """The train loop of one slot, on each of its workers.
 
     Args:
-        config: ``slot`` (its number), ``plan`` (`WorkerPlan`) and ``dispatcher`` (the actor's handle).
+        config: ``slot`` (its number), ``plan`` (`WorkerPlan`), ``dispatcher`` (the actor's handle) and ``measured_as``
+            (the study in Ray's metrics, or None).
     """
     import ray
     import ray.train
@@ -40,7 +42,8 @@ def slot_loop(config: dict[str, Any]) -> None:
     plan: WorkerPlan = config["plan"]
     context = ray.train.get_context()
     group = WorkerGroup(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device(), plan.strategy)
-    link = _Link(config["dispatcher"], config["slot"])
+    meter = SlotMeter(Meter(config["measured_as"]), config["slot"], group.rank)
+    link = _Link(config["dispatcher"], config["slot"], meter)
     me = f"slot {link.slot}, {socket.gethostname()}, process {os.getpid()}"
     # Every rank speaks for the slot where it fails alone.
     link.incarnation = group.from_first(link.incarnation) or link.incarnation
@@ -58,6 +61,7 @@ def slot_loop(config: dict[str, Any]) -> None:
     # One rank that cannot load model or data is enough, and all must leave: the others would wait for it for ever.
     error = next((found for found in group.gather(error) if found), "")
     nodes = group.gather(ray.get_runtime_context().get_node_id())
+    watching = meter.watching(group.device if group.device.type == "cuda" else None)
     try:
         if error:
             if leads:
@@ -66,13 +70,14 @@ def slot_loop(config: dict[str, Any]) -> None:
             link.info = {"host": socket.gethostname(), "pid": os.getpid(), "nodes": nodes}
             link.tell("warm", link.info)
             link.holds = worker.held
-            with link.beating():
+            with link.beating(), watching:
                 if plan.pack == 1:
                     _lead(worker, group, link, me)
                 else:
                     _lead_several(worker, link, me)
         else:
-            _follow(worker, group, link)
+            with watching:
+                _follow(worker, group, link)
     except ray.exceptions.ActorDiedError:
         # The study is over: a dispatcher that died before that would have been started again.
         if not error:
@@ -97,6 +102,7 @@ def _lead(worker: Worker, group: WorkerGroup, link: _Link, me: str) -> None:
             continue
         link.doing = [order.work]
         outcome = _do(worker, link, order, order.work)
+        link.meter.answered(order.work, outcome)
         if isinstance(outcome, HandedBack):
             link.tell("hand_back", order.lease)
             return
@@ -164,6 +170,7 @@ def _begin(crew: Crew, worker: Worker, link: _Link, order: Order) -> None:
 
 def _answer(link: _Link, lease: int, outcome: Outcome, works: dict[int, Work], me: str) -> None:
     work = works.pop(lease)
+    link.meter.answered(work, outcome)
     if isinstance(outcome, HandedBack):
         link.tell("hand_back", lease)
     elif isinstance(outcome, SetAside):
@@ -211,10 +218,12 @@ class _Link:
     Args:
         dispatcher: Handle of the actor.
         slot: The slot's number.
+        meter: Told what the slot answers; nobody is where absent.
     """
 
-    def __init__(self, dispatcher: Any, slot: int) -> None:
+    def __init__(self, dispatcher: Any, slot: int, meter: SlotMeter | None = None) -> None:
         self.slot = slot
+        self.meter = meter or SlotMeter(Meter(), slot)
         self.info: dict[str, Any] = {}
         self.doing: list[Work] = []
         self.holds: Callable[[], list[str]] = list
