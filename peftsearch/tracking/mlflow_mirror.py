@@ -55,7 +55,7 @@ from peftsearch.tracking.mlflow_runs import (
     trial_params,
 )
 from peftsearch.tracking.mlflow_store import prepare_sqlite, relocate_artifacts
-from peftsearch.tracking.mlflow_views import saved_views
+from peftsearch.tracking.mlflow_views import saved_views, view_links
 from peftsearch.tracking.names import confirmation_name, description_note, mlflow_names, run_name, shorten
 
 if TYPE_CHECKING:
@@ -138,7 +138,9 @@ class Mirror:
             experiment = found.experiment_id
             if found.lifecycle_stage == "deleted":
                 client.restore_experiment(experiment)
-        tags = {STUDY: facts.study} | ({NOTE: description_note(facts.description)} if facts.description else {})
+        paragraphs = [description_note(facts.description)] if facts.description else []
+        note = "\n\n".join([*paragraphs, view_links(experiment, facts.study)])
+        tags = {STUDY: facts.study, NOTE: note}
         have = {} if found is None else found.tags
         if KIND not in have:
             # Else the UI guesses whether the experiment is about training or about chats.

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftsearch.spec import StudyFacts
+from peftsearch.tracking.mlflow_runs import page_path
 
 VIEW = "mlflow.sharedViewState."
 """Tags of an experiment that begin so are its saved views."""
@@ -51,7 +52,10 @@ def saved_views(facts: StudyFacts) -> dict[str, str]:
         **best_first,
         "groupBy": {
             "aggregateFunction": "min" if ascending else "max",
-            "groupByKeys": [{"mode": "tag", "groupByData": name} for name in ("domain", "method")],
+            "groupByKeys": [
+                {"mode": "tag", "groupByData": name}
+                for name in ("method", *(("domain",) if len(facts.domains) > 1 else ()))
+            ],
         },
         "runsHiddenMode": "SHOW_ALL",
         "isAccordionReordered": True,
@@ -83,10 +87,17 @@ def saved_views(facts: StudyFacts) -> dict[str, str]:
     return {f"{VIEW}{key}": _saved(name, state) for key, (name, state) in views.items()}
 
 
-def view_address(experiment: str, view: str) -> str:
-    """Where a view is, relative to MLflow's address; without the last part MLflow shows what it has for chats."""
-    charts = "&compareRunsMode=CHART" if view == METHODS else ""
-    return f"#/experiments/{experiment}/runs?viewStateShareKey={view}{charts}&workflowType=machine_learning"
+def view_links(experiment: str, study: str) -> str:
+    """The views and the Pareto page of a study, as a line of Markdown."""
+    named = {"All trials": _address(experiment, TRIALS), "the front": _address(experiment, FRONT)}
+    named["methods compared"] = f"{_address(experiment, METHODS)}&compareRunsMode=CHART"
+    links = " · ".join(f"[{name}]({address})" for name, address in named.items())
+    return f"{links} · [the Pareto page]({page_path(study)}), where `peftsearch ui` serves MLflow"
+
+
+def _address(experiment: str, view: str) -> str:
+    # Without the last part MLflow shows what it has for chats, and hides training runs behind a switch.
+    return f"#/experiments/{experiment}/runs?viewStateShareKey={view}&workflowType=machine_learning"
 
 
 def _column(kind: str, name: str) -> str:

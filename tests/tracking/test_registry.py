@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from tracking_study import study_facts, trial
 
+from peftsearch.export.folder import PROVENANCE
 from peftsearch.export.registry import Registered, Registry, aliases_of, check_registry, register
 from peftsearch.spec import StudyError, TrialRecord
 from peftsearch.tracking.mlflow_tracker import default_artifacts, default_tracking_uri, sync
@@ -63,7 +64,7 @@ def place(request: pytest.FixtureRequest, sqlite_storage: Path) -> Place:
 def adapter_folder(folder: Path, content: str = "weights") -> Path:
     folder.mkdir(parents=True)
     (folder / "adapter_model.safetensors").write_text(content)
-    (folder / "peftsearch.json").write_text(json.dumps({"weights": {"sha256": content}}))
+    (folder / PROVENANCE).write_text(json.dumps({"weights": {"sha256": content}}))
     return folder
 
 
