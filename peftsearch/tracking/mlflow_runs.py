@@ -135,8 +135,9 @@ def last_numbers(record: TrialRecord) -> dict[str, float]:
     if record.state is not TrialState.RUNNING:
         values |= {
             "value": record.value,
-            "train_seconds": record.train_seconds,
-            "evaluation_seconds": record.evaluation_seconds,
+            # More digits would fill the run table with noise.
+            "train_seconds": round(record.train_seconds, 3),
+            "evaluation_seconds": round(record.evaluation_seconds, 3),
             "peak_memory_bytes": record.peak_memory_bytes,
         }
         values |= {name: value for name, value in record.scores.items() if "/" in name}

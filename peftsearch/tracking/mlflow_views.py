@@ -33,9 +33,8 @@ def saved_views(facts: StudyFacts) -> dict[str, str]:
     columns = [
         *(_column("tags", name) for name in ("domain", *(("model",) if several else ()), "method")),
         *(_column("metrics", name) for name in ("value", "trainable_parameters", "train_seconds")),
-        *(_column("tags", name) for name in ("on_front", "pick", "state")),
+        *(_column("tags", name) for name in ("on_front", "pick")),
         *(_column("metrics", name) for name in ("confirmed_mean", "confirmed_std", "confirmed_test_mean")),
-        _column("params", "learning_rate"),
     ]
     ascending = {domain.direction for domain in facts.domains.values()} == {"minimize"}
     best_first = {"orderByKey": _column("metrics", "value"), "orderByAsc": ascending}
