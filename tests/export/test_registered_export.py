@@ -31,7 +31,7 @@ def test_a_registered_export_is_used_by_its_alias(
     storage = tmp_path / "storage"
     train_study(data, topics_csv.parent, storage, {"legal": ("lora", CONFIGURATIONS["lora"])})
     study = Study.open("registered", storage)
-    with pytest.raises(StudyError, match="not in MLflow yet.*peftsearch sync registered"):
+    with pytest.raises(StudyError, match=r"not in MLflow yet.*peftsearch sync registered"):
         study.export(tmp_path / "out", register=True)
     assert not (tmp_path / "out").exists()
     study.sync()
