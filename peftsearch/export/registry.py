@@ -139,6 +139,7 @@ def register(
         StudyError: As `check_registry`.
     """
     from mlflow.entities import LoggedModelOutput
+    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
     name = registry.name_for(record.domain)
     weights = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["weights"]["sha256"]
@@ -170,14 +171,18 @@ def register(
             client.log_outputs(
                 run.info.run_id, [LoggedModelOutput(model.model_id, record.rungs[-1].step if record.rungs else 0)]
             )
-            version = client.create_model_version(
+            created = client.create_model_version(
                 name,
                 model.artifact_location,
                 run.info.run_id,
                 tags | {key: str(value) for key, value in about.items()},
                 description=f"{run_name(record)}: {record.value} with {record.trainable_parameters:,} parameters",
                 model_id=model.model_id,
-            ).version
+            )
+            version = created.version
+            # As mlflow.register_model does: the model's page shows its versions by this tag.
+            versions = json.dumps([{"name": name, "version": version}])
+            client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: versions})
         for alias in aliases:
             client.set_registered_model_alias(name, alias, version)
     return Registered(name, str(version), tuple(aliases))
