@@ -138,8 +138,9 @@ class Mirror:
             experiment = found.experiment_id
             if found.lifecycle_stage == "deleted":
                 client.restore_experiment(experiment)
+        # MLflow shows the first line above the run table, and the rest when it is asked to.
         paragraphs = [description_note(facts.description)] if facts.description else []
-        note = "\n\n".join([*paragraphs, view_links(experiment, facts.study)])
+        note = "\n\n".join([view_links(experiment, facts.study), *paragraphs])
         tags = {STUDY: facts.study, NOTE: note}
         have = {} if found is None else found.tags
         if KIND not in have:
