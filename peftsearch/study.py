@@ -410,11 +410,25 @@ class Study:
         form: Form = "adapter",
         push: str | None = None,
         private: bool = True,
+        register: bool = False,
+        register_as: str | None = None,
         tolerance: float | None = None,
         told: Callable[[str], None] | None = None,
     ) -> list[ExportedAdapter]:
-        """Pareto-optimal trials as verified PEFT folders; arguments and errors as `peftsearch.export.export_trials`."""
+        """Pareto-optimal trials as verified PEFT folders; arguments and errors as `peftsearch.export.export_trials`.
+
+        With ``register`` they are versions in MLflow's registry too, of the model ``register_as`` or of the domain's
+        name, with the aliases ``best``, ``knee`` and ``smallest``.
+        """
         from peftsearch.export import StudyToExport, export_trials
+        from peftsearch.export.registry import Registry
+
+        registry = None
+        if register or register_as is not None:
+            uri = self.mlflow_tracking_uri
+            if uri is None:
+                raise StudyError(f"the study {self.name!r} has tracking.mlflow: off: there is no registry")
+            registry = Registry(uri, self._artifact_location, register_as)
 
         folder = self.folder.require()
         with reaching(folder.storage):
@@ -439,6 +453,7 @@ class Study:
             form=form,
             push=push,
             private=private,
+            registry=registry,
             tolerance=tolerance,
             told=told,
         )

@@ -9,6 +9,8 @@ trial 12. Needs Chromium.
 from __future__ import annotations
 
 import argparse
+import json
+import time
 from pathlib import Path
 
 from browser import CHROMIUM, chromium
@@ -23,6 +25,9 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1, help="pixels of the picture per pixel of the page")
     parser.add_argument("--dark", action="store_true")
     parser.add_argument("--phone", action="store_true")
+    parser.add_argument("--wait", metavar="TEXT", help="until the page shows this text")
+    parser.add_argument("--click", metavar="SELECTOR", action="append", default=[], help="once it is there; in order")
+    parser.add_argument("--settle", metavar="SECONDS", type=float, default=0, help="wait so long before the picture")
     options = parser.parse_args()
     if CHROMIUM is None:
         raise SystemExit("no Chromium on this machine")
@@ -33,6 +38,12 @@ def main() -> None:
         page.theme("dark" if options.dark else "light")
         page.call("Emulation.setScrollbarsHidden", hidden=True)
         page.open(address + (f"#{hash_part}" if hash_part else ""))
+        if options.wait is not None:
+            page.wait(f"document.body !== null && document.body.innerText.includes({json.dumps(options.wait)})")
+        for selector in options.click:
+            page.wait(f"document.querySelector({json.dumps(selector)}) !== null")
+            page.click(selector)
+        time.sleep(options.settle)
         picture = page.picture(whole=options.height is None)
         for problem in page.problems:
             print(problem)

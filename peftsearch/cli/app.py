@@ -301,6 +301,12 @@ def export(
         str | None, typer.Option(metavar="OWNER/NAME", help="Push the one that is picked to a repository of the Hub")
     ] = None,
     private: Annotated[bool, typer.Option("--private/--public", help="Who sees a repository that --push makes")] = True,
+    register: Annotated[
+        bool, typer.Option("--register", help="Also in MLflow's registry: models:/DOMAIN@best, @knee, @smallest")
+    ] = False,
+    register_as: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Its name in the registry, where it is not the domain's")
+    ] = None,
     tolerance: Annotated[
         float | None,
         typer.Option(
@@ -333,6 +339,8 @@ def export(
         form="merged" if merge else "lora" if as_lora else "adapter",
         push=push,
         private=private,
+        register=register,
+        register_as=register_as,
         tolerance=tolerance,
         told=lambda text: err.print(text, markup=False),
     )

@@ -25,6 +25,7 @@ from peftsearch.export.contents import (
 from peftsearch.export.convert import Form, check_form, convert
 from peftsearch.export.folder import CARD, scoring_device
 from peftsearch.export.hub import HubRepo, check_repo, push_folder
+from peftsearch.export.registry import Registered, Registry, aliases_of, check_registry, register
 from peftsearch.export.speed import Speed
 from peftsearch.export.usage import Use
 from peftsearch.export.verify import Job, Score, score_folders
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from peftsearch.domains import PreparedDomain
     from peftsearch.training.base_model import FrozenBase
 
+_ENDINGS: dict[Form, str] = {"adapter": "", "merged": "-merged", "lora": "-as-lora"}
 LOSS_TOLERANCE = 0.01
 """Allowed relative difference of the mean loss. A wrong model that answers the majority class scores what a trial that
 does so too scores; their losses tell them apart."""
@@ -80,6 +82,7 @@ class ExportedAdapter:
         speed: How fast it is on this machine.
         reason: Why it was picked rather than another trial, where error bars decided.
         repository: Address of the repository of the Hub, where it was pushed.
+        registered: Its version in MLflow's registry, where it was registered.
     """
 
     folder: Place | None
@@ -89,12 +92,14 @@ class ExportedAdapter:
     speed: Speed | None = None
     reason: str | None = None
     repository: str | None = None
+    registered: Registered | None = None
 
     def as_json(self) -> dict[str, Any]:
         """What ``export --json`` prints of it."""
         return {
             "folder": None if self.folder is None else str(self.folder),
             "repository": self.repository,
+            "registered": self.registered.as_json() if self.registered else None,
             "domain": self.record.domain,
             "trial": self.record.number,
             "method": self.record.method,
@@ -119,6 +124,7 @@ def export_trials(
     form: Form = "adapter",
     push: str | None = None,
     private: bool = True,
+    registry: Registry | None = None,
     tolerance: float | None = None,
     told: Callable[[str], None] | None = None,
 ) -> list[ExportedAdapter]:
@@ -140,6 +146,7 @@ def export_trials(
             ``-merged``); ``lora``: a plain LoRA, made by PEFT (``-as-lora``).
         push: ``OWNER/NAME`` of a repository of the Hub that the one exported trial goes to.
         private: Whether only its owner sees a repository that is new.
+        registry: MLflow's registry, where to register what is exported; see `peftsearch.export.registry`.
         tolerance: Allowed difference between the score of the folder and the ledger's; 1e-6 where absent, and 1e-3 for
             merged and converted ones, whose weights are rounded anew.
         told: Told of progress, in sentences.
@@ -176,6 +183,8 @@ def export_trials(
         if max_latency is None or pick == "frontier" or len({record.domain for record in records}) > 1:
             _check_one(repo, records)
         check_repo(repo, study.facts.study, records[0].domain)
+    if registry is not None:
+        check_registry(registry, study.facts.study, records)
 
     named = [f"{record.domain}/{_name_of(record, form)}" for record in records]
     if to is not None:
@@ -231,6 +240,15 @@ def export_trials(
             address = _push(source, repo, written[index][1], exported[0], staging, private)
             told(f"Pushed to {address}")
             exported = [replace(exported[0], repository=address)]
+        if registry is not None:
+            aliases = aliases_of(study.records, study.facts, _ENDINGS[form])
+            for position, (index, item) in enumerate(zip(kept, exported, strict=True)):
+                source = places[index] if isinstance(to, Path) else staged[index]
+                assert isinstance(source, Path)
+                mine = aliases.get(item.record.number, ())
+                version = register(registry, study.facts.study, item.record, source, form, mine)
+                told(f"Registered as {' and '.join(version.uris)}")
+                exported[position] = replace(item, registered=version)
     return exported
 
 
@@ -256,8 +274,7 @@ def _push(folder: Path, repo: HubRepo, card: CardFacts, item: ExportedAdapter, s
 
 
 def _name_of(record: TrialRecord, form: Form) -> str:
-    ending = {"adapter": "", "merged": "-merged", "lora": "-as-lora"}[form]
-    return f"{record.number:05d}-{record.method}{ending}"
+    return f"{record.number:05d}-{record.method}{_ENDINGS[form]}"
 
 
 def _with_form(chosen: Sequence[Choice], form: Form, told: Callable[[str], None]) -> list[Choice]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from urllib.parse import quote
 
-from peftsearch.frontier.front import DomainFront, domain_fronts, pick
+from peftsearch.frontier.front import DomainFront, choose, domain_fronts
 from peftsearch.frontier.page import front_html
 from peftsearch.frontier.plots import front_png
 from peftsearch.frontier.tables import (
@@ -19,10 +19,16 @@ from peftsearch.frontier.tables import (
     verdict,
 )
 from peftsearch.spec import StudyError, StudyFacts, TrialRecord, TrialState, suggest
-from peftsearch.tracking.mlflow_tracker import NOTE_LENGTH, DomainReport
+from peftsearch.tracking.mlflow_runs import NOTE_LENGTH, THIS_RUN, DomainReport, page_path
 from peftsearch.tracking.names import configuration_text, shorten
 
 _NOTE_ROWS = 40
+PICKS = {
+    "best": "best {metric}",
+    "knee": "knee: where further parameters stop paying",
+    "smallest": "smallest",
+}
+"""For what a trial can be picked, and what that means."""
 
 
 def domain_report(records: Iterable[TrialRecord], facts: StudyFacts, domain: str) -> DomainReport:
@@ -61,8 +67,18 @@ def domain_report(records: Iterable[TrialRecord], facts: StudyFacts, domain: str
         },
         metrics=metrics,
         on_front={record.number for record in front.front},
+        picks=picks_of(front),
         step=sum(record.state is not TrialState.RUNNING for record in front.records),
     )
+
+
+def picks_of(front: DomainFront) -> dict[int, str]:
+    """For what each trial would be picked, by its number: ``best``, ``knee``, ``smallest``, apart by spaces."""
+    found: dict[int, list[str]] = {}
+    for how in PICKS if front.front else ():
+        (choice,) = choose(front.front, how, front.facts.direction)
+        found.setdefault(choice.record.number, []).append(how)
+    return {number: " ".join(names) for number, names in found.items()}
 
 
 def _note(front: DomainFront, facts: StudyFacts) -> str:
@@ -76,22 +92,21 @@ def _markdown(front: DomainFront, facts: StudyFacts, rows: int) -> str:
     metric = escape_markdown(front.facts.metric)
     lines = [f"# {escape_markdown(facts.study)}: {escape_markdown(front.domain)}", "", f"**{_text(front)}**", ""]
     if front.front:
-        lines += [f"## Which configuration to use ({metric} on the validation split)", ""]
-        for how, meaning in (("best", f"best {metric}"), ("knee", "knee: where further parameters stop paying")):
-            record = pick(front.front, how, front.facts.direction)[0]
+        lines += [_picture(front), "", f"## Which configuration to use ({metric} on the validation split)", ""]
+        for how, meaning in PICKS.items():
+            (choice,) = choose(front.front, how, front.facts.direction)
+            record = choice.record
             assert record.value is not None
             lines.append(
-                f"- **{meaning}**: {record.value:.3f} with {record.trainable_parameters:,} trainable parameters: "
-                f"trial {record.number}, {escape_markdown(record.method)}, "
+                f"- **{meaning.format(metric=metric)}**: {record.value:.3f} with {record.trainable_parameters:,} "
+                f"trainable parameters: {_linked(record)}, {escape_markdown(record.method)}, "
                 f"{escape_markdown(configuration_text(record.hyperparameters))}"
             )
-        cheapest = front.front[0]
-        assert cheapest.value is not None
+            if choice.reason is not None:
+                lines.append(f"  ({escape_markdown(choice.reason)})")
         lines += [
-            f"- **smallest**: {cheapest.value:.3f} with {cheapest.trainable_parameters:,} trainable parameters: "
-            f"trial {cheapest.number}, {escape_markdown(cheapest.method)}",
             "",
-            "Take the knee home as a PEFT folder (or `--pick best`, `--pick frontier`):",
+            "Take the knee home as a PEFT folder (or `--pick best`, `--pick smallest`, `--pick frontier`):",
             "",
             f"    peftsearch export {facts.study} --to adapters --domain {front.domain} --pick knee",
             "",
@@ -114,9 +129,20 @@ def _markdown(front: DomainFront, facts: StudyFacts, rows: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _picture(front: DomainFront) -> str:
+    """The run's own artifact, as MLflow's server serves it; the address is relative, so that a proxy's path stays."""
+    alternative = f"The front of {escape_markdown(front.domain)}"
+    return f"![{alternative}](get-artifact?path=front.png&run_uuid={THIS_RUN})"
+
+
+def _linked(record: TrialRecord) -> str:
+    run = record.mlflow_run_id
+    return f"trial {record.number}" if run is None else f"[trial {record.number}](#/runs/{quote(run, safe='')})"
+
+
 def _live(front: DomainFront, facts: StudyFacts) -> str:
     """Where the page is beside MLflow, see `peftsearch.live`; nothing in the names is Markdown any more."""
-    return f"/peftsearch/studies/{quote(facts.study, safe='')}#{quote(front.domain, safe='')}"
+    return f"{page_path(facts.study)}#{quote(front.domain, safe='')}"
 
 
 def _text(front: DomainFront) -> str:

@@ -188,6 +188,7 @@ class StudyRun:
             train_seconds=result.train_seconds,
             evaluation_seconds=result.evaluation_seconds,
             scores=result.scores,
+            usage=result.usage,
         )
         record = self.ledger.add_rung(
             number,

@@ -63,6 +63,10 @@ class Rung(BaseModel):
     scores: dict[str, float] = Field(
         default_factory=dict, description="All scores of the task, per-class ones included"
     )
+    usage: dict[str, float] = Field(
+        default_factory=dict,
+        description="What the worker used of its machine then, by MLflow's names of system metrics",
+    )
 
 
 class Reading(BaseModel):

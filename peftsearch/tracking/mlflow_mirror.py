@@ -8,12 +8,13 @@ by their tags (``peftsearch.study``, ``peftsearch.domain``, ``peftsearch.number`
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from peftsearch.spec import Reading, StudyFacts, TrialRecord, TrialState
 from peftsearch.tracking.mlflow_runs import (
     BATCH,
     CONFIRMS,
+    DATA_CONTEXT,
     DOMAIN,
     KIND,
     METRICS,
@@ -33,8 +35,10 @@ from peftsearch.tracking.mlflow_runs import (
     STATUS,
     STUDY,
     TAG_LENGTH,
+    THIS_RUN,
     DomainReport,
     curve_points,
+    data_profile,
     differing,
     end_of,
     fingerprint_of,
@@ -47,14 +51,21 @@ from peftsearch.tracking.mlflow_runs import (
     take,
     texts,
     to_milliseconds,
+    trial_note,
     trial_params,
 )
 from peftsearch.tracking.mlflow_store import prepare_sqlite, relocate_artifacts
+from peftsearch.tracking.mlflow_views import saved_views, view_links
 from peftsearch.tracking.names import confirmation_name, description_note, mlflow_names, run_name, shorten
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import DatasetInput, Run
+
+
+# MLflow's limits (mlflow.utils.validation).
+_DATA_NAME = 500
+_DATA_DIGEST = 36
 
 
 @dataclass
@@ -68,6 +79,8 @@ class Known:
     metrics: dict[str, float]
     steps: set[int] | None
     """Steps whose curves are written; None where the server has not been asked."""
+    data: set[tuple[str, str]] = field(default_factory=set)
+    """Names and digests of the data sets that it used."""
     deleted: bool = False
     brief: bool = False
     """Whether only what every report asks for is kept here, see `Mirror._recall`."""
@@ -94,7 +107,7 @@ class Mirror:
         self._trials: dict[int, Known] = {}
         self._twins: dict[int, list[Known]] = {}
         self._readings: dict[tuple[str, str], Known] = {}
-        self._on_front: dict[str, AbstractSet[int]] = {}
+        self._reports: dict[str, DomainReport] = {}
 
     @property
     def connected(self) -> bool:
@@ -135,11 +148,16 @@ class Mirror:
             experiment = found.experiment_id
             if found.lifecycle_stage == "deleted":
                 client.restore_experiment(experiment)
-        tags = {STUDY: facts.study} | ({NOTE: description_note(facts.description)} if facts.description else {})
+        # MLflow shows the first line above the run table, and the rest when it is asked to.
+        paragraphs = [description_note(facts.description)] if facts.description else []
+        note = "\n\n".join([view_links(experiment, facts.study), *paragraphs])
+        tags = {STUDY: facts.study, NOTE: note}
         have = {} if found is None else found.tags
         if KIND not in have:
             # Else the UI guesses whether the experiment is about training or about chats.
             tags[KIND] = "custom_model_development"
+        # A view that readers have changed stays as they like it.
+        tags |= {key: value for key, value in saved_views(facts).items() if key not in have}
         for key, value in tags.items():
             if have.get(key) != value:
                 client.set_experiment_tag(experiment, key, value)
@@ -167,8 +185,10 @@ class Mirror:
         if known is not None:
             self._recall(known)
             self._restore(known)
-        on_front = self._front_tag(record, known)
-        tags = texts(self._trial_tags(record, domain.run_id, on_front), TAG_LENGTH)
+        chosen = self._chosen_tags(record, known)
+        tags = texts(self._trial_tags(record, domain.run_id) | chosen, TAG_LENGTH)
+        if known is None or NOTE not in known.tags:
+            tags[NOTE] = trial_note(record, self.facts.study)
         params = texts(trial_params(record), PARAM_LENGTH)
         if known is None:
             begin = dict(list(tags.items())[: BATCH // 2])
@@ -197,6 +217,7 @@ class Mirror:
         )
         if known.steps is not None:
             known.steps |= {rung.step for rung in record.rungs}
+        self._log_data(known, record.domain, "training")
         if known.status != status:
             if status == "RUNNING":
                 client.update_run(known.run_id, status="RUNNING")
@@ -231,6 +252,7 @@ class Mirror:
             {name: value for name, value in params.items() if name not in known.params},
             {name: value for name, value in tags.items() if known.tags.get(name) != value},
         )
+        self._log_data(known, record.domain, "testing")
         if known.status != "FINISHED":
             self.client.set_terminated(known.run_id, "FINISHED", end_time=end)
             known.status = "FINISHED"
@@ -241,11 +263,12 @@ class Mirror:
         # What is known of the study grows while it runs: provenance, for one.
         self._ensure_parent(self._experiment, domain)
         known = self._parents[domain]
-        self._on_front[domain] = report.on_front
+        self._reports[domain] = report
         names = mlflow_names(report.metrics)
         metrics = differing({names[name]: value for name, value in report.metrics.items()}, known.metrics)
         now = int(time.time() * 1000)
-        tags = {NOTE: shorten(report.note, NOTE_LENGTH), REPORT: fingerprint_of(report)}
+        note = report.note.replace(THIS_RUN, known.run_id)
+        tags = {NOTE: shorten(note, NOTE_LENGTH), REPORT: fingerprint_of(report)}
         if known.tags.get(REPORT) != tags[REPORT]:
             self._upload(known.run_id, report.files)
         self._log(
@@ -256,9 +279,10 @@ class Mirror:
         )
         for number, trial in self._trials.items():
             if trial.tags.get("domain") == domain:
-                tag = flag(number in report.on_front)
-                if trial.tags.get("on_front") != tag and not trial.deleted:
-                    self._log(trial, [], {}, {"on_front": tag})
+                chosen = _chosen(number, report)
+                changed = {key: value for key, value in chosen.items() if trial.tags.get(key) != value}
+                if changed and not trial.deleted:
+                    self._log(trial, [], {}, changed)
 
     def settle(self, domains: Iterable[str], running: AbstractSet[str]) -> None:
         """Mark domains as finished, or as running where trials of theirs are."""
@@ -308,6 +332,7 @@ class Mirror:
                 params=dict(run.data.params),
                 metrics=dict(run.data.metrics),
                 steps=None,
+                data={(item.dataset.name, item.dataset.digest) for item in _dataset_inputs(run)},
                 deleted=run.info.lifecycle_stage == "deleted",
             )
             if CONFIRMS in tags:
@@ -355,6 +380,21 @@ class Mirror:
             {key: value for key, value in params.items() if key not in known.params},
             {key: value for key, value in tags.items() if known.tags.get(key) != value},
         )
+        self._log_data(known, domain, "training")
+
+    def _log_data(self, known: Known, domain: str, context: str) -> None:
+        """Have a run say which data it used, so that MLflow finds a data set's runs."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        facts = self.facts.domains[domain]
+        name, digest = shorten(domain, _DATA_NAME), facts.fingerprint[:_DATA_DIGEST]
+        if (name, digest) in known.data:
+            return
+        # MLflow's types of sources open what they name; only what the study file says of it is known here.
+        source = json.dumps({"tags": {"source": shorten(facts.source, PARAM_LENGTH), "task": facts.task}})
+        dataset = Dataset(name, digest, "code", source, profile=data_profile(facts))
+        self.client.log_inputs(known.run_id, [DatasetInput(dataset, [InputTag(DATA_CONTEXT, context)])])
+        known.data.add((name, digest))
 
     def _recall(self, known: Known) -> None:
         """Ask the server for the run of a trial that had ended: it was confirmed since, or comes a second time."""
@@ -368,7 +408,7 @@ class Mirror:
             self.client.restore_run(known.run_id)
             known.deleted = False
 
-    def _trial_tags(self, record: TrialRecord, parent: str, on_front: str) -> dict[str, Any]:
+    def _trial_tags(self, record: TrialRecord, parent: str) -> dict[str, Any]:
         tags: dict[str, Any] = {
             "mlflow.runName": run_name(record),
             "mlflow.source.name": "peftsearch",
@@ -380,7 +420,6 @@ class Mirror:
             "model": record.model,
             "method": record.method,
             "state": record.state.value,
-            "on_front": on_front,
         }
         if record.error is not None:
             tags["error"] = record.error
@@ -420,11 +459,12 @@ class Mirror:
                 tags[key if model is None else "provenance.model_fingerprint"] = models[name].fingerprint
         return tags
 
-    def _front_tag(self, record: TrialRecord, known: Known | None) -> str:
-        chosen = self._on_front.get(record.domain)
-        if chosen is not None:
-            return flag(record.number in chosen)
-        return known.tags.get("on_front", "false") if known else "false"
+    def _chosen_tags(self, record: TrialRecord, known: Known | None) -> dict[str, str]:
+        report = self._reports.get(record.domain)
+        if report is not None:
+            return _chosen(record.number, report)
+        have = known.tags if known else {}
+        return {"on_front": have.get("on_front", flag(False)), "pick": have.get("pick", "")}
 
     def _log(
         self,
@@ -463,3 +503,12 @@ class Mirror:
             for name, content in files.items():
                 (Path(folder) / name).write_bytes(content)
             self.client.log_artifacts(run_id, folder)
+
+
+def _chosen(number: int, report: DomainReport) -> dict[str, str]:
+    """Tags that tell where a trial stands among the others."""
+    return {"on_front": flag(number in report.on_front), "pick": report.picks.get(number, "")}
+
+
+def _dataset_inputs(run: Run) -> Sequence[DatasetInput]:
+    return run.inputs.dataset_inputs if run.inputs is not None else ()

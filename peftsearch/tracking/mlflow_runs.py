@@ -13,8 +13,9 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, TypeVar
+from urllib.parse import quote
 
-from peftsearch.spec import Reading, TrialRecord, TrialState
+from peftsearch.spec import DomainFacts, Reading, TrialRecord, TrialState
 from peftsearch.tracking.names import mlflow_names, shorten
 
 # MLflow's limits (mlflow.utils.validation).
@@ -36,6 +37,11 @@ REPORT = "peftsearch.report"
 PARENT = "mlflow.parentRunId"
 NOTE = "mlflow.note.content"
 KIND = "mlflow.experimentKind"
+SYSTEM = "system/"
+"""Metrics that begin so are shown among the system metrics of a run."""
+DATA_CONTEXT = "mlflow.data.context"
+THIS_RUN = "0" * 32
+"""Stands in a note for the id of the run that it belongs to."""
 STATUS = {
     TrialState.RUNNING: "RUNNING",
     TrialState.COMPLETE: "FINISHED",
@@ -52,10 +58,11 @@ class DomainReport:
     """A domain's run in MLflow, already rendered (`peftsearch.frontier.domain_report`).
 
     Attributes:
-        note: Markdown, at most `NOTE_LENGTH` characters.
+        note: Markdown, at most `NOTE_LENGTH` characters; `THIS_RUN` stands for the run's id.
         files: Artifacts by file name.
         metrics: Numbers about the domain: hypervolume, counts by state, baselines.
         on_front: Numbers of the trials on the front.
+        picks: By number, for what a trial would be picked: ``best``, ``knee`` and ``smallest``, apart by spaces.
         step: The x of the metrics' curves: trials that have ended.
     """
 
@@ -63,7 +70,26 @@ class DomainReport:
     files: Mapping[str, bytes] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     on_front: AbstractSet[int] = frozenset()
+    picks: Mapping[int, str] = field(default_factory=dict)
     step: int = 0
+
+
+def trial_note(record: TrialRecord, study: str) -> str:
+    """Links of a trial's run, as its note. It is the same whatever becomes of the trial: readers may write their own
+    one over it, which stays.
+    """
+    page = f"{page_path(study)}#{quote(record.domain, safe='')}/{record.number}"
+    return f"[Trial {record.number} on the Pareto page]({page}), where `peftsearch ui` serves MLflow."
+
+
+def page_path(study: str) -> str:
+    """Where a study's live page is on the server that ``peftsearch ui`` starts (`peftsearch.live`)."""
+    return f"/peftsearch/studies/{quote(study, safe='')}"
+
+
+def data_profile(facts: DomainFacts) -> str:
+    """What MLflow shows of a data set."""
+    return json.dumps({**{f"rows_{split}": rows for split, rows in facts.rows.items()}, "labels": len(facts.labels)})
 
 
 def trial_params(record: TrialRecord) -> dict[str, Any]:
@@ -82,6 +108,7 @@ def curve_points(record: TrialRecord, written: set[int]) -> list[tuple[str, floa
         scores = {name: value for name, value in rung.scores.items() if "/" not in name}
         names = mlflow_names(scores)
         values = {names[name]: value for name, value in scores.items()}
+        values |= {f"{SYSTEM}{name}": value for name, value in rung.usage.items()}
         # The loss comes last: a step is known to be written by its loss, if a batch was cut in the middle.
         values |= {"train_loss": rung.train_loss}
         values.pop("loss", None)
@@ -108,8 +135,9 @@ def last_numbers(record: TrialRecord) -> dict[str, float]:
     if record.state is not TrialState.RUNNING:
         values |= {
             "value": record.value,
-            "train_seconds": record.train_seconds,
-            "evaluation_seconds": record.evaluation_seconds,
+            # More digits would fill the run table with noise.
+            "train_seconds": round(record.train_seconds, 3),
+            "evaluation_seconds": round(record.evaluation_seconds, 3),
             "peak_memory_bytes": record.peak_memory_bytes,
         }
         values |= {name: value for name, value in record.scores.items() if "/" in name}

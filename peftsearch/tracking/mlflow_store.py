@@ -9,6 +9,15 @@ from pathlib import Path
 from peftsearch.spec import hide_secrets, without_passwords
 from peftsearch.tracking.names import shorten
 
+_PATHS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+"""Where MLflow's database keeps absolute paths."""
+
 
 def default_tracking_uri(storage: Path) -> str:
     """The MLflow store of a storage folder: one SQLite file for all its studies."""
@@ -89,7 +98,11 @@ def relocate_artifacts(tracking_uri: str, artifacts: str) -> None:
             if folder.name == name and str(folder) != artifacts:
                 former.add(str(folder))
         for root in former:
-            for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+            for table, column in _PATHS:
+                if not connection.execute(
+                    "SELECT 1 FROM pragma_table_info(?) WHERE name = ?", (table, column)
+                ).fetchone():
+                    continue
                 connection.execute(
                     f"UPDATE {table} SET {column} = :new || substr({column}, length(:old) + 1) "
                     f"WHERE {column} = :old OR substr({column}, 1, length(:old) + 1) = :old || '/'",

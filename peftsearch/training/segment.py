@@ -118,6 +118,7 @@ class SegmentResult:
         evaluation_seconds: Time in evaluation.
         peak_memory_bytes: Peak GPU memory of the trial so far, or resident memory of the worker on CPU. Of trials that
             are trained together on a GPU: the base and a trial's share of what was on top of it.
+        usage: What the worker (of several, the first) used of its machine at the end, see `UsageMeter`.
     """
 
     step: int
@@ -127,6 +128,7 @@ class SegmentResult:
     train_seconds: float
     evaluation_seconds: float
     peak_memory_bytes: int
+    usage: dict[str, float] = field(default_factory=dict)
     worker: str = ""
     test: TestReading | None = None
     stopped: bool = False

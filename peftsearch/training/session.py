@@ -54,6 +54,7 @@ from peftsearch.training.recompute import recompute
 from peftsearch.training.segment import SegmentResult, TestReading, TrialPlan
 from peftsearch.training.sharding import part_like
 from peftsearch.training.state_writer import WRITER
+from peftsearch.training.usage import METER
 
 _STEPS_BETWEEN_QUESTIONS = 8
 """Several workers ask one another so often whether one of them has to leave."""
@@ -294,6 +295,7 @@ class TrialSession:
             train_seconds=train_seconds,
             evaluation_seconds=evaluated - trained,
             peak_memory_bytes=_peak_memory(self.group.device) if peak_memory is None else peak_memory,
+            usage=METER.read(self.group.device),
             test=test,
             stopped=stopped,
         )

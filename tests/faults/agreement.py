@@ -22,6 +22,7 @@ CLOCKS = {
     "evaluation_seconds",
     "estimated_seconds",
     "peak_memory_bytes",
+    "usage",
     "examples_per_second",
     "started",
     "finished",
@@ -174,7 +175,7 @@ def shown(uri: str, study: str) -> dict[Key, Any]:
             "params": dict(run.data.params),
             "metrics": {
                 name: "a time"
-                if name in CLOCKS
+                if name in CLOCKS or name.startswith("system/")
                 else [(m.step, m.value) for m in client.get_metric_history(run_id, name)]
                 for name in run.data.metrics
             },

@@ -8,9 +8,9 @@ import re
 import pytest
 from frontier_study import make_facts, make_record, make_study
 
-from peftsearch.frontier import domain_fronts, domain_report, front_figure, front_png
+from peftsearch.frontier import domain_fronts, domain_report, front_figure, front_png, pick
 from peftsearch.spec import Baseline, StudyError, StudyFacts, TrialRecord, TrialState
-from peftsearch.tracking.mlflow_tracker import NOTE_LENGTH
+from peftsearch.tracking.mlflow_runs import NOTE_LENGTH, THIS_RUN
 
 NASTY = "</script><script>alert('x')</script> \"quoted\" & 🩺"
 
@@ -89,6 +89,11 @@ def test_report(facts: StudyFacts, records: list[TrialRecord]) -> None:
     front = domain_fronts(records, facts)["clinical"]
     assert set(report.files) == {"front.html", "front.png", "front.json", "front.parquet", "trials.parquet"}
     assert report.on_front == {record.number for record in front.front}
+    for how in ("best", "knee", "smallest"):
+        (record,) = pick(front.front, how, front.facts.direction)
+        assert how in report.picks[record.number].split()
+    assert " ".join(report.picks.values()).split().count("best") == 1
+    assert f"](get-artifact?path=front.png&run_uuid={THIS_RUN})" in report.note
     assert report.metrics["hypervolume"] == front.hypervolume
     assert report.metrics["baseline_majority"] == 0.21
     assert report.step == sum(record.state is not TrialState.RUNNING for record in front.records)

@@ -132,6 +132,7 @@ def trial(number: int, evaluations: int = 3, state: TrialState = TrialState.COMP
                 "f1/a": 0.3,
                 "f1/b <x>": 0.2,
             },
+            usage={"cpu_utilization_percentage": 40.0 + index, "process_memory_usage_megabytes": 300.0},
         )
         for index in range(evaluations)
     ]

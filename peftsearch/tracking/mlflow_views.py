@@ -1,0 +1,117 @@
+"""How MLflow's run table and charts of a study look when they are opened: its saved views.
+
+MLflow opens the table of a new experiment without metrics and params, and without a way to set that. But it keeps saved
+views (the menu *Views* above the table) as tags of the experiment: ``mlflow.sharedViewState.ID`` with a name, two
+moments, and the table's state as JSON (read in MLflow 3.17's UI; opened by ``?viewStateShareKey=ID``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from peftsearch.spec import StudyFacts
+from peftsearch.tracking.mlflow_runs import page_path
+
+VIEW = "mlflow.sharedViewState."
+"""Tags of an experiment that begin so are its saved views."""
+TRIALS, FRONT, METHODS = "peftsearch-trials", "peftsearch-front", "peftsearch-methods"
+_SECTION = "peftsearch-methods"
+# Scores of single classes: a chart for each would bury the others.
+_PER_CLASS = ("f1", "precision", "recall", "support")
+
+
+def saved_views(facts: StudyFacts) -> dict[str, str]:
+    """The views that every study's experiment has, as tags of the experiment.
+
+    - *Trials*: every trial, the best first.
+    - *Front*: the trials on a front, the smallest first.
+    - *Methods*: each method's best in each domain, as charts and as a grouped table.
+    """
+    several = len(facts.models) > 1
+    columns = [
+        *(_column("tags", name) for name in ("domain", *(("model",) if several else ()), "method")),
+        *(_column("metrics", name) for name in ("value", "trainable_parameters", "train_seconds")),
+        *(_column("tags", name) for name in ("on_front", "pick")),
+        *(_column("metrics", name) for name in ("confirmed_mean", "confirmed_std", "confirmed_test_mean")),
+    ]
+    ascending = {domain.direction for domain in facts.domains.values()} == {"minimize"}
+    best_first = {"orderByKey": _column("metrics", "value"), "orderByAsc": ascending}
+    trials = {"selectedColumns": columns, "searchFilter": 'tags.state != ""', **best_first}
+    front = {
+        "selectedColumns": columns,
+        "searchFilter": 'tags.on_front = "true"',
+        "orderByKey": _column("metrics", "trainable_parameters"),
+        "orderByAsc": True,
+    }
+    methods = {
+        "selectedColumns": columns,
+        "searchFilter": 'tags.state = "COMPLETE"',
+        **best_first,
+        "groupBy": {
+            "aggregateFunction": "min" if ascending else "max",
+            "groupByKeys": [
+                {"mode": "tag", "groupByData": name}
+                for name in ("method", *(("domain",) if len(facts.domains) > 1 else ()))
+            ],
+        },
+        "runsHiddenMode": "SHOW_ALL",
+        "isAccordionReordered": True,
+        "compareRunSections": [
+            _section(_SECTION, "Methods compared", display=True),
+            *(_section(name, name, display=False) for name in _PER_CLASS),
+        ],
+        "compareRunCharts": [
+            _chart("value", "BAR", metricKey="value"),
+            _chart("parameters", "BAR", metricKey="trainable_parameters"),
+            _chart("seconds", "BAR", metricKey="train_seconds"),
+            _chart(
+                "front",
+                "SCATTER",
+                xaxis={"key": "trainable_parameters", "type": "METRIC"},
+                yaxis={"key": "value", "type": "METRIC"},
+            ),
+            _chart("loss", "LINE", metricKey="loss"),
+            _chart(
+                "coordinates",
+                "PARALLEL",
+                selectedParams=["learning_rate"],
+                selectedMetrics=["trainable_parameters", "train_seconds", "value"],
+                showAllRuns=False,
+            ),
+        ],
+    }
+    views = {TRIALS: ("Trials", trials), FRONT: ("Front", front), METHODS: ("Methods", methods)}
+    return {f"{VIEW}{key}": _saved(name, state) for key, (name, state) in views.items()}
+
+
+def view_links(experiment: str, study: str) -> str:
+    """The views and the Pareto page of a study, as a line of Markdown."""
+    named = {"All trials": _address(experiment, TRIALS), "the front": _address(experiment, FRONT)}
+    named["methods compared"] = f"{_address(experiment, METHODS)}&compareRunsMode=CHART"
+    links = " · ".join(f"[{name}]({address})" for name, address in named.items())
+    return f"{links} · [the Pareto page]({page_path(study)}), where `peftsearch ui` serves MLflow"
+
+
+def _address(experiment: str, view: str) -> str:
+    # Without the last part MLflow shows what it has for chats, and hides training runs behind a switch.
+    return f"#/experiments/{experiment}/runs?viewStateShareKey={view}&workflowType=machine_learning"
+
+
+def _column(kind: str, name: str) -> str:
+    return f"{kind}.`{name}`"
+
+
+def _section(key: str, name: str, *, display: bool) -> dict[str, Any]:
+    return {"uuid": key, "name": name, "display": display, "isReordered": False, "deleted": False, "isGenerated": False}
+
+
+def _chart(key: str, kind: str, **settings: Any) -> dict[str, Any]:
+    common = {"uuid": f"peftsearch-{key}", "type": kind, "runsCountToCompare": 100, "metricSectionId": _SECTION}
+    return {**common, "deleted": False, "isGenerated": False, **settings}
+
+
+def _saved(name: str, state: Mapping[str, Any]) -> str:
+    # The moments are those of the saved view, not of the study; the same ones, so that the tag is the same.
+    return json.dumps({"name": name, "createdAt": 0, "updatedAt": 0, "state": json.dumps(state)})
