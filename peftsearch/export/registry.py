@@ -179,7 +179,8 @@ def register(
                 description=f"{run_name(record)}: {record.value} with {record.trainable_parameters:,} parameters",
                 model_id=model.model_id,
             )
-            version = created.version
+            # A number or a text, as the store likes.
+            version = str(created.version)
             # As mlflow.register_model does: the model's page shows its versions by this tag.
             versions = json.dumps([{"name": name, "version": version}])
             client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: versions})
