@@ -23,6 +23,8 @@ from peftsearch.tracking.mlflow_runs import NOTE_LENGTH, THIS_RUN, DomainReport,
 from peftsearch.tracking.names import configuration_text, shorten
 
 _NOTE_ROWS = 40
+# A long text to begin a prompt with leaves less room for the front's table.
+_CONFIGURATION = 200
 PICKS = {
     "best": "best {metric}",
     "knee": "knee: where further parameters stop paying",
@@ -100,7 +102,7 @@ def _markdown(front: DomainFront, facts: StudyFacts, rows: int) -> str:
             lines.append(
                 f"- **{meaning.format(metric=metric)}**: {record.value:.3f} with {record.trainable_parameters:,} "
                 f"trainable parameters: {_linked(record)}, {escape_markdown(record.method)}, "
-                f"{escape_markdown(configuration_text(record.hyperparameters))}"
+                f"{escape_markdown(shorten(configuration_text(record.hyperparameters), _CONFIGURATION))}"
             )
             if choice.reason is not None:
                 lines.append(f"  ({escape_markdown(choice.reason)})")
