@@ -73,7 +73,7 @@ def ray_cluster(address: str | None, warn: Callable[[str], None] = log.warning) 
 def _for_this_machine() -> Iterator[None]:
     """Have the Ray that is started within listen on loopback alone.
 
-    Ray replaces ``_node_ip_address="127.0.0.1"`` by an address that others can reach, and listens everywhere
+    Ray listens everywhere, and replaces even a ``_node_ip_address="127.0.0.1"`` by an address that others can reach
     (``services.resolve_ip_for_localhost``). Only where it is for one machine, as by default on macOS and Windows, it
     stays on loopback: https://github.com/ray-project/ray/issues/18730.
     """
@@ -136,7 +136,6 @@ def _start_ray() -> None:
             ray.init(
                 # "local" and not None: a stale address file would otherwise have us join somebody else's cluster.
                 address="local",
-                _node_ip_address="127.0.0.1",
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,

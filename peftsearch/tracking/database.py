@@ -45,9 +45,9 @@ OPENING = 10.0
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0
 _POSTGRES_DRIVERS = ("psycopg", "psycopg2")
-_STARTING_OR_FULL = {"57P03", "53300"}
-"""PostgreSQL's "cannot connect now" and "too many connections"
-(https://www.postgresql.org/docs/current/errcodes-appendix.html)."""
+_STARTING_OR_FULL = ("database is locked", "the database system is ", "too many clients", "remaining connection slots")
+"""What SQLite and PostgreSQL say while they are busy, starting up, or have no connection to spare. Words, as neither
+driver hands on the code of an error that it met while connecting (psycopg 3.3, psycopg2 2.9)."""
 
 _HOPELESS = ("readonly database", "no such table", "no such column")
 """What no patience mends."""
@@ -73,7 +73,13 @@ class PatientStorage(RDBStorage):
         self.failure: Exception | None = None
         self._changed: set[int] = set()
         """Trials that were made or have changed their state since they were last read into Optuna's cache."""
-        super().__init__(url, engine_kwargs=_engine_options(make_url(url)))
+        try:
+            super().__init__(url, engine_kwargs=_engine_options(make_url(url)))
+        except BaseException:
+            # What another attempt opens comes on top of what this one left in its pool.
+            if hasattr(self, "engine"):
+                self.engine.dispose()
+            raise
         if self.engine.dialect.name == "sqlite":
             event.listen(self.engine, "connect", _sqlite_settings(make_url(url)))
             self.engine.dispose()
@@ -274,12 +280,7 @@ def _opens_soon(error: BaseException) -> bool:
     ):
         # Another process makes the same tables at the same moment, between Optuna's look and its own attempt.
         return True
-    origin = getattr(error, "orig", None)
-    state = getattr(origin, "sqlstate", None) or getattr(origin, "pgcode", None)
-    text = str(origin)
-    return is_away(error) and (
-        state in _STARTING_OR_FULL or "database is locked" in text or "the database system is " in text
-    )
+    return is_away(error) and any(text in str(getattr(error, "orig", None)) for text in _STARTING_OR_FULL)
 
 
 def _with_driver(url: str) -> str:

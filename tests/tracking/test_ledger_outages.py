@@ -222,6 +222,30 @@ def test_a_postgresql_that_stays_away_is_one_sentence_without_its_password(own_s
     assert len(Ledger(url, "s").records) == 2
 
 
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+def test_a_server_with_no_connection_to_spare_is_waited_for(own_server: PostgresServer, driver: str) -> None:
+    url = own_server.create_database()
+    module = pytest.importorskip(driver)
+    others: list[Any] = []
+
+    def fill() -> None:
+        while True:
+            others.append(module.connect(url))
+
+    with pytest.raises(module.OperationalError):
+        fill()
+
+    def leave() -> None:
+        for connection in others:
+            connection.close()
+
+    threading.Timer(1.5, leave).start()
+    began = time.monotonic()
+    with closing(Ledger(url.replace("postgresql:", f"postgresql+{driver}:"), "s")) as ledger:
+        assert ledger.records == []
+    assert time.monotonic() - began > 1
+
+
 def test_a_missing_driver_says_what_to_install(tmp_path: Path) -> None:
     """In a Python that cannot import either driver."""
     script = """
