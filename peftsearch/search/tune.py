@@ -29,6 +29,7 @@ os.environ.update({name: os.environ.get(name, value) for name, value in TUNE_SET
 
 import ray  # noqa: E402
 from ray import tune  # noqa: E402
+from ray.tune.progress_reporter import TrialProgressCallback  # noqa: E402
 from ray.tune.schedulers import TrialScheduler  # noqa: E402
 from ray.tune.search import Searcher  # noqa: E402
 
@@ -81,7 +82,7 @@ def _run_round(
                 name="tune",
                 storage_path=folder,
                 verbose=0,
-                callbacks=[_Recorder(run, dispatcher, stopped, losses)],
+                callbacks=[_Recorder(run, dispatcher, stopped, losses), _Quiet()],
                 stop=_Interruption(stopped),
                 failure_config=tune.FailureConfig(max_failures=3),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
@@ -204,6 +205,19 @@ class _Recorder(_Adapter, tune.Callback):  # type: ignore[misc]
             return
         error = trial.get_pickled_error() or trial.get_error()
         self.run.failed(number, f"its trial actor was lost {_LOSSES + 1} times: {_last_line(error)}")
+
+
+class _Quiet(_Adapter, TrialProgressCallback):  # type: ignore[misc]
+    """Takes the place of Tune's own, which holds on to every trial that there was, and prints nothing here."""
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
+        pass
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        pass
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        pass
 
 
 class _Interruption(_Adapter, tune.Stopper):  # type: ignore[misc]

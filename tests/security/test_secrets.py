@@ -140,7 +140,7 @@ def test_no_trace_of_a_secret(
         if "[" not in wrong:
             call("validate", path, "--set", wrong, status=2)
 
-    def breaks(*_: object) -> None:
+    def breaks(*_: object, **__: object) -> None:
         raise RuntimeError(f"cannot reach postgresql://me:{OPTION}@h/d: wrong password {LEDGER}")
 
     monkeypatch.setattr("peftsearch.driver.run_study", breaks)

@@ -170,7 +170,8 @@ def test_the_smallest_comparison_comes_to_its_table(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, *script], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "out.json").read_text())["medians"]
-    assert [next(kind for kind in kinds if kind in name) for name in found] == list(kinds)
+    # The floor's words are the shuffled floor's, too.
+    assert [next(kind for kind in kinds if kind in name) for name in found] == [kinds[0], *kinds]
     for name, figures in found.items():
         assert 0 < figures["warm_up_seconds"] < figures["first_result_seconds"] <= figures["wall_seconds"], name
         assert 0 < figures["training_seconds"] < figures["wall_seconds"], name

@@ -162,7 +162,10 @@ def test_the_command_writes_figures_a_table_and_a_picture(tmp_path: Path, monkey
 def test_a_grid_is_recorded_once(write_study: Callable[..., Path], tmp_path: Path) -> None:
     file = write_study(
         "grid",
-        methods={"lora": {"rank": [1, 2], "learning_rate": [1e-3, 1e-2]}, "prompt": {"tokens": [2, 4]}},
+        methods={
+            "lora": {"rank": [1, 2], "learning_rate": [1e-3, 1e-2]},
+            "prompt": {"tokens": [2, 4], "learning_rate": 1e-2},
+        },
         search={"sampler": "grid", "trials": 4, "scheduler": "none"},
         confirm={"seeds": 0},
     )
