@@ -74,7 +74,7 @@ def _run_round(
             tune.with_resources(TrialActor, resources),
             tune_config=tune.TuneConfig(
                 search_alg=_Searcher(run, dispatcher, concurrency, stopped),
-                scheduler=_Scheduler(run, stopped),
+                scheduler=_Scheduler(run, concurrency, stopped),
                 num_samples=-1,
                 reuse_actors=True,
             ),
@@ -137,18 +137,25 @@ class _Searcher(_Adapter, Searcher):  # type: ignore[misc]
 class _Scheduler(_Adapter, TrialScheduler):  # type: ignore[misc]
     """Records a result and passes the decision on. Tune asks about every result but a trial's last."""
 
-    def __init__(self, run: StudyRun, stopped: Callable[[], bool]) -> None:
+    def __init__(self, run: StudyRun, concurrency: Callable[[], int], stopped: Callable[[], bool]) -> None:
         super().__init__()
         self.run = run
+        self.concurrency = concurrency
         self.stopped = stopped
         self.ended: list[Any] = []
+        self.kept = 0
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         goes_on = self.run.evaluated(_number(trial), result[RESULT], result[RETRIES], final=False)
         return TrialScheduler.CONTINUE if goes_on and not self.stopped() else TrialScheduler.STOP  # type: ignore[no-any-return]
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        pass
+        # `reuse_actors` keeps one actor for trials that are still to be proposed (2.60.0, `_ObjectCache.cache_object`),
+        # and proposals wait for a trial's end here: of four that end, three actors would be stopped, and three
+        # processes started again.
+        if (more := self.concurrency() - self.kept) > 0 and hasattr(tune_controller, "_actor_cache"):
+            tune_controller._actor_cache.increase_max(trial.placement_group_factory, more)
+            self.kept += more
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         pass
