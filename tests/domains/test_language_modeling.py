@@ -206,7 +206,7 @@ def sentences(count: int) -> list[dict[str, str]]:
 )
 def test_learning_lowers_perplexity(kind: str, method: str, models: dict[str, Path], tmp_path: Path) -> None:
     domain = {"task": "language_modeling", "options": {"pack": False}}
-    run = TaskRun.make(tmp_path, models[kind], domain, sentences(100), epochs=8, max_length=24)
+    run = TaskRun.make(tmp_path, models[kind], domain, sentences(100), epochs=8, evaluations=8, max_length=24)
     assert run.domain.direction == "minimize"
     results = run.train(method, **({"learning_rate": 1e-2} if method == "full" else {}))
     assert results[-1].scores["perplexity"] < results[0].scores["perplexity"]

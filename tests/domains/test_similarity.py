@@ -216,7 +216,7 @@ def test_texts_embedded_each_by_itself_learn_to_be_as_near_as_they_are_alike(
         texts = [" ".join(generator.choice(words) for _ in range(4)) for words in (first, second)]
         records.append({"text": f"{texts[0]} {number}", "other": texts[1], "label": 4.0 * (first is second)})
     splits = {"train": records[:90], "validation": records[90:]}
-    training = {"epochs": 8, "evaluations": 2, "batch_size": 10}
+    training = {"epochs": 8, "evaluations": 8, "batch_size": 10}
     file = written_study(tmp_path, builder(tmp_path / "model"), SEPARATE, splits, training=training)
     results = train(*plan_and_worker(file, tmp_path), "lora", rank=8, learning_rate=1e-2)
     assert results[-1].scores["pearson"] > 0.8
