@@ -24,10 +24,13 @@ from typing import Any
 import pytest
 import yaml
 
-from peftsearch import submit
 from peftsearch.cli.app import run_app
 from peftsearch.spec import StudyError, StudyFile
 from peftsearch.study import Study
+from peftsearch.submit import check_arrival, package
+from peftsearch.submit.jobs import job_command, job_environment, job_prefix
+from peftsearch.submit.passwords import refuse_passwords
+from peftsearch.submit.storage_mark import STORAGE_MARK, mark_storage
 from peftsearch.tracking.provenance import SUBMITTED_COMMIT, provenance
 
 TOKEN = "0123456789abcdef" * 4
@@ -387,7 +390,7 @@ def test_files_that_are_named_relative_to_the_study_travel_and_no_others(tmp_pat
     }
     joined = {"a": {"source": "hub:some/thing"}, "b": {"source": "~/topics.csv"}}
     file = load(studies, domains={"one": {"data": data}, "two": {"data": {"join": joined}}})
-    root, names = submit.shipped_files(file)
+    root, names = package.shipped_files(file)
     assert root == tmp_path / "work"
     assert names[0] == "studies/study.yaml"
     assert sorted(names[1:]) == [
@@ -396,12 +399,12 @@ def test_files_that_are_named_relative_to_the_study_travel_and_no_others(tmp_pat
         "studies/model/.gitignore",
         "studies/model/config.json",
     ]
-    package, again = tmp_path / "a.zip", tmp_path / "b.zip"
-    submit._pack(root, names, package)
+    packed, again = tmp_path / "a.zip", tmp_path / "b.zip"
+    package.pack(root, names, packed)
     os.utime(tmp_path / "work" / "data" / "dev.csv", (1, 1))
-    submit._pack(root, names, again)
-    assert package.read_bytes() == again.read_bytes()
-    with closing(zipfile.ZipFile(package)) as archive:
+    package.pack(root, names, again)
+    assert packed.read_bytes() == again.read_bytes()
+    with closing(zipfile.ZipFile(packed)) as archive:
         assert archive.namelist() == names
         assert archive.read("data/train.csv") == b"work/data/train.csv"
 
@@ -411,14 +414,14 @@ def test_a_file_that_is_missing_or_too_large_is_said_before_anything_is_sent(
 ) -> None:
     file = load(tmp_path, model="some/hub-id")
     with pytest.raises(StudyError, match=r"study.yaml, line \d+: domains.topics.data.source: .*topics.csv"):
-        submit.shipped_files(file)
+        package.shipped_files(file)
     (tmp_path / "topics.csv").write_text("x" * 2**21)
-    assert submit.shipped_files(file) == (tmp_path, ["study.yaml", "topics.csv"])
-    monkeypatch.setattr(submit, "SHIPPED_BYTES", 2**20)
+    assert package.shipped_files(file) == (tmp_path, ["study.yaml", "topics.csv"])
+    monkeypatch.setattr(package, "SHIPPED_BYTES", 2**20)
     with pytest.raises(StudyError, match=r"2 MiB .*topics.csv.* at most 1 MiB travel .*absolute path"):
-        submit.shipped_files(file)
+        package.shipped_files(file)
     with pytest.raises(StudyError, match=r"line \d+: model: no model folder './model'"):
-        submit.shipped_files(load(tmp_path))
+        package.shipped_files(load(tmp_path))
 
 
 PASSWORD = "hunter2hunter2"
@@ -459,7 +462,7 @@ def test_a_study_without_passwords_travels(tmp_path: Path) -> None:
     tracking = {"ledger": "postgresql://me@database/ledger", "mlflow": "https://tracking:5000/a?b=c"}
     asking = "Which is best? See http://h/a? Or mail me@home.org & others?"
     file = load(tmp_path, model="some/hub-id", tracking=tracking, description=asking)
-    submit._refuse_passwords(file, ["search.seed=1", "description=Which one?"])
+    refuse_passwords(file, ["search.seed=1", "description=Which one?"])
 
 
 def test_a_job_records_the_commit_of_the_study_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,14 +471,14 @@ def test_a_job_records_the_commit_of_the_study_file(tmp_path: Path, monkeypatch:
     (tmp_path / "work" / "topics.csv").touch()
     copy = Path(tempfile.mkdtemp(dir=tmp_path))
     file = load(tmp_path / "work" / "studies", model="some/hub-id", domains={"a": {"data": {"source": "hub:a/b"}}})
-    assert SUBMITTED_COMMIT not in submit._environment(file, None)
+    assert SUBMITTED_COMMIT not in job_environment(file, None)
 
     commit = commit_all(tmp_path / "work")
     for recorded in (commit, f"{commit} (with uncommitted changes)"):
         with monkeypatch.context() as job:
             assert provenance(file.folder)["git_commit"] == recorded
             assert "git_commit" not in provenance(copy)
-            for name, value in submit._environment(file, None).items():
+            for name, value in job_environment(file, None).items():
                 job.setenv(name, value)
             assert provenance(copy)["git_commit"] == recorded
         (tmp_path / "work" / "topics.csv").write_text("changed")
@@ -486,18 +489,18 @@ def test_the_cluster_must_see_the_same_storage(tmp_path: Path, monkeypatch: pyte
     load(tmp_path, model="some/hub-id")
     study = Study.from_file(tmp_path / "study.yaml", storage=tmp_path / "storage")
     told: list[str] = []
-    mark = submit._mark_storage(study, told.append)
+    mark = mark_storage(study, told.append)
     assert mark is not None
     assert not told
-    submit.check_arrival(study)
+    check_arrival(study)
     assert mark.exists()
-    monkeypatch.setenv(submit.STORAGE_MARK, str(mark))
-    submit.check_arrival(study)
+    monkeypatch.setenv(STORAGE_MARK, str(mark))
+    check_arrival(study)
     assert not mark.exists()
     # Another folder of the same name.
     monkeypatch.setenv("PEFTSEARCH_STORAGE", "/shared/peftsearch")
     with pytest.raises(StudyError, match=r"does not see the folder .*storage of the machine.*/shared/peftsearch"):
-        submit.check_arrival(study)
+        check_arrival(study)
     assert run_app(["run", str(tmp_path / "study.yaml"), "--storage", str(tmp_path / "storage")]) == 2
 
 
@@ -510,7 +513,7 @@ def test_the_jobs_command_survives_the_clusters_shell(tmp_path: Path) -> None:
     (programs / "peftsearch").chmod(0o755)
     storage = tmp_path / "it's a storage"
     study = Study.from_file(tmp_path / "study.yaml", storage=storage)
-    line = submit._entrypoint(study, "it's/study.yaml", ["search.seed=1; touch /tmp/x"])
+    line = job_command(study, "it's/study.yaml", ["search.seed=1; touch /tmp/x"])
     done = subprocess.run(
         ["/bin/sh", "-c", line], capture_output=True, text=True, env={"PATH": f"{programs}:/usr/bin:/bin"}
     )
@@ -523,7 +526,7 @@ def test_a_storage_that_only_the_cluster_has_is_taken_with_a_word(tmp_path: Path
     load(tmp_path, model="some/hub-id")
     told: list[str] = []
     study = Study.from_file(tmp_path / "study.yaml", storage=tmp_path / "not" / "mounted" / "here")
-    assert submit._mark_storage(study, told.append) is None
+    assert mark_storage(study, told.append) is None
     assert "work where it is mounted" in told[0]
     assert not (tmp_path / "not").exists()
 
@@ -531,8 +534,6 @@ def test_a_storage_that_only_the_cluster_has_is_taken_with_a_word(tmp_path: Path
 def test_studies_of_the_same_name_in_other_storages_are_other_jobs(tmp_path: Path) -> None:
     (tmp_path / "topics.csv").touch()
     load(tmp_path, model="some/hub-id")
-    here, there = (
-        submit.job_prefix(Study.from_file(tmp_path / "study.yaml", storage=tmp_path / name)) for name in ("a", "b")
-    )
+    here, there = (job_prefix(Study.from_file(tmp_path / "study.yaml", storage=tmp_path / name)) for name in ("a", "b"))
     assert here != there
     assert here.startswith("peftsearch-tiny-")
