@@ -214,6 +214,12 @@ def commit_all(folder: Path) -> str:
     return git("rev-parse", "HEAD")
 
 
+def first_line(process: subprocess.Popen[str]) -> str:
+    """What a follower prints first, which is the job's: it has been submitted by then."""
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
 def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
     lines = done.stderr.strip().splitlines()
     assert "Traceback" not in done.stderr
@@ -231,21 +237,18 @@ def test_a_job_outlives_its_followers_and_is_found_again(
     command = ("submit", path, "--storage", storage, "--address")
 
     first = cluster.start(*command, cluster.url)
-    assert first.stdout is not None
-    first.stdout.readline()
+    first_line(first)
     first.kill()
     first.communicate()
 
     # The second one, over a network that fails for a while.
     wire = Wire(cluster.port)
     second = cluster.start(*command, f"http://127.0.0.1:{wire.port}")
-    assert second.stdout is not None
-    begin = second.stdout.readline()
+    begin = first_line(second)
     wire.cut()
 
     interrupted = cluster.start(*command, cluster.url)
-    assert interrupted.stdout is not None
-    interrupted.stdout.readline()
+    first_line(interrupted)
     interrupted.send_signal(signal.SIGINT)
     _, told = interrupted.communicate(timeout=300)
     assert interrupted.returncode == 130
@@ -255,6 +258,7 @@ def test_a_job_outlives_its_followers_and_is_found_again(
 
     wire.mend()
     # Not `communicate`, which does not see what `readline` has read ahead.
+    assert second.stdout is not None
     assert second.stderr is not None
     out, told = second.stdout.read(), second.stderr.read()
     second.wait(60)
@@ -376,6 +380,13 @@ def load(folder: Path, **sections: Any) -> StudyFile:
     return StudyFile.load(folder / "study.yaml")
 
 
+def opened(folder: Path, storage: Path) -> Study:
+    """The study ``tiny`` from its file, with its data beside it."""
+    (folder / "topics.csv").touch()
+    load(folder, model="some/hub-id")
+    return Study.from_file(folder / "study.yaml", storage=storage)
+
+
 def test_files_that_are_named_relative_to_the_study_travel_and_no_others(tmp_path: Path) -> None:
     studies = tmp_path / "work" / "studies"
     for name in ("work/data/train.csv", "work/data/dev.csv", "work/studies/model/config.json", "work/other.csv"):
@@ -485,9 +496,7 @@ def test_a_job_records_the_commit_of_the_study_file(tmp_path: Path, monkeypatch:
 
 
 def test_the_cluster_must_see_the_same_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "topics.csv").touch()
-    load(tmp_path, model="some/hub-id")
-    study = Study.from_file(tmp_path / "study.yaml", storage=tmp_path / "storage")
+    study = opened(tmp_path, tmp_path / "storage")
     told: list[str] = []
     mark = mark_storage(study, told.append)
     assert mark is not None
@@ -505,14 +514,12 @@ def test_the_cluster_must_see_the_same_storage(tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_jobs_command_survives_the_clusters_shell(tmp_path: Path) -> None:
-    (tmp_path / "topics.csv").touch()
-    load(tmp_path, model="some/hub-id")
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "peftsearch").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     (programs / "peftsearch").chmod(0o755)
     storage = tmp_path / "it's a storage"
-    study = Study.from_file(tmp_path / "study.yaml", storage=storage)
+    study = opened(tmp_path, storage)
     line = job_command(study, "it's/study.yaml", ["search.seed=1; touch /tmp/x"])
     done = subprocess.run(
         ["/bin/sh", "-c", line], capture_output=True, text=True, env={"PATH": f"{programs}:/usr/bin:/bin"}
@@ -522,18 +529,14 @@ def test_the_jobs_command_survives_the_clusters_shell(tmp_path: Path) -> None:
 
 
 def test_a_storage_that_only_the_cluster_has_is_taken_with_a_word(tmp_path: Path) -> None:
-    (tmp_path / "topics.csv").touch()
-    load(tmp_path, model="some/hub-id")
     told: list[str] = []
-    study = Study.from_file(tmp_path / "study.yaml", storage=tmp_path / "not" / "mounted" / "here")
+    study = opened(tmp_path, tmp_path / "not" / "mounted" / "here")
     assert mark_storage(study, told.append) is None
     assert "work where it is mounted" in told[0]
     assert not (tmp_path / "not").exists()
 
 
 def test_studies_of_the_same_name_in_other_storages_are_other_jobs(tmp_path: Path) -> None:
-    (tmp_path / "topics.csv").touch()
-    load(tmp_path, model="some/hub-id")
-    here, there = (job_prefix(Study.from_file(tmp_path / "study.yaml", storage=tmp_path / name)) for name in ("a", "b"))
+    here, there = (job_prefix(opened(tmp_path, tmp_path / name)) for name in ("a", "b"))
     assert here != there
     assert here.startswith("peftsearch-tiny-")
