@@ -4,12 +4,10 @@ from peftsearch.domains.expected import ExpectedDomain, expected_domain
 from peftsearch.domains.prepare import (
     CheckedDomain,
     PreparedDomain,
-    RawDomain,
     check_domain,
-    load_domain,
-    load_raw,
     prepare_domain,
 )
+from peftsearch.domains.raw import RawDomain, load_domain, load_raw
 from peftsearch.domains.tasks import TASKS, Head, Metric, Task, get_metric, get_task
 
 __all__ = [

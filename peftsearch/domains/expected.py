@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftsearch.domains.models import Architecture
-from peftsearch.domains.prepare import SPLITS, PreparedDomain, RawDomain, check_architecture
+from peftsearch.domains.prepare import PreparedDomain, check_architecture
+from peftsearch.domains.raw import SPLITS, RawDomain
 from peftsearch.domains.sources import describe_source
 from peftsearch.domains.tasks import Task, get_metric, get_task
 from peftsearch.spec import DataSpec, ExpectedSpec, StudyError, StudySpec

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import logging
 import os
 import shutil
 import uuid
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +19,11 @@ import pyarrow as pa
 
 from peftsearch.domains.hub import hub_reachable, out_of_reach
 from peftsearch.domains.models import Architecture, architecture_of, model_config
-from peftsearch.domains.sources import RawSplit, describe_source, quiet_datasets, read_source
-from peftsearch.domains.splits import cut_by_stratum, limit, shared, take
-from peftsearch.domains.tasks import Head, Metric, Task, Tokenization, get_metric, get_task
-from peftsearch.domains.tasks.base import EXAMPLE, GROUP, PART
-from peftsearch.spec import DataSpec, Direction, DomainFacts, StudyError, StudySpec, UnreachableError, suggest
-from peftsearch.spec.yaml_file import Loc
+from peftsearch.domains.raw import RawDomain, digest, load_domain
+from peftsearch.domains.sources import quiet_datasets
+from peftsearch.domains.tasks import Head, Task, Tokenization, get_task
+from peftsearch.domains.tasks.base import EXAMPLE, PART
+from peftsearch.spec import Direction, DomainFacts, StudyError, StudySpec, UnreachableError
 
 if TYPE_CHECKING:
     import datasets
@@ -36,35 +34,8 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
-# The order in which splits are shown.
-SPLITS = ("train", "validation", "test")
 # A share of texts that reach max_length from which a reader should know.
 TRUNCATED = 0.2
-
-
-@dataclass(frozen=True)
-class RawDomain:
-    """A domain's text before tokenisation: checked, split and limited.
-
-    Attributes:
-        task: What is to be done with the text.
-        metric: The objective.
-        labels: Label names; their positions are the label ids.
-        splits: The rows of each split.
-        fingerprint: Hash of texts, labels and splits.
-        source: Where the data came from.
-        warnings: What a careful reader should know about the data.
-        parts: Names of the data sets that were joined; () for a domain of one.
-    """
-
-    task: Task
-    metric: Metric
-    labels: tuple[str, ...]
-    splits: dict[str, pa.Table]
-    fingerprint: str
-    source: str
-    warnings: tuple[str, ...]
-    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -169,163 +140,6 @@ class PreparedDomain:
         return prepared
 
 
-def load_raw(name: str, spec: StudySpec, folder: Path) -> dict[str, pa.Table]:
-    """The text and labels of a domain's splits; as `load_domain`."""
-    return load_domain(name, spec, folder).splits
-
-
-def load_domain(name: str, spec: StudySpec, folder: Path) -> RawDomain:
-    """Read a domain's data, check it, and cut and limit its splits.
-
-    Args:
-        name: The domain's name in the study.
-        spec: The study.
-        folder: The study file's folder; relative paths start there.
-
-    Raises:
-        StudyError: Anything is wrong with the domain's task, metric or data.
-    """
-    if name not in spec.domains:
-        raise StudyError(f"the study has no domain {name!r}{suggest(name, spec.domains)}", ("domains",))
-    domain = spec.domains[name]
-    data, place = domain.data, ("domains", name)
-    loc = (*place, "data")
-    task = get_task(domain.task, place, domain.options)
-    get_metric(task, domain.metric, (*place, "metric"))
-    parts = tuple(data.join or ())
-    if data.join is None:
-        splits, cuts, commit = _read_splits(task, data, folder, loc)
-        commits = {"": commit}
-        warnings = _group_warnings(splits, data)
-    else:
-        splits, cuts, warnings, commits = _join(task, data.join, folder, (*loc, "join"))
-    # Before limits: a study on a few rows of each split keeps the labels of the whole.
-    labels = task.check(splits, data, loc, cut=cuts)
-    metric = get_metric(task, domain.metric, (*place, "metric"), labels)
-    splits = _limit(task, splits, data)
-    warnings += _overlap_warnings({split: task.keys(table) for split, table in splits.items()})
-    warnings += task.warnings(splits, labels)
-    fingerprint = _digest([split, *row] for split, table in splits.items() for row in ((), *task.content(table)))
-    return RawDomain(task, metric, labels, splits, fingerprint, describe_source(data, commits), tuple(warnings), parts)
-
-
-def _read_splits(
-    task: Task, data: DataSpec, folder: Path, loc: Loc
-) -> tuple[dict[str, pa.Table], tuple[str, ...], str | None]:
-    """The splits of one data set in the task's form, missing ones cut from train; which were cut; and the commit of a
-    data set of the Hub."""
-    sources = read_source(data, folder, loc, task.columns(data), task.formats)
-    _check_group(data, sources["train"], (*loc, "split", "group"))
-    splits = {}
-    for split, raw in sources.items():
-        table = task.read(raw.table, data, raw.where, loc)
-        group = data.split.group
-        if group is not None and group in raw.table.column_names:
-            table = table.append_column(GROUP, raw.table.column(group))
-        splits[split] = table
-    splits, cuts = _cut_missing(task, splits, data, loc)
-    return {split: splits[split] for split in SPLITS if split in splits}, cuts, sources["train"].commit
-
-
-def _join(
-    task: Task, parts: Mapping[str, DataSpec], folder: Path, loc: Loc
-) -> tuple[dict[str, pa.Table], tuple[str, ...], list[str], dict[str, str | None]]:
-    """The splits of several data sets one after another, each row with the name of its part; which were cut; warnings;
-    and the commits of data sets of the Hub by part."""
-    joined: dict[str, list[pa.Table]] = {}
-    cuts: set[str] = set()
-    warnings: list[str] = []
-    commits: dict[str, str | None] = {}
-    for name, data in parts.items():
-        splits, cut, commits[name] = _read_splits(task, data, folder, (*loc, name))
-        warnings += [f"{name}: {warning}" for warning in _group_warnings(splits, data)]
-        cuts |= set(cut)
-        for split, table in _limit(task, splits, data).items():
-            # A group of one data set is none of another's.
-            known = table.drop_columns([GROUP]) if GROUP in table.column_names else table
-            joined.setdefault(split, []).append(known.append_column(PART, pa.array([name] * len(table), pa.string())))
-    for split, tables in joined.items():
-        if len(tables) < len(parts):
-            raise StudyError(f"a part of the joined data has no {split} split while another has one", loc)
-    return {split: pa.concat_tables(tables) for split, tables in joined.items()}, tuple(cuts), warnings, commits
-
-
-def _limit(task: Task, splits: Mapping[str, pa.Table], data: DataSpec) -> dict[str, pa.Table]:
-    found = {}
-    for split, table in splits.items():
-        most = getattr(data.limit, split)
-        # A list of sizes has become one domain for each before.
-        assert most is None or isinstance(most, int)
-        found[split] = take(table, limit(task.keys(table), most, data.split.seed))
-    return found
-
-
-def _check_group(data: DataSpec, train: RawSplit, loc: Loc) -> None:
-    group, known = data.split.group, train.table.column_names
-    if group is not None and group not in known:
-        raise StudyError(f"{train.where} has no column {group!r} to group by{suggest(group, known)}", loc)
-
-
-def _cut_missing(
-    task: Task, splits: dict[str, pa.Table], data: DataSpec, loc: Loc
-) -> tuple[dict[str, pa.Table], tuple[str, ...]]:
-    if "validation" not in splits and data.split.validation == 0:
-        raise StudyError(
-            "the data has no validation split and split.validation is 0: give it a share, trials are compared on it",
-            (*loc, "split", "validation"),
-        )
-    wanted = {"test": data.split.test, "validation": data.split.validation}
-    shares = {split: share for split, share in wanted.items() if split not in splits and share > 0}
-    train, group = splits["train"], data.split.group
-    if not shares:
-        return splits, ()
-    if group is None:
-        groups = task.keys(train)
-    else:
-        values = train.column(GROUP).to_pylist()
-        missing = [value is None or value == "" for value in values]
-        if any(missing):
-            raise StudyError(
-                f"the column {group!r} is empty in {sum(missing)} of {len(values)} training rows, first in row "
-                f"{missing.index(True) + 1}: rows without a group cannot be kept together",
-                (*loc, "split", "group"),
-            )
-        groups = [str(value) for value in values]
-    try:
-        rows = cut_by_stratum(groups, task.strata(train) or [""] * len(groups), shares, data.split.seed)
-    except ValueError:
-        count = len(set(groups))
-        several = "s" if count > 1 else ""
-        what = f"distinct text{several}" if group is None else f"distinct value{several} in the column {group!r}"
-        advice = "add rows, or name a file for each split" if group is None else "group by another column, or by none"
-        raise StudyError(
-            f"{count} {what} cannot be cut into train, {' and '.join(sorted(shares, reverse=True))}: "
-            f"each needs at least one: {advice}",
-            (*loc, "split"),
-        ) from None
-    return {**splits, **{split: take(train, chosen) for split, chosen in rows.items()}}, tuple(shares)
-
-
-def _group_warnings(splits: Mapping[str, pa.Table], data: DataSpec) -> list[str]:
-    known = {
-        split: [str(value) for value in table.column(GROUP).to_pylist() if value is not None]
-        for split, table in splits.items()
-        if GROUP in table.column_names
-    }
-    return [
-        f"{count} of {splits[later].num_rows} rows of {later} belong to a {data.split.group!r} that {earlier} shows too"
-        for (earlier, later), count in shared(known).items()
-    ]
-
-
-def _overlap_warnings(keys: Mapping[str, list[str]]) -> list[str]:
-    return [
-        f"{count} of {len(keys[later])} texts of {later} stand in {earlier} too, up to case and white space: scores on "
-        f"{later} flatter"
-        for (earlier, later), count in shared(keys).items()
-    ]
-
-
 @functools.lru_cache(maxsize=64)
 def _open_split(folder: Path) -> datasets.Dataset:
     """Opening a split reads its description and maps its files anew: once per process is enough."""
@@ -414,7 +228,7 @@ class CheckedDomain:
             "source": raw.source,
             "pad_token_id": _pad_token_id(self.tokenizer, self.model_location),
         }
-        key = _digest(
+        key = digest(
             [
                 [
                     str(FORMAT_VERSION),
@@ -608,17 +422,6 @@ def _tokenizer_content(tokenizer: Any) -> str:
         getattr(tokenizer, "chat_template", None),
     ]
     return json.dumps([kind, content], sort_keys=True, default=str)
-
-
-def _digest(rows: Iterable[Iterable[str]]) -> str:
-    """SHA-256 of rows of texts, each with its length in front so that no two lists look alike."""
-    digest = hashlib.sha256()
-    for row in rows:
-        values = [value.encode("utf-8", "surrogatepass") for value in row]
-        digest.update(b"%d;" % len(values))
-        for value in values:
-            digest.update(b"%d:" % len(value) + value)
-    return digest.hexdigest()
 
 
 def _write(target: Path, splits: Mapping[str, datasets.Dataset], facts: Mapping[str, Any], tokenizer: Any) -> None:

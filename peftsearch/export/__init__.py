@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peftsearch.export.evaluate import evaluate_adapter
     from peftsearch.export.predict import Predicted, Predictor, predict_file
-    from peftsearch.export.trials import ExportedAdapter, StudyToExport, export_trials
+    from peftsearch.export.trial_folders import StudyToExport
+    from peftsearch.export.trials import ExportedAdapter, export_trials
 
 __all__ = [
     "ExportedAdapter",

@@ -19,7 +19,7 @@ from task_data import task_domain
 from tiny_models import SAMPLES, tiny_decoder, tiny_encoder, tiny_encoder_decoder
 
 from peftsearch.domains import TASKS
-from peftsearch.export.trials import StudyToExport, write_trials
+from peftsearch.export.trial_folders import StudyToExport, write_folders
 from peftsearch.export.verify import Job, Score, score_folders
 from peftsearch.methods import METHODS
 from peftsearch.search.counts import ParameterCount
@@ -148,7 +148,8 @@ class Battery:
             staging.mkdir(parents=True)
             self.folders[record.method, task] = target
             try:
-                (self._jobs[record.method, task],) = write_trials(known, to, staging, [target], [target], [record])
+                ((job, _),) = write_folders(known, to, staging, [target], [target], [record], "adapter")
+                self._jobs[record.method, task] = job
             except StudyError as error:
                 self.outcomes[record.method, task].error = error.message
 

@@ -24,10 +24,13 @@ from typing import Any
 import pytest
 import yaml
 
-from peftsearch import submit
 from peftsearch.cli.app import run_app
 from peftsearch.spec import StudyError, StudyFile
 from peftsearch.study import Study
+from peftsearch.submit import check_arrival, package
+from peftsearch.submit.jobs import job_command, job_environment, job_prefix
+from peftsearch.submit.passwords import refuse_passwords
+from peftsearch.submit.storage_mark import STORAGE_MARK, mark_storage
 from peftsearch.tracking.provenance import SUBMITTED_COMMIT, provenance
 
 TOKEN = "0123456789abcdef" * 4
@@ -211,6 +214,12 @@ def commit_all(folder: Path) -> str:
     return git("rev-parse", "HEAD")
 
 
+def first_line(process: subprocess.Popen[str]) -> str:
+    """What a follower prints first, which is the job's: it has been submitted by then."""
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
 def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
     lines = done.stderr.strip().splitlines()
     assert "Traceback" not in done.stderr
@@ -228,21 +237,18 @@ def test_a_job_outlives_its_followers_and_is_found_again(
     command = ("submit", path, "--storage", storage, "--address")
 
     first = cluster.start(*command, cluster.url)
-    assert first.stdout is not None
-    first.stdout.readline()
+    first_line(first)
     first.kill()
     first.communicate()
 
     # The second one, over a network that fails for a while.
     wire = Wire(cluster.port)
     second = cluster.start(*command, f"http://127.0.0.1:{wire.port}")
-    assert second.stdout is not None
-    begin = second.stdout.readline()
+    begin = first_line(second)
     wire.cut()
 
     interrupted = cluster.start(*command, cluster.url)
-    assert interrupted.stdout is not None
-    interrupted.stdout.readline()
+    first_line(interrupted)
     interrupted.send_signal(signal.SIGINT)
     _, told = interrupted.communicate(timeout=300)
     assert interrupted.returncode == 130
@@ -252,6 +258,7 @@ def test_a_job_outlives_its_followers_and_is_found_again(
 
     wire.mend()
     # Not `communicate`, which does not see what `readline` has read ahead.
+    assert second.stdout is not None
     assert second.stderr is not None
     out, told = second.stdout.read(), second.stderr.read()
     second.wait(60)
@@ -373,6 +380,13 @@ def load(folder: Path, **sections: Any) -> StudyFile:
     return StudyFile.load(folder / "study.yaml")
 
 
+def opened(folder: Path, storage: Path) -> Study:
+    """The study ``tiny`` from its file, with its data beside it."""
+    (folder / "topics.csv").touch()
+    load(folder, model="some/hub-id")
+    return Study.from_file(folder / "study.yaml", storage=storage)
+
+
 def test_files_that_are_named_relative_to_the_study_travel_and_no_others(tmp_path: Path) -> None:
     studies = tmp_path / "work" / "studies"
     for name in ("work/data/train.csv", "work/data/dev.csv", "work/studies/model/config.json", "work/other.csv"):
@@ -387,7 +401,7 @@ def test_files_that_are_named_relative_to_the_study_travel_and_no_others(tmp_pat
     }
     joined = {"a": {"source": "hub:some/thing"}, "b": {"source": "~/topics.csv"}}
     file = load(studies, domains={"one": {"data": data}, "two": {"data": {"join": joined}}})
-    root, names = submit.shipped_files(file)
+    root, names = package.shipped_files(file)
     assert root == tmp_path / "work"
     assert names[0] == "studies/study.yaml"
     assert sorted(names[1:]) == [
@@ -396,12 +410,12 @@ def test_files_that_are_named_relative_to_the_study_travel_and_no_others(tmp_pat
         "studies/model/.gitignore",
         "studies/model/config.json",
     ]
-    package, again = tmp_path / "a.zip", tmp_path / "b.zip"
-    submit._pack(root, names, package)
+    packed, again = tmp_path / "a.zip", tmp_path / "b.zip"
+    package.pack(root, names, packed)
     os.utime(tmp_path / "work" / "data" / "dev.csv", (1, 1))
-    submit._pack(root, names, again)
-    assert package.read_bytes() == again.read_bytes()
-    with closing(zipfile.ZipFile(package)) as archive:
+    package.pack(root, names, again)
+    assert packed.read_bytes() == again.read_bytes()
+    with closing(zipfile.ZipFile(packed)) as archive:
         assert archive.namelist() == names
         assert archive.read("data/train.csv") == b"work/data/train.csv"
 
@@ -411,14 +425,14 @@ def test_a_file_that_is_missing_or_too_large_is_said_before_anything_is_sent(
 ) -> None:
     file = load(tmp_path, model="some/hub-id")
     with pytest.raises(StudyError, match=r"study.yaml, line \d+: domains.topics.data.source: .*topics.csv"):
-        submit.shipped_files(file)
+        package.shipped_files(file)
     (tmp_path / "topics.csv").write_text("x" * 2**21)
-    assert submit.shipped_files(file) == (tmp_path, ["study.yaml", "topics.csv"])
-    monkeypatch.setattr(submit, "SHIPPED_BYTES", 2**20)
+    assert package.shipped_files(file) == (tmp_path, ["study.yaml", "topics.csv"])
+    monkeypatch.setattr(package, "SHIPPED_BYTES", 2**20)
     with pytest.raises(StudyError, match=r"2 MiB .*topics.csv.* at most 1 MiB travel .*absolute path"):
-        submit.shipped_files(file)
+        package.shipped_files(file)
     with pytest.raises(StudyError, match=r"line \d+: model: no model folder './model'"):
-        submit.shipped_files(load(tmp_path))
+        package.shipped_files(load(tmp_path))
 
 
 PASSWORD = "hunter2hunter2"
@@ -459,7 +473,7 @@ def test_a_study_without_passwords_travels(tmp_path: Path) -> None:
     tracking = {"ledger": "postgresql://me@database/ledger", "mlflow": "https://tracking:5000/a?b=c"}
     asking = "Which is best? See http://h/a? Or mail me@home.org & others?"
     file = load(tmp_path, model="some/hub-id", tracking=tracking, description=asking)
-    submit._refuse_passwords(file, ["search.seed=1", "description=Which one?"])
+    refuse_passwords(file, ["search.seed=1", "description=Which one?"])
 
 
 def test_a_job_records_the_commit_of_the_study_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,49 +482,45 @@ def test_a_job_records_the_commit_of_the_study_file(tmp_path: Path, monkeypatch:
     (tmp_path / "work" / "topics.csv").touch()
     copy = Path(tempfile.mkdtemp(dir=tmp_path))
     file = load(tmp_path / "work" / "studies", model="some/hub-id", domains={"a": {"data": {"source": "hub:a/b"}}})
-    assert SUBMITTED_COMMIT not in submit._environment(file, None)
+    assert SUBMITTED_COMMIT not in job_environment(file, None)
 
     commit = commit_all(tmp_path / "work")
     for recorded in (commit, f"{commit} (with uncommitted changes)"):
         with monkeypatch.context() as job:
             assert provenance(file.folder)["git_commit"] == recorded
             assert "git_commit" not in provenance(copy)
-            for name, value in submit._environment(file, None).items():
+            for name, value in job_environment(file, None).items():
                 job.setenv(name, value)
             assert provenance(copy)["git_commit"] == recorded
         (tmp_path / "work" / "topics.csv").write_text("changed")
 
 
 def test_the_cluster_must_see_the_same_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "topics.csv").touch()
-    load(tmp_path, model="some/hub-id")
-    study = Study.from_file(tmp_path / "study.yaml", storage=tmp_path / "storage")
+    study = opened(tmp_path, tmp_path / "storage")
     told: list[str] = []
-    mark = submit._mark_storage(study, told.append)
+    mark = mark_storage(study, told.append)
     assert mark is not None
     assert not told
-    submit.check_arrival(study)
+    check_arrival(study)
     assert mark.exists()
-    monkeypatch.setenv(submit.STORAGE_MARK, str(mark))
-    submit.check_arrival(study)
+    monkeypatch.setenv(STORAGE_MARK, str(mark))
+    check_arrival(study)
     assert not mark.exists()
     # Another folder of the same name.
     monkeypatch.setenv("PEFTSEARCH_STORAGE", "/shared/peftsearch")
     with pytest.raises(StudyError, match=r"does not see the folder .*storage of the machine.*/shared/peftsearch"):
-        submit.check_arrival(study)
+        check_arrival(study)
     assert run_app(["run", str(tmp_path / "study.yaml"), "--storage", str(tmp_path / "storage")]) == 2
 
 
 def test_the_jobs_command_survives_the_clusters_shell(tmp_path: Path) -> None:
-    (tmp_path / "topics.csv").touch()
-    load(tmp_path, model="some/hub-id")
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "peftsearch").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     (programs / "peftsearch").chmod(0o755)
     storage = tmp_path / "it's a storage"
-    study = Study.from_file(tmp_path / "study.yaml", storage=storage)
-    line = submit._entrypoint(study, "it's/study.yaml", ["search.seed=1; touch /tmp/x"])
+    study = opened(tmp_path, storage)
+    line = job_command(study, "it's/study.yaml", ["search.seed=1; touch /tmp/x"])
     done = subprocess.run(
         ["/bin/sh", "-c", line], capture_output=True, text=True, env={"PATH": f"{programs}:/usr/bin:/bin"}
     )
@@ -519,20 +529,14 @@ def test_the_jobs_command_survives_the_clusters_shell(tmp_path: Path) -> None:
 
 
 def test_a_storage_that_only_the_cluster_has_is_taken_with_a_word(tmp_path: Path) -> None:
-    (tmp_path / "topics.csv").touch()
-    load(tmp_path, model="some/hub-id")
     told: list[str] = []
-    study = Study.from_file(tmp_path / "study.yaml", storage=tmp_path / "not" / "mounted" / "here")
-    assert submit._mark_storage(study, told.append) is None
+    study = opened(tmp_path, tmp_path / "not" / "mounted" / "here")
+    assert mark_storage(study, told.append) is None
     assert "work where it is mounted" in told[0]
     assert not (tmp_path / "not").exists()
 
 
 def test_studies_of_the_same_name_in_other_storages_are_other_jobs(tmp_path: Path) -> None:
-    (tmp_path / "topics.csv").touch()
-    load(tmp_path, model="some/hub-id")
-    here, there = (
-        submit.job_prefix(Study.from_file(tmp_path / "study.yaml", storage=tmp_path / name)) for name in ("a", "b")
-    )
+    here, there = (job_prefix(opened(tmp_path, tmp_path / name)) for name in ("a", "b"))
     assert here != there
     assert here.startswith("peftsearch-tiny-")

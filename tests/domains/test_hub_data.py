@@ -22,7 +22,7 @@ CARD = "---\nlicense: mit\n---\n"
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from peftsearch.domains.prepare import load_domain
+from peftsearch.domains import load_domain
 from peftsearch.spec import StudyFile, StudyError, UnreachableError
 for data in json.loads(sys.argv[1]):
     study = {"name": "s", "model": "m", "domains": {"d": {"data": data}}, "methods": {"lora": {}}}

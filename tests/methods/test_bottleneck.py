@@ -53,11 +53,6 @@ BOTTLENECK = 5
 PLACEMENTS = ("pfeiffer", "houlsby", "parallel")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def bert() -> PreTrainedModel:
     config = BertConfig(
         vocab_size=VOCABULARY,

@@ -24,16 +24,6 @@ PLACEMENTS = ("pfeiffer", "houlsby", "parallel")
 every_kind = pytest.mark.parametrize("kind", MODELS)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {kind: write(tmp_path_factory.mktemp(kind)) for kind, (write, _, _) in MODELS.items()}
-
-
 def attach(bases: dict[str, Path], kind: str, **values: Any) -> PeftModel:
     model, context = load(bases[kind], kind)
     attached = METHODS["hybrid"].attach(model, {**SAMPLES["hybrid"], **values}, context)

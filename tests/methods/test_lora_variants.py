@@ -23,16 +23,6 @@ from peftsearch.training.base_model import count_trainable
 VARIANTS = ("lora", "dora", "rslora")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {kind: write(tmp_path_factory.mktemp(kind)) for kind, (write, _, _) in MODELS.items()}
-
-
 def configuration(**values: Any) -> dict[str, Any]:
     return {**SAMPLES["lora"], **values}
 

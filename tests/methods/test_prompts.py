@@ -42,11 +42,6 @@ DEEP = ("prefix", "p_tuning_v2")
 TOKENS = 3
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def given(model: Any, *parts: str) -> dict[str, Tensor]:
     """The parameters whose names contain one of the parts."""
     return {name: p for name, p in model.named_parameters() if any(part in name for part in parts)}

@@ -29,11 +29,6 @@ QUANTIZATIONS: tuple[Quantization, ...] = ("nf4", "int8")
 every_quantization = pytest.mark.parametrize("quantization", QUANTIZATIONS)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def configuration(method: str, quantization: str, **values: Any) -> dict[str, Any]:
     return {**SAMPLES[method], "quantization": quantization, **values}
 
@@ -232,11 +227,6 @@ def test_a_fresh_process_gets_the_same_from_adapters_over_nf4(bases: dict[str, P
     assert done.returncode == 0, done.stderr[-2000:]
     found = [torch.tensor(json.loads(line)) for line in done.stdout.splitlines()[-2:]]
     assert [torch.equal(ours, theirs) for ours, theirs in zip(expected, found, strict=True)] == [True, True]
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {kind: write(tmp_path_factory.mktemp(kind)) for kind, (write, _, _) in MODELS.items()}
 
 
 # --- what cannot work ------------------------------------------------------------------------------------------------

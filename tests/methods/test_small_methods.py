@@ -32,11 +32,6 @@ SMALL = ("ia3", "bitfit", "layer_norm")
 BIASED = "encoder"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.mark.parametrize(("architecture", "task"), CASES)
 @pytest.mark.parametrize("method", SMALL)
 def test_trains_saves_and_reloads(method: str, architecture: str, task: str, tmp_path: Path) -> None:

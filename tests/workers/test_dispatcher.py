@@ -3,53 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any
 
 import pytest
+from dispatcher_runs import held_by_the_first_of_two, outcome, queued, run, segment, started, take
 
-from peftsearch.training.segment import Failure, ProbeResult, Segment, TrialPlan
-from peftsearch.workers.dispatcher import Dispatcher, Order
-
-
-def segment(number: int, to_step: int = 1) -> Segment:
-    return Segment(TrialPlan(number, "m", "d", "lora", {}, 0), to_step)
-
-
-def outcome(text: str) -> Any:
-    return ProbeResult(details={"text": text})
-
-
-def run(scenario: Callable[[], Awaitable[None]]) -> None:
-    async def bounded() -> None:
-        await asyncio.wait_for(scenario(), 20)
-
-    asyncio.run(bounded())
-
-
-async def started(dispatcher: Dispatcher, *slots: int) -> None:
-    for slot in slots:
-        await dispatcher.join(slot, f"life-{slot}")
-        await dispatcher.warm(slot, f"life-{slot}", {})
-
-
-async def take(dispatcher: Dispatcher, slot: int) -> Order:
-    order = await dispatcher.take(slot, f"life-{slot}")
-    assert order.lease is not None
-    return order
+from peftsearch.training.segment import Failure
+from peftsearch.workers.dispatcher import Dispatcher
 
 
 def test_an_answer_reaches_whoever_asked() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(max_retries=1)
         await started(dispatcher, 0)
-        asked = [asyncio.create_task(dispatcher.submit(segment(number))) for number in range(3)]
-        await asyncio.sleep(0)
+        asked = await queued(dispatcher, *(segment(number) for number in range(3)))
         for number in range(3):
             order = await take(dispatcher, 0)
             assert order.work == segment(number)
             await dispatcher.finish(0, "life-0", order.lease or 0, outcome(str(number)))
-        assert [(await task)[0].details["text"] for task in asked] == ["0", "1", "2"]  # type: ignore[union-attr]
+        assert [(await task)[0].details["text"] for task in asked] == ["0", "1", "2"]
 
     run(scenario)
 
@@ -71,9 +42,7 @@ def test_leased_work_of_a_dead_slot_is_handed_out_again_and_first() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(max_retries=1)
         await started(dispatcher, 0)
-        first = asyncio.create_task(dispatcher.submit(segment(1)))
-        second = asyncio.create_task(dispatcher.submit(segment(2)))
-        await asyncio.sleep(0)
+        first, second = await queued(dispatcher, segment(1), segment(2))
         lost = await take(dispatcher, 0)
         await dispatcher.join(0, "second life")
         order = await dispatcher.take(0, "second life")
@@ -82,7 +51,7 @@ def test_leased_work_of_a_dead_slot_is_handed_out_again_and_first() -> None:
         await dispatcher.finish(0, "life-0", lost.lease or 0, outcome("from the dead"))
         await dispatcher.finish(0, "second life", order.lease or 0, outcome("from the living"))
         answer, attempts = await first
-        assert answer.details["text"] == "from the living"  # type: ignore[union-attr]
+        assert answer.details["text"] == "from the living"
         assert attempts == 1
         second.cancel()
 
@@ -92,8 +61,7 @@ def test_leased_work_of_a_dead_slot_is_handed_out_again_and_first() -> None:
 def test_work_that_keeps_breaking_slots_fails_with_the_last_error() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(max_retries=2)
-        task = asyncio.create_task(dispatcher.submit(segment(1)))
-        await asyncio.sleep(0)
+        (task,) = await queued(dispatcher, segment(1))
         for life in range(3):
             await dispatcher.join(0, f"life {life}")
             order = await dispatcher.take(0, f"life {life}")
@@ -110,17 +78,15 @@ def test_a_silent_slot_loses_its_lease_and_another_takes_over() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(max_retries=1, lease_seconds=0.2)
         await started(dispatcher, 0, 1)
-        task = asyncio.create_task(dispatcher.submit(segment(1)))
-        await asyncio.sleep(0)
+        (task,) = await queued(dispatcher, segment(1))
         lost = await take(dispatcher, 0)
         order = await asyncio.wait_for(take(dispatcher, 1), 5)
         assert order.work == lost.work
         await dispatcher.finish(0, "life-0", lost.lease or 0, outcome("too late"))
         await dispatcher.finish(1, "life-1", order.lease or 0, outcome("in time"))
-        assert (await task)[0].details["text"] == "in time"  # type: ignore[union-attr]
+        assert (await task)[0].details["text"] == "in time"
         # The silent slot was only slow: it may go on taking work.
-        again = asyncio.create_task(dispatcher.submit(segment(2)))
-        await asyncio.sleep(0)
+        (again,) = await queued(dispatcher, segment(2))
         assert (await take(dispatcher, 0)).work == segment(2)
         again.cancel()
 
@@ -131,8 +97,7 @@ def test_a_slot_that_beats_keeps_its_lease() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(max_retries=1, lease_seconds=0.2)
         await started(dispatcher, 0)
-        task = asyncio.create_task(dispatcher.submit(segment(1)))
-        await asyncio.sleep(0)
+        (task,) = await queued(dispatcher, segment(1))
         order = await take(dispatcher, 0)
         for _ in range(10):
             await asyncio.sleep(0.05)
@@ -146,14 +111,8 @@ def test_a_slot_that_beats_keeps_its_lease() -> None:
 def test_a_trial_goes_back_to_the_free_slot_that_holds_its_state() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(max_retries=1)
-        await started(dispatcher, 0, 1)
-        tasks = [asyncio.create_task(dispatcher.submit(segment(1)))]
-        await asyncio.sleep(0)
-        order = await take(dispatcher, 0)
-        await dispatcher.finish(0, "life-0", order.lease or 0, outcome("first"))
-        tasks.append(asyncio.create_task(dispatcher.submit(segment(1, 2))))
-        tasks.append(asyncio.create_task(dispatcher.submit(segment(2))))
-        await asyncio.sleep(0)
+        await held_by_the_first_of_two(dispatcher)
+        tasks = await queued(dispatcher, segment(1, 2), segment(2))
         assert (await take(dispatcher, 1)).work == segment(2)
         assert (await take(dispatcher, 0)).work == segment(1, 2)
         for task in tasks:
@@ -167,8 +126,7 @@ def test_slots_hear_which_trials_have_ended() -> None:
         dispatcher = Dispatcher(max_retries=1)
         await started(dispatcher, 0)
         await dispatcher.end("00007")
-        task = asyncio.create_task(dispatcher.submit(segment(8)))
-        await asyncio.sleep(0)
+        (task,) = await queued(dispatcher, segment(8))
         assert (await take(dispatcher, 0)).ended == ("00007",)
         task.cancel()
 
@@ -178,8 +136,7 @@ def test_slots_hear_which_trials_have_ended() -> None:
 def test_an_unusable_slot_is_reported_and_its_work_waits_for_another() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(max_retries=1)
-        task = asyncio.create_task(dispatcher.submit(segment(1)))
-        await asyncio.sleep(0)
+        (task,) = await queued(dispatcher, segment(1))
         await dispatcher.join(0, "life-0")
         await dispatcher.unusable(0, "life-0", "cannot load the model")
         assert (await dispatcher.status())["unusable"] == {0: "cannot load the model"}
@@ -194,18 +151,12 @@ def test_an_unusable_slot_is_reported_and_its_work_waits_for_another() -> None:
 def test_a_slot_that_vanished_while_idle_does_not_keep_its_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(max_retries=1)
-        await started(dispatcher, 0, 1)
-        tasks = [asyncio.create_task(dispatcher.submit(segment(1)))]
-        await asyncio.sleep(0)
-        order = await take(dispatcher, 0)
-        await dispatcher.finish(0, "life-0", order.lease or 0, outcome("first"))
-        tasks.append(asyncio.create_task(dispatcher.submit(segment(1, 2))))
-        await asyncio.sleep(0)
+        await held_by_the_first_of_two(dispatcher)
+        (task,) = await queued(dispatcher, segment(1, 2))
         monkeypatch.setattr("peftsearch.workers.dispatcher._POLL_SECONDS", 0.1)
         await asyncio.sleep(0.4)
         assert (await take(dispatcher, 1)).work == segment(1, 2)
-        for task in tasks:
-            task.cancel()
+        task.cancel()
 
     run(scenario)
 
@@ -292,8 +243,7 @@ def test_what_a_slot_is_at_is_handed_out_again_when_it_dies(monkeypatch: pytest.
 def test_lost_machines_and_slots_are_no_trials_fault() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(max_retries=0)
-        task = asyncio.create_task(dispatcher.submit(segment(1)))
-        await asyncio.sleep(0)
+        (task,) = await queued(dispatcher, segment(1))
         await dispatcher.join(0, "life-0")
         await dispatcher.warm(0, "life-0", {"nodes": ["here", "there"]})
         await take(dispatcher, 0)
@@ -317,18 +267,12 @@ def test_a_slot_forgets_a_trial_that_goes_on_elsewhere(monkeypatch: pytest.Monke
 
     async def scenario() -> None:
         dispatcher = Dispatcher(max_retries=1)
-        await started(dispatcher, 0, 1)
-        tasks = [asyncio.create_task(dispatcher.submit(segment(1)))]
-        await asyncio.sleep(0)
-        order = await take(dispatcher, 0)
-        await dispatcher.finish(0, "life-0", order.lease or 0, outcome("first"))
+        await held_by_the_first_of_two(dispatcher)
         await asyncio.sleep(0.2)
-        tasks.append(asyncio.create_task(dispatcher.submit(segment(1, 2))))
-        await asyncio.sleep(0)
+        (task,) = await queued(dispatcher, segment(1, 2))
         assert (await take(dispatcher, 1)).work == segment(1, 2)
         assert (await dispatcher.take(0, "life-0")).ended == ("00001",)
-        for task in tasks:
-            task.cancel()
+        task.cancel()
 
     run(scenario)
 
@@ -337,8 +281,7 @@ def test_work_that_a_leaving_slot_hands_back_goes_to_another_one_and_counts_as_n
     async def scenario() -> None:
         dispatcher = Dispatcher(max_retries=0)
         await started(dispatcher, 0, 1)
-        asked = asyncio.create_task(dispatcher.submit(segment(0)))
-        await asyncio.sleep(0)
+        (asked,) = await queued(dispatcher, segment(0))
         order = await take(dispatcher, 0)
         await dispatcher.hand_back(0, "life-0", order.lease or 0)
         again = await take(dispatcher, 1)

@@ -7,15 +7,11 @@ from collections.abc import Hashable
 from typing import Any
 
 import pytest
-from test_dispatcher import outcome, run, started
+from dispatcher_runs import outcome, queued, run, segment, started
 
-from peftsearch.training.segment import Failure, Probe, Segment, TrialPlan
+from peftsearch.training.segment import Failure, Probe, Segment
 from peftsearch.workers.dispatcher import Dispatcher, Order
 from peftsearch.workers.packing import PATIENCE_SECONDS, Others, Sizes, Waiting, choose
-
-
-def segment(number: int, domain: str = "d", method: str = "lora") -> Segment:
-    return Segment(TrialPlan(number, "m", domain, method, {}, 0), 1)
 
 
 def key(work: Any) -> Hashable | None:
@@ -28,12 +24,6 @@ def given(order: Order) -> list[Any]:
 
 def leases(order: Order) -> list[int]:
     return [] if order.lease is None else [order.lease, *(lease for lease, _ in order.beside)]
-
-
-async def queued(dispatcher: Dispatcher, *works: Any) -> list[asyncio.Task[Any]]:
-    tasks = [asyncio.create_task(dispatcher.submit(work)) for work in works]
-    await asyncio.sleep(0)
-    return tasks
 
 
 def waiting(*kinds: Hashable | None, held: tuple[int, ...] = (), seconds: float = 0.0) -> list[Waiting]:
