@@ -10,13 +10,12 @@ Example:
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
 import socket
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from peftsearch.files import RemotePath, StorageError, check_bucket, delete_tree, persist, place, reason, write_bytes
+from peftsearch.files import RemotePath, delete_tree, persist, place, write_bytes
 from peftsearch.fork import Origin, shared_cells, take_over
 from peftsearch.holder import Lease, hold, is_held, last_driver
 from peftsearch.spec import (
@@ -41,7 +40,16 @@ from peftsearch.spec import (
     without_passwords,
 )
 from peftsearch.spec.changes import compare
-from peftsearch.storage import StudyFolder, damaged, reaching, read_json, study_folder, write_json
+from peftsearch.storage import (
+    StudyFolder,
+    check_storage,
+    damaged,
+    mendable,
+    reaching,
+    read_json,
+    study_folder,
+    write_json,
+)
 from peftsearch.tracking.ledger import CLAIMS, Ledger, LedgerCell, Owner, hide_password
 
 if TYPE_CHECKING:
@@ -224,7 +232,7 @@ class Study:
             self._check_ledger()
             self.folder.create()
             with (
-                _mendable(),
+                mendable(),
                 hold(self.folder.path, self.name, lost=stopped.set, waiting=events.phase, stopped=stopped) as lease,
             ):
                 facts = self._facts(plan)
@@ -621,7 +629,7 @@ class Study:
             StudyError: Shows what has changed, and says what to do; or the storage cannot be used.
         """
         self._check_databases()
-        _check_storage(self.folder)
+        check_storage(self.folder.storage)
         if self.folder.exists():
             before = _specification(read_json(self.folder.spec), self.folder)
             compare(_saved(before), _saved(self.spec)).check(self.name)
@@ -798,45 +806,6 @@ def _data_folder(saved: Mapping[str, Any]) -> Path:
     """Where relative paths of a study start; of one that ran as a job, the machine that has submitted it knows."""
     places = [Path(saved[key]) for key in ("folder", "submitted_from") if saved.get(key)]
     return next((place for place in places if place.is_dir()), places[0])
-
-
-def _check_storage(folder: StudyFolder) -> None:
-    """The storage can be written, or made; nothing is created in it yet.
-
-    Raises:
-        StudyError: It cannot.
-    """
-    place = folder.storage
-    if not isinstance(place, Path):
-        try:
-            check_bucket(place)
-        except OSError as error:
-            raise StudyError(
-                f"cannot use the storage {place}: {reason(error)} (choose another with --storage or PEFTSEARCH_STORAGE)"
-            ) from None
-        return
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise StudyError(
-            f"cannot write to the storage {folder.storage}: choose another with --storage or PEFTSEARCH_STORAGE"
-        )
-
-
-@contextlib.contextmanager
-def _mendable() -> Iterator[None]:
-    """Around what fails where the storage takes nothing.
-
-    Raises:
-        RuntimeError: It is full, read-only or away; the study continues when that is mended.
-    """
-    try:
-        yield
-    except OSError as error:
-        if not isinstance(error, StorageError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise
-        what = str(error) if isinstance(error, StorageError) else f"cannot write {error.filename}: {error.strerror}"
-        raise RuntimeError(f"{what}: mend that and run the study again, it continues") from error
 
 
 def _left_out(spec: StudySpec, ledger: Ledger) -> int:
