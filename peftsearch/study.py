@@ -15,18 +15,17 @@ import logging
 import os
 import socket
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from peftsearch.files import RemotePath, delete_tree, persist, place, write_bytes
 from peftsearch.fork import Origin, shared_cells, take_over
 from peftsearch.holder import Lease, hold, is_held, last_driver
+from peftsearch.saved import SUBMITTED_FROM, as_saved, data_folder, known_facts, now, specification
 from peftsearch.spec import (
     THREADS,
     StudyError,
@@ -64,10 +63,6 @@ log = logging.getLogger(__name__)
 
 LEDGER_PATIENCE = 600.0
 """Seconds that a running study waits for its ledger's database: long enough for a server to be moved elsewhere."""
-
-
-SUBMITTED_FROM = "PEFTSEARCH_SUBMITTED_FROM"
-"""Environment variable of a job: the study file's folder on the machine that has submitted it."""
 
 
 class Study:
@@ -123,7 +118,7 @@ class Study:
         folder = study_folder(name, storage).require()
         with reaching(folder.storage):
             saved = read_json(folder.spec)
-        return cls(_specification(saved, folder), folder)
+        return cls(specification(saved, folder), folder)
 
     @property
     def name(self) -> str:
@@ -172,7 +167,7 @@ class Study:
         """What the study, which exists, gets more of with this file, in words; None where there is none yet."""
         if not self.folder.exists():
             return None
-        return compare(_saved(_specification(read_json(self.folder.spec), self.folder)), _saved(self.spec)).extending
+        return compare(as_saved(specification(read_json(self.folder.spec), self.folder)), as_saved(self.spec)).extending
 
     def _plan(self, *, partial: bool) -> StudyPlan:
         from peftsearch.search.plan import plan_study
@@ -228,7 +223,7 @@ class Study:
             guesses, found_in = self._guesses()
             if origin is not None:
                 # Refused before the study has a folder.
-                shared_cells(origin, _saved(self.spec), self._facts(plan))
+                shared_cells(origin, as_saved(self.spec), self._facts(plan))
             self._check_ledger()
             self.folder.create()
             with (
@@ -249,7 +244,7 @@ class Study:
 
                 with closing(self._ledger(plan, lease)) as ledger:
                     notes = self.folder.path / "driver.json"
-                    persist(notes, lambda: lease.note(state="running", since=_now(), error=None))
+                    persist(notes, lambda: lease.note(state="running", since=now(), error=None))
                     if origin is not None:
                         events.phase(f"taking over the trials of {origin.name}")
                         self._take_over(origin, facts, ledger)
@@ -285,7 +280,7 @@ class Study:
                         # Where the ledger could not be written, Ray Tune has wrapped that up in a traceback.
                         why = ledger.failure or error
                         with contextlib.suppress(OSError):
-                            lease.note(state="interrupted", until=_now(), error=hide_secrets(str(why)) or None)
+                            lease.note(state="interrupted", until=now(), error=hide_secrets(str(why)) or None)
                         if why is not error:
                             raise why from error
                         raise
@@ -304,7 +299,7 @@ class Study:
                                     f"run 'peftsearch sync {self.name}' when it is back"
                                 )
                     state = "interrupted" if stopped() else "finished"
-                    persist(notes, lambda: lease.note(state=state, until=_now()))
+                    persist(notes, lambda: lease.note(state=state, until=now()))
         if stopped():
             raise StudyInterrupted(self.name)
         return self.frontier()
@@ -320,7 +315,7 @@ class Study:
 
     def facts(self) -> StudyFacts:
         """What is known beside the trials."""
-        return _facts_of(read_json(self.folder.facts), self.folder)
+        return known_facts(read_json(self.folder.facts), self.folder)
 
     def frontier(self, domain: str | None = None) -> Frontier:
         """The front of each domain, or of one: a dict, with ``to_pandas`` and ``to_arrow``; a notebook shows it as the
@@ -442,11 +437,11 @@ class Study:
         with reaching(folder.storage):
             saved = read_json(folder.spec)
         study = StudyToExport(
-            spec=_specification(saved, folder),
+            spec=specification(saved, folder),
             facts=self.facts(),
             records=self.trials(),
             folder=self.folder.path,
-            data_folder=_data_folder(saved or {}),
+            data_folder=data_folder(saved or {}),
             cache=self.folder.cache,
             ledger=hide_password(self.ledger_url),
         )
@@ -555,7 +550,7 @@ class Study:
         if trusted := [path for path, place in plan.models.items() if place.trust_remote_code]:
             facts.provenance["trust_remote_code"] = ", ".join(trusted)
         if before is not None:
-            known = _facts_of(before, self.folder)
+            known = known_facts(before, self.folder)
             if THREADS in known.provenance:
                 facts.provenance[THREADS] = known.provenance[THREADS]
             for name, domain in facts.domains.items():
@@ -574,7 +569,7 @@ class Study:
         before = read_json(self.folder.facts)
         if before is None:
             return
-        known = _facts_of(before, self.folder)
+        known = known_facts(before, self.folder)
         advice = "restore it, or start a new study with --name"
         for name, domain in ((name, item.facts()) for name, item in plan.domains.items()):
             old = known.domains.get(name)
@@ -607,11 +602,11 @@ class Study:
 
     def _write_files(self, origin: Origin | None = None) -> None:
         assert self.file is not None
-        known = read_json(self.folder.spec) or {"begun": _now()}
+        known = read_json(self.folder.spec) or {"begun": now()}
         if origin is not None:
             known["forked_from"] = {"study": origin.name, "id": origin.id, "done": False}
         written = {
-            "study": _saved(self.spec),
+            "study": as_saved(self.spec),
             "folder": str(self.file.folder),
             "file": self.file.where,
             "submitted_from": os.environ.get(SUBMITTED_FROM),
@@ -631,8 +626,8 @@ class Study:
         self._check_databases()
         check_storage(self.folder.storage)
         if self.folder.exists():
-            before = _specification(read_json(self.folder.spec), self.folder)
-            compare(_saved(before), _saved(self.spec)).check(self.name)
+            before = specification(read_json(self.folder.spec), self.folder)
+            compare(as_saved(before), as_saved(self.spec)).check(self.name)
 
     def _origin(self, fork: str | None) -> Origin | None:
         """The study whose trials are to be taken over; None where that was done already, too.
@@ -656,11 +651,11 @@ class Study:
         if fork is None:
             return None
         other = Study.open(fork, self.folder.storage)
-        spec = _saved(other.spec)
+        spec = as_saved(other.spec)
         return Origin(other.name, other.id, other.folder.path, other.ledger_url, spec, other.facts())
 
     def _take_over(self, origin: Origin, facts: StudyFacts, ledger: Ledger) -> None:
-        cells = shared_cells(origin, _saved(self.spec), facts)
+        cells = shared_cells(origin, as_saved(self.spec), facts)
         seeds = range(self.spec.search.seed + 1, self.spec.search.seed + 1 + self.spec.confirm.seeds)
         take_over(origin, ledger, cells, self.spec.search.trials, seeds, self.folder.path)
         saved = read_json(self.folder.spec) or {}
@@ -802,12 +797,6 @@ class _ToMlflow:
         self._tracker.update(record)
 
 
-def _data_folder(saved: Mapping[str, Any]) -> Path:
-    """Where relative paths of a study start; of one that ran as a job, the machine that has submitted it knows."""
-    places = [Path(saved[key]) for key in ("folder", "submitted_from") if saved.get(key)]
-    return next((place for place in places if place.is_dir()), places[0])
-
-
 def _left_out(spec: StudySpec, ledger: Ledger) -> int:
     """Combinations of grids that are outside the study's limits, where that leaves a cell fewer trials."""
     from peftsearch.search.cells import study_cells, trials_of
@@ -820,44 +809,6 @@ def _left_out(spec: StudySpec, ledger: Ledger) -> int:
         fitting = Grid(cell.space).size - ledger.infeasible(cell.key)
         left_out += max(0, trials_of(spec.search, cell.space) - fitting)
     return left_out
-
-
-def _specification(saved: Mapping[str, Any] | None, folder: StudyFolder) -> StudySpec:
-    """The specification in a study's folder.
-
-    Raises:
-        StudyError: The file is damaged.
-    """
-    try:
-        return StudySpec.model_validate((saved or {})["study"])
-    except (KeyError, ValidationError, RecursionError) as error:
-        raise damaged(folder.spec, f"{type(error).__name__}: it holds no study") from None
-
-
-def _facts_of(saved: Mapping[str, Any] | None, folder: StudyFolder) -> StudyFacts:
-    """The facts in a study's folder.
-
-    Raises:
-        StudyError: There are none yet, or the file is damaged.
-    """
-    if saved is None:
-        raise StudyError(f"the study {folder.name!r} has no {folder.facts.name} yet: run it first")
-    try:
-        return StudyFacts.model_validate(saved)
-    except (ValidationError, RecursionError) as error:
-        raise damaged(folder.facts, f"{type(error).__name__}: it holds no facts of a study") from None
-
-
-def _saved(spec: StudySpec) -> dict[str, Any]:
-    """The specification as it is written: without passwords, which whoever opens the study brings along."""
-    saved = spec.model_dump(mode="json")
-    saved["tracking"] = {key: without_passwords(value) for key, value in saved["tracking"].items()}
-    saved["description"] = saved["description"] and hide_secrets(saved["description"])
-    return saved
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _elapsed(driver: dict[str, Any], held: bool) -> float:

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from peftsearch.ray_access import HOW_TO_SWITCH_ON, check_access, refused, token_of_the_user
+from peftsearch.saved import SUBMITTED_FROM
 from peftsearch.spec import DataSpec, StudyError, StudyFile, model_location, without_passwords
 from peftsearch.storage import ENVIRONMENT_VARIABLE
-from peftsearch.study import SUBMITTED_FROM, Study
+from peftsearch.study import Study
 from peftsearch.tracking.provenance import SUBMITTED_COMMIT, study_commit
 
 SHIPPED_BYTES = 200 * 2**20

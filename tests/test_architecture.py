@@ -16,7 +16,20 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "peftsearch"
 ORDER = ("spec", "domains", "methods", "training", "workers", "search", "tracking", "frontier", "export", "cli")
 # The modules at the top put the parts together; of the parts, only the command line knows them.
-TOP = {"study", "driver", "storage", "events", "submit", "ray_access", "stopping", "files", "holder", "fork", "schema"}
+TOP = {
+    "study",
+    "driver",
+    "storage",
+    "events",
+    "submit",
+    "ray_access",
+    "stopping",
+    "files",
+    "holder",
+    "fork",
+    "schema",
+    "saved",
+}
 # Reading and writing files knows nothing of studies, and every part from training on does it.
 FILES = {"files"}
 

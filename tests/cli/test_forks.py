@@ -12,8 +12,9 @@ from cli_study import rows, small_study, write_rows, write_study
 
 from peftsearch.fork import shared_cells
 from peftsearch.holder import hold
+from peftsearch.saved import as_saved
 from peftsearch.spec import StudyError
-from peftsearch.study import Study, _saved
+from peftsearch.study import Study
 
 Fork = Callable[..., tuple[Study, Callable[[], None]]]
 
@@ -35,7 +36,7 @@ def fork(base: Path, project: Path, storage: Path, started: Study) -> Fork:
         assert origin is not None
         plan = study.validate()
         facts = study._facts(plan)
-        shared_cells(origin, _saved(study.spec), facts)
+        shared_cells(origin, as_saved(study.spec), facts)
         study.folder.create()
         study._write_files(origin)
         study._save_facts(facts)
