@@ -10,43 +10,39 @@ Example:
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import socket
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftsearch.files import RemotePath, delete_tree, persist, place, write_bytes
+from peftsearch.files import delete_tree, persist, place, write_bytes
 from peftsearch.fork import Origin, shared_cells, take_over
+from peftsearch.handle import StudyHandle
 from peftsearch.holder import Lease, hold, is_held, last_driver
 from peftsearch.saved import SUBMITTED_FROM, as_saved, data_folder, known_facts, now, specification
 from peftsearch.spec import (
     THREADS,
     StudyError,
     StudyFacts,
-    StudyFile,
     StudySpec,
     TrialRecord,
     TrialState,
     hide_secrets,
-    note_secrets,
     without_passwords,
 )
 from peftsearch.spec.changes import compare
 from peftsearch.storage import (
-    StudyFolder,
     check_storage,
     damaged,
     mendable,
     reaching,
     read_json,
-    study_folder,
     write_json,
 )
 from peftsearch.tracking.ledger import CLAIMS, Ledger, LedgerCell, Owner, hide_password
@@ -65,7 +61,7 @@ LEDGER_PATIENCE = 600.0
 """Seconds that a running study waits for its ledger's database: long enough for a server to be moved elsewhere."""
 
 
-class Study:
+class Study(StudyHandle):
     """One study: its specification, its folder, and what is done with them.
 
     Use `from_file` to run a study, `open` to read one.
@@ -75,76 +71,6 @@ class Study:
         folder: Where the study's files are.
         file: The study file, where there is one at hand.
     """
-
-    def __init__(self, spec: StudySpec, folder: StudyFolder, file: StudyFile | None = None) -> None:
-        self.spec = spec
-        self.folder = folder
-        self.file = file
-        self._id: str | None = None
-        note_secrets(spec.tracking.ledger, spec.tracking.mlflow)
-
-    @classmethod
-    def from_file(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        name: str | None = None,
-        storage: str | os.PathLike[str] | RemotePath | None = None,
-        overrides: Iterable[str] = (),
-    ) -> Study:
-        """A study from its file.
-
-        Args:
-            path: The YAML file.
-            name: Another name than the file's.
-            storage: Folder or URI (``s3://bucket/prefix``); ``PEFTSEARCH_STORAGE`` or ``~/peftsearch`` where absent.
-            overrides: ``key=value`` settings, as with ``--set``.
-
-        Raises:
-            StudyError: Something in the file is wrong.
-        """
-        # As JSON, which is YAML too: a name that looks like a number stays a name.
-        settings = [*overrides, *([f"name={json.dumps(name)}"] if name is not None else [])]
-        file = StudyFile.load(path, settings)
-        return cls(file.spec, study_folder(file.spec.name, storage), file)
-
-    @classmethod
-    def open(cls, name: str, storage: str | os.PathLike[str] | RemotePath | None = None) -> Study:
-        """A study that was started before.
-
-        Raises:
-            StudyError: There is none of this name.
-        """
-        folder = study_folder(name, storage).require()
-        with reaching(folder.storage):
-            saved = read_json(folder.spec)
-        return cls(specification(saved, folder), folder)
-
-    @property
-    def name(self) -> str:
-        """The study's name."""
-        return self.spec.name
-
-    @property
-    def ledger_url(self) -> str:
-        """Where the ledger is."""
-        return self.folder.ledger_url if self.spec.tracking.ledger == "auto" else self.spec.tracking.ledger
-
-    @property
-    def mlflow_tracking_uri(self) -> str | None:
-        """Where MLflow is; None where tracking is off."""
-        from peftsearch.tracking.mlflow_tracker import default_tracking_uri
-
-        wanted = self.spec.tracking.mlflow
-        if wanted == "off":
-            return None
-        return default_tracking_uri(self.folder.mlflow_folder) if wanted == "auto" else wanted
-
-    @property
-    def public_tracking_uri(self) -> str | None:
-        """Where MLflow is, without a login."""
-        uri = self.mlflow_tracking_uri
-        return uri if uri is None else without_passwords(uri)
 
     # --- before and while it runs ---
 
@@ -312,10 +238,6 @@ class Study:
 
         with closing(self._reader()) as ledger:
             return Trials(ledger.records)
-
-    def facts(self) -> StudyFacts:
-        """What is known beside the trials."""
-        return known_facts(read_json(self.folder.facts), self.folder)
 
     def frontier(self, domain: str | None = None) -> Frontier:
         """The front of each domain, or of one: a dict, with ``to_pandas`` and ``to_arrow``; a notebook shows it as the
@@ -589,13 +511,6 @@ class Study:
 
     def _save_facts(self, facts: StudyFacts) -> None:
         persist(self.folder.facts, lambda: write_json(self.folder.facts, facts.model_dump(mode="json")))
-
-    @property
-    def id(self) -> str:
-        """Tells this study from others of its name, in other storages; made when it is begun."""
-        if self._id is None:
-            self._id = (read_json(self.folder.spec) or {}).get("id") or str(uuid.uuid4())
-        return self._id
 
     def _owner(self) -> Owner:
         return Owner(self.id, f"{socket.gethostname()}:{self.folder.storage}")

@@ -29,6 +29,7 @@ TOP = {
     "fork",
     "schema",
     "saved",
+    "handle",
 }
 # Reading and writing files knows nothing of studies, and every part from training on does it.
 FILES = {"files"}
