@@ -10,13 +10,9 @@ Example:
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import socket
-import uuid
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from peftsearch.files import delete_tree, persist, place, write_bytes
 from peftsearch.fork import Origin, shared_cells, take_over
 from peftsearch.handle import StudyHandle
-from peftsearch.holder import Lease, hold, is_held, last_driver
+from peftsearch.holder import hold, is_held, last_driver
 from peftsearch.saved import SUBMITTED_FROM, as_saved, data_folder, known_facts, now, specification
 from peftsearch.spec import (
     THREADS,
@@ -39,13 +35,13 @@ from peftsearch.spec import (
 from peftsearch.spec.changes import compare
 from peftsearch.storage import (
     check_storage,
-    damaged,
     mendable,
     reaching,
     read_json,
     write_json,
 )
-from peftsearch.tracking.ledger import CLAIMS, Ledger, LedgerCell, Owner, hide_password
+from peftsearch.study_ledger import driver_ledger, open_ledger
+from peftsearch.tracking.ledger import Ledger, hide_password
 
 if TYPE_CHECKING:
     from peftsearch.events import StudyEvents
@@ -54,11 +50,6 @@ if TYPE_CHECKING:
     from peftsearch.frontier import Frontier, Trials
     from peftsearch.search.plan import StudyPlan
     from peftsearch.tracking.mlflow_tracker import MlflowTracker
-
-log = logging.getLogger(__name__)
-
-LEDGER_PATIENCE = 600.0
-"""Seconds that a running study waits for its ledger's database: long enough for a server to be moved elsewhere."""
 
 
 class Study(StudyHandle):
@@ -168,7 +159,7 @@ class Study(StudyHandle):
                     if lease.lost is None:
                         self._save_facts(known)
 
-                with closing(self._ledger(plan, lease)) as ledger:
+                with closing(driver_ledger(self, plan, lease)) as ledger:
                     notes = self.folder.path / "driver.json"
                     persist(notes, lambda: lease.note(state="running", since=now(), error=None))
                     if origin is not None:
@@ -236,7 +227,7 @@ class Study(StudyHandle):
         """Every trial of the ledger, whatever its state: a list, with ``to_pandas`` and ``to_arrow``."""
         from peftsearch.frontier import Trials
 
-        with closing(self._reader()) as ledger:
+        with closing(open_ledger(self)) as ledger:
             return Trials(ledger.records)
 
     def frontier(self, domain: str | None = None) -> Frontier:
@@ -274,7 +265,7 @@ class Study(StudyHandle):
         from peftsearch.search.cells import planned_trials
 
         driver = last_driver(self.folder.path)
-        with closing(self._reader()) as ledger:
+        with closing(open_ledger(self)) as ledger:
             records = ledger.records
             planned = planned_trials(self.spec) - _left_out(self.spec, ledger)
             confirmations = self._confirmations(ledger, planned)
@@ -310,7 +301,7 @@ class Study(StudyHandle):
             raise StudyError(f"the study {self.name!r} has tracking.mlflow: off: there is nothing to bring up to date")
         facts = self.facts()
         # A running study brings MLflow up to date itself, and its driver is the ledger's only writer.
-        with hold(self.folder.path, self.name) as lease, closing(self._reader(lease)) as ledger:
+        with hold(self.folder.path, self.name) as lease, closing(open_ledger(self, lease)) as ledger:
             # Whoever asked wants to know at once, and why, where the server does not answer.
             sync(uri, [], facts, artifact_location=self._artifact_location)
             tracker = self._tracker(facts, ledger)
@@ -512,9 +503,6 @@ class Study(StudyHandle):
     def _save_facts(self, facts: StudyFacts) -> None:
         persist(self.folder.facts, lambda: write_json(self.folder.facts, facts.model_dump(mode="json")))
 
-    def _owner(self) -> Owner:
-        return Owner(self.id, f"{socket.gethostname()}:{self.folder.storage}")
-
     def _write_files(self, origin: Origin | None = None) -> None:
         assert self.file is not None
         known = read_json(self.folder.spec) or {"begun": now()}
@@ -597,62 +585,9 @@ class Study(StudyHandle):
         if self.spec.tracking.ledger == "auto":
             return
         try:
-            self._reader().close()
+            open_ledger(self).close()
         except StudyError as error:
             raise StudyError(self.file.explain(error) if self.file else str(error)) from None
-
-    def _reader(self, lease: Lease | None = None) -> Ledger:
-        return Ledger(self.ledger_url, self.name, owner=self._owner(), guard=lease.check if lease else None)
-
-    def _ledger(self, plan: StudyPlan, lease: Lease | None = None) -> Ledger:
-        cells = [
-            LedgerCell(
-                key=item.cell.key,
-                model=item.cell.model,
-                domain=item.cell.domain,
-                method=item.cell.method,
-                metric=plan.domains[item.cell.domain].metric,
-                direction=plan.domains[item.cell.domain].direction,
-            )
-            for item in plan.cells
-        ]
-        owner = self._claim()
-        ledger = Ledger(
-            self.ledger_url,
-            self.name,
-            cells,
-            owner=owner,
-            patience=LEDGER_PATIENCE,
-            guard=lease.check if lease else None,
-        )
-        if owner.claim is not None:
-            self._write_claims(owner.claim)
-        return ledger
-
-    def _claim(self) -> Owner:
-        """This run, told from runs in copies of the storage that share its ledger: each leaves a word of its own in
-        both places, and a copy's word is not in this storage.
-
-        The word is in the storage first, and the former ones stay until it is in the ledger: whenever a driver dies,
-        the ledger holds one of them.
-        """
-        owner = self._owner()
-        if self.spec.tracking.ledger == "auto":
-            # The ledger is in the storage, and copied with it.
-            return owner
-        found = read_json(self.folder.path / CLAIMS)
-        earlier = None
-        if found is not None:
-            if not isinstance(found.get("claims"), list):
-                raise damaged(self.folder.path / CLAIMS, "it holds no list of claims")
-            earlier = tuple(map(str, found["claims"]))
-        claim = str(uuid.uuid4())
-        self._write_claims(claim, *(earlier or ()))
-        return replace(owner, claim=claim, earlier=earlier)
-
-    def _write_claims(self, *claims: str) -> None:
-        place = self.folder.path / CLAIMS
-        persist(place, lambda: write_json(place, {"claims": claims}))
 
     def _tracker(self, facts: StudyFacts, ledger: Ledger) -> MlflowTracker | None:
         from peftsearch.tracking.mlflow_tracker import MlflowTracker

@@ -30,6 +30,7 @@ TOP = {
     "schema",
     "saved",
     "handle",
+    "study_ledger",
 }
 # Reading and writing files knows nothing of studies, and every part from training on does it.
 FILES = {"files"}

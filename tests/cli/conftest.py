@@ -9,6 +9,7 @@ from cli_study import Result, rows, save_base, small_study, write_rows, write_st
 
 from peftsearch.spec import Rung, StudyFacts
 from peftsearch.study import Study
+from peftsearch.study_ledger import driver_ledger
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +75,7 @@ def started(base: Path, project: Path, storage: Path) -> Study:
     study._write_files()
     facts: StudyFacts = study._facts(plan)
     study._save_facts(facts)
-    ledger = study._ledger(plan)
+    ledger = driver_ledger(study, plan)
     for cell in plan.cells[:2]:
         record = ledger.ask(
             cell.cell.key,

@@ -15,6 +15,7 @@ from peftsearch.holder import hold
 from peftsearch.saved import as_saved
 from peftsearch.spec import StudyError
 from peftsearch.study import Study
+from peftsearch.study_ledger import driver_ledger
 
 Fork = Callable[..., tuple[Study, Callable[[], None]]]
 
@@ -40,7 +41,7 @@ def fork(base: Path, project: Path, storage: Path, started: Study) -> Fork:
         study.folder.create()
         study._write_files(origin)
         study._save_facts(facts)
-        ledger = study._ledger(plan)
+        ledger = driver_ledger(study, plan)
         return study, lambda: study._take_over(origin, facts, ledger)
 
     return begin

@@ -16,6 +16,7 @@ from peftsearch.search.run import StudyRun
 from peftsearch.spec import StudyFile
 from peftsearch.storage import study_folder
 from peftsearch.study import Study
+from peftsearch.study_ledger import driver_ledger
 from peftsearch.tracking.ledger import Ledger
 from peftsearch.training.distributed import WorkerGroup
 from peftsearch.training.segment import Segment, SegmentResult
@@ -86,7 +87,7 @@ def train_study(
     study.folder.create()
     study._write_files()
     study._save_facts(study._facts(plan))
-    with closing(study._ledger(plan)) as ledger:
+    with closing(driver_ledger(study, plan)) as ledger:
         run = StudyRun(
             file.spec.search, [item.cell for item in plan.cells], plan.searches(), lambda *_: _count(), ledger
         )

@@ -16,6 +16,7 @@ from security_files import Outcome, run_here, write_project
 
 from peftsearch.spec import Reading, Rung, StudyFacts
 from peftsearch.study import Study
+from peftsearch.study_ledger import driver_ledger
 
 SEEDS = range(1000 if LONG else 8)
 
@@ -34,7 +35,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     study._write_files()
     facts: StudyFacts = study._facts(plan)
     study._save_facts(facts)
-    ledger = study._ledger(plan)
+    ledger = driver_ledger(study, plan)
     for cell in plan.cells:
         record = ledger.ask(
             cell.cell.key,

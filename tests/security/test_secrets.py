@@ -18,6 +18,7 @@ from security_files import Outcome
 
 from peftsearch.spec import StudyError, hide_secrets, note_secrets, without_passwords
 from peftsearch.study import Study
+from peftsearch.study_ledger import driver_ledger
 
 Cli = Callable[..., Outcome]
 
@@ -156,7 +157,7 @@ def test_no_trace_of_a_secret(
     assert study.mlflow_tracking_uri == tracked
     from contextlib import closing
 
-    with closing(study._ledger(study.validate())) as ledger:
+    with closing(driver_ledger(study, study.validate())) as ledger:
         record = ledger.records[0].model_copy(update={"number": 99})
         with pytest.raises(KeyError):
             ledger.fail(99, f"no https://me:{OPTION}@h/")
