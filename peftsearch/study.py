@@ -41,6 +41,7 @@ from peftsearch.storage import (
     write_json,
 )
 from peftsearch.study_ledger import driver_ledger, open_ledger
+from peftsearch.study_mlflow import ToMlflow, artifact_location, open_tracker, sync, write_reports
 from peftsearch.tracking.ledger import Ledger, hide_password
 
 if TYPE_CHECKING:
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     from peftsearch.export.convert import Form
     from peftsearch.frontier import Frontier, Trials
     from peftsearch.search.plan import StudyPlan
-    from peftsearch.tracking.mlflow_tracker import MlflowTracker
 
 
 class Study(StudyHandle):
@@ -165,13 +165,13 @@ class Study(StudyHandle):
                     if origin is not None:
                         events.phase(f"taking over the trials of {origin.name}")
                         self._take_over(origin, facts, ledger)
-                    tracker = self._tracker(facts, ledger)
+                    tracker = open_tracker(self, facts, ledger)
                     hurried = False
                     try:
                         if tracker is not None:
                             for record in ledger.records:
                                 tracker.update(record)
-                        observers = [_ToMlflow(tracker)] if tracker else []
+                        observers = [ToMlflow(tracker)] if tracker else []
                         try:
                             run_study(
                                 plan,
@@ -209,7 +209,7 @@ class Study(StudyHandle):
                             if not hurried:
                                 # The last runs' ids first: the reports hold them.
                                 tracker.flush(patience / 2)
-                                self._report(tracker, ledger.records, facts)
+                                write_reports(tracker, ledger.records, facts)
                             if not tracker.close(timeout=patience):
                                 events.warning(
                                     f"MLflow at {self.public_tracking_uri} could not be brought up to date; "
@@ -294,25 +294,7 @@ class Study(StudyHandle):
         Raises:
             StudyError: Tracking is off, or the server cannot be reached.
         """
-        from peftsearch.tracking.mlflow_tracker import sync
-
-        uri = self.mlflow_tracking_uri
-        if uri is None:
-            raise StudyError(f"the study {self.name!r} has tracking.mlflow: off: there is nothing to bring up to date")
-        facts = self.facts()
-        # A running study brings MLflow up to date itself, and its driver is the ledger's only writer.
-        with hold(self.folder.path, self.name) as lease, closing(open_ledger(self, lease)) as ledger:
-            # Whoever asked wants to know at once, and why, where the server does not answer.
-            sync(uri, [], facts, artifact_location=self._artifact_location)
-            tracker = self._tracker(facts, ledger)
-            assert tracker is not None
-            for record in ledger.records:
-                tracker.update(record)
-            tracker.flush(60.0)
-            self._report(tracker, ledger.records, facts)
-            if not tracker.close(timeout=600.0):
-                raise StudyError(f"MLflow at {self.public_tracking_uri} could not be reached: try again when it is up")
-            return len(ledger.records)
+        return sync(self)
 
     def export(
         self,
@@ -344,7 +326,7 @@ class Study(StudyHandle):
             uri = self.mlflow_tracking_uri
             if uri is None:
                 raise StudyError(f"the study {self.name!r} has tracking.mlflow: off: there is no registry")
-            registry = Registry(uri, self._artifact_location, register_as)
+            registry = Registry(uri, artifact_location(self), register_as)
 
         folder = self.folder.require()
         with reaching(folder.storage):
@@ -589,25 +571,6 @@ class Study(StudyHandle):
         except StudyError as error:
             raise StudyError(self.file.explain(error) if self.file else str(error)) from None
 
-    def _tracker(self, facts: StudyFacts, ledger: Ledger) -> MlflowTracker | None:
-        from peftsearch.tracking.mlflow_tracker import MlflowTracker
-
-        uri = self.mlflow_tracking_uri
-        return None if uri is None else MlflowTracker(uri, self._artifact_location, facts, ledger.set_run_id)
-
-    @property
-    def _artifact_location(self) -> str | None:
-        """Where a new MLflow experiment keeps its artifacts; the server's choice where None."""
-        from peftsearch.tracking.mlflow_tracker import default_artifacts
-
-        return default_artifacts(self.folder.mlflow_folder) if self.spec.tracking.mlflow == "auto" else None
-
-    def _report(self, tracker: MlflowTracker, records: list[TrialRecord], facts: StudyFacts) -> None:
-        from peftsearch.frontier import domain_report
-
-        for name in facts.domains:
-            tracker.report(name, domain_report(records, facts, name))
-
     def _discard_dominated_weights(self, records: list[TrialRecord], facts: StudyFacts) -> None:
         """Keep the weights of the trials that can be exported: those on the front of their domain and model, and those
         that were confirmed.
@@ -637,14 +600,6 @@ class StudyInterrupted(KeyboardInterrupt):
     def __init__(self, study: str) -> None:
         super().__init__(f"the study {study!r} was stopped; the same command continues it")
         self.study = study
-
-
-class _ToMlflow:
-    def __init__(self, tracker: MlflowTracker) -> None:
-        self._tracker = tracker
-
-    def trial_changed(self, record: TrialRecord) -> None:
-        self._tracker.update(record)
 
 
 def _left_out(spec: StudySpec, ledger: Ledger) -> int:

@@ -31,6 +31,7 @@ TOP = {
     "saved",
     "handle",
     "study_ledger",
+    "study_mlflow",
 }
 # Reading and writing files knows nothing of studies, and every part from training on does it.
 FILES = {"files"}
