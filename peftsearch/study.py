@@ -13,20 +13,19 @@ import contextlib
 import os
 from collections.abc import Callable
 from contextlib import closing
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftsearch import results
 from peftsearch.files import delete_tree, persist, place, write_bytes
 from peftsearch.fork import Origin, shared_cells, take_over
 from peftsearch.handle import StudyHandle
-from peftsearch.holder import hold, is_held, last_driver
+from peftsearch.holder import hold
 from peftsearch.saved import SUBMITTED_FROM, as_saved, data_folder, known_facts, now, specification
 from peftsearch.spec import (
     THREADS,
     StudyError,
     StudyFacts,
-    StudySpec,
     TrialRecord,
     TrialState,
     hide_secrets,
@@ -225,10 +224,7 @@ class Study(StudyHandle):
 
     def trials(self) -> Trials:
         """Every trial of the ledger, whatever its state: a list, with ``to_pandas`` and ``to_arrow``."""
-        from peftsearch.frontier import Trials
-
-        with closing(open_ledger(self)) as ledger:
-            return Trials(ledger.records)
+        return results.trials(self)
 
     def frontier(self, domain: str | None = None) -> Frontier:
         """The front of each domain, or of one: a dict, with ``to_pandas`` and ``to_arrow``; a notebook shows it as the
@@ -237,9 +233,7 @@ class Study(StudyHandle):
         Raises:
             StudyError: The study has no such domain.
         """
-        from peftsearch.frontier import Frontier
-
-        return Frontier(self.trials(), self.facts(), domain)
+        return results.frontier(self, domain)
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
         """In a notebook: the Pareto page of what the ledger holds by now."""
@@ -262,31 +256,7 @@ class Study(StudyHandle):
 
         ``confirmations.planned`` is None until the search has ended: who the finalists are is not known before.
         """
-        from peftsearch.search.cells import planned_trials
-
-        driver = last_driver(self.folder.path)
-        with closing(open_ledger(self)) as ledger:
-            records = ledger.records
-            planned = planned_trials(self.spec) - _left_out(self.spec, ledger)
-            confirmations = self._confirmations(ledger, planned)
-        counts = {state.value.lower(): sum(r.state is state for r in records) for state in TrialState}
-        held = is_held(self.folder.path)
-        state = "running" if held else ("finished" if driver.get("state") == "finished" else "interrupted")
-        return {
-            "study": self.name,
-            "state": state,
-            "counts": counts,
-            "planned": planned,
-            "confirmations": confirmations,
-            "elapsed_seconds": _elapsed(driver, held),
-            "ledger": hide_password(self.ledger_url),
-            "mlflow_tracking_uri": self.public_tracking_uri,
-            "mlflow_experiment": self.name,
-            "storage": str(self.folder.storage),
-            "folder": str(self.folder.path),
-            "driver": {"host": driver.get("host"), "pid": driver.get("pid")},
-            "error": driver.get("error"),
-        }
+        return results.status(self)
 
     def sync(self) -> int:
         """Bring MLflow up to date from the ledger; returns the number of trials.
@@ -413,20 +383,6 @@ class Study(StudyHandle):
                 used.append(record.number)
         trials = ", ".join(map(str, sorted(used))) or "none of its trials has a method of this study"
         return guesses, f"{name}: {trials}"
-
-    def _confirmations(self, ledger: Ledger, planned: int) -> dict[str, int | None]:
-        from peftsearch.frontier.front import finalists
-
-        records = ledger.records
-        done = sum(len(record.confirmed.readings) for record in records if record.confirmed)
-        failed = sum(len(ledger.failed_confirmations(record.number)) for record in records)
-        searched = len(records) >= planned and not any(record.state is TrialState.RUNNING for record in records)
-        wanted: int | None = None
-        if self.spec.confirm.seeds == 0:
-            wanted = 0
-        elif searched:
-            wanted = self.spec.confirm.seeds * len(finalists(records, self.facts(), self.spec.confirm))
-        return {"done": done, "failed": failed, "planned": wanted}
 
     def _facts(self, plan: StudyPlan) -> StudyFacts:
         from peftsearch.tracking.provenance import provenance
@@ -600,29 +556,3 @@ class StudyInterrupted(KeyboardInterrupt):
     def __init__(self, study: str) -> None:
         super().__init__(f"the study {study!r} was stopped; the same command continues it")
         self.study = study
-
-
-def _left_out(spec: StudySpec, ledger: Ledger) -> int:
-    """Combinations of grids that are outside the study's limits, where that leaves a cell fewer trials."""
-    from peftsearch.search.cells import study_cells, trials_of
-    from peftsearch.search.proposals import Grid
-
-    if spec.search.sampler != "grid":
-        return 0
-    left_out = 0
-    for cell in study_cells(spec):
-        fitting = Grid(cell.space).size - ledger.infeasible(cell.key)
-        left_out += max(0, trials_of(spec.search, cell.space) - fitting)
-    return left_out
-
-
-def _elapsed(driver: dict[str, Any], held: bool) -> float:
-    """Seconds of the last (or present) run."""
-    if "since" not in driver:
-        return 0.0
-    try:
-        end = datetime.now(UTC) if held or "until" not in driver else datetime.fromisoformat(driver["until"])
-        return max(0.0, (end - datetime.fromisoformat(driver["since"])).total_seconds())
-    except (ValueError, TypeError):
-        # The notes about a driver are for people: a damaged one costs no more than itself.
-        return 0.0

@@ -32,6 +32,7 @@ TOP = {
     "handle",
     "study_ledger",
     "study_mlflow",
+    "results",
 }
 # Reading and writing files knows nothing of studies, and every part from training on does it.
 FILES = {"files"}
