@@ -42,6 +42,7 @@ from peftsearch.storage import (
 from peftsearch.study_ledger import driver_ledger, open_ledger
 from peftsearch.study_mlflow import ToMlflow, artifact_location, open_tracker, sync, write_reports
 from peftsearch.tracking.ledger import Ledger, hide_password
+from peftsearch.warm_start import warm_start
 
 if TYPE_CHECKING:
     from peftsearch.events import StudyEvents
@@ -91,7 +92,7 @@ class Study(StudyHandle):
         if self.file is None:
             raise StudyError("this study was opened by name: load it from its file to validate or run it")
         try:
-            self._guesses()
+            warm_start(self)
             return plan_study(self.file, self.folder.cache, partial=partial)
         except StudyError as error:
             raise StudyError(self.file.explain(error)) from None
@@ -136,7 +137,7 @@ class Study(StudyHandle):
             self._check_same_data(plan)
             for warning in plan.warnings:
                 events.warning(warning)
-            guesses, found_in = self._guesses()
+            guesses, found_in = warm_start(self)
             if origin is not None:
                 # Refused before the study has a folder.
                 shared_cells(origin, as_saved(self.spec), self._facts(plan))
@@ -342,47 +343,6 @@ class Study(StudyHandle):
         )
 
     # --- inside ---
-
-    def _guesses(self) -> tuple[dict[str, list[dict[str, Any]]], str]:
-        """What ``search.warm_start`` brings: configurations by method, best first, and where they are from.
-
-        A study's fronts are taken model by model. Scores of different domains do not compare: the best trials of all
-        fronts come first, then the second ones, and so on.
-
-        Raises:
-            StudyError: There is no such study, it has not finished, or it is this one.
-        """
-        name = self.spec.search.warm_start
-        if name is None or self.spec.search.sampler == "grid":
-            # A grid has its own order, and the plan says so.
-            return {}, ""
-        loc = ("search", "warm_start")
-        if name == self.name:
-            raise StudyError("a study cannot start from its own front: name another one", loc)
-        try:
-            other = Study.open(name, self.folder.storage)
-            if other.status()["state"] != "finished":
-                raise StudyError(f"the study {name!r} has not finished: run it to its end first")
-            fronts = other.frontier()
-        except StudyError as error:
-            raise StudyError(error.message, loc) from None
-        ranked: list[tuple[int, TrialRecord]] = []
-        for front in fronts.values():
-            for records in front.by_model.values():
-                sign = 1 if front.facts.direction == "maximize" else -1
-                best_first = sorted(records, key=lambda record: (-sign * (record.value or 0.0), record.number))
-                methods: dict[str, int] = {}
-                for record in best_first:
-                    methods[record.method] = methods.get(record.method, -1) + 1
-                    ranked.append((methods[record.method], record))
-        guesses: dict[str, list[dict[str, Any]]] = {}
-        used: list[int] = []
-        for _, record in sorted(ranked, key=lambda item: item[0]):
-            if record.method in self.spec.methods:
-                guesses.setdefault(record.method, []).append(dict(record.hyperparameters))
-                used.append(record.number)
-        trials = ", ".join(map(str, sorted(used))) or "none of its trials has a method of this study"
-        return guesses, f"{name}: {trials}"
 
     def _facts(self, plan: StudyPlan) -> StudyFacts:
         from peftsearch.tracking.provenance import provenance

@@ -33,6 +33,7 @@ TOP = {
     "study_ledger",
     "study_mlflow",
     "results",
+    "warm_start",
 }
 # Reading and writing files knows nothing of studies, and every part from training on does it.
 FILES = {"files"}
