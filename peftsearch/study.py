@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftsearch import results
 from peftsearch.files import delete_tree, persist, place, write_bytes
-from peftsearch.fork import Origin, shared_cells, take_over
+from peftsearch.fork import Origin, find_origin, shared_cells, take_over_into
 from peftsearch.handle import StudyHandle
 from peftsearch.holder import hold
 from peftsearch.saved import SUBMITTED_FROM, as_saved, data_folder, known_facts, now, specification
@@ -41,7 +41,7 @@ from peftsearch.storage import (
 )
 from peftsearch.study_ledger import driver_ledger, open_ledger
 from peftsearch.study_mlflow import ToMlflow, artifact_location, open_tracker, sync, write_reports
-from peftsearch.tracking.ledger import Ledger, hide_password
+from peftsearch.tracking.ledger import hide_password
 from peftsearch.warm_start import warm_start
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class Study(StudyHandle):
         with stop_on_signals(stopped, events.stopping, at_once or interrupt):
             events.phase("checking the study and preparing its data")
             self._check_unchanged()
-            origin = self._origin(fork)
+            origin = find_origin(self, fork)
             plan = self._plan(partial=False)
             self._check_same_data(plan)
             for warning in plan.warnings:
@@ -164,7 +164,7 @@ class Study(StudyHandle):
                     persist(notes, lambda: lease.note(state="running", since=now(), error=None))
                     if origin is not None:
                         events.phase(f"taking over the trials of {origin.name}")
-                        self._take_over(origin, facts, ledger)
+                        take_over_into(self, origin, facts, ledger)
                     tracker = open_tracker(self, facts, ledger)
                     hurried = False
                     try:
@@ -429,38 +429,6 @@ class Study(StudyHandle):
         if self.folder.exists():
             before = specification(read_json(self.folder.spec), self.folder)
             compare(as_saved(before), as_saved(self.spec)).check(self.name)
-
-    def _origin(self, fork: str | None) -> Origin | None:
-        """The study whose trials are to be taken over; None where that was done already, too.
-
-        Raises:
-            StudyError: There is none of that name, or this study was begun otherwise.
-        """
-        forked = (read_json(self.folder.spec) or {}).get("forked_from")
-        if fork is not None:
-            if fork == self.name:
-                raise StudyError("--fork names the study to take trials from: give this one another name with --name")
-            if self.folder.exists() and (forked is None or forked["study"] != fork):
-                raise StudyError(
-                    f"the study {self.name!r} was begun without --fork {fork}: leave that away to continue it, or give "
-                    "the fork another --name"
-                )
-        if forked is not None and (forked["done"] or fork is None):
-            if forked["done"]:
-                return None
-            fork = forked["study"]
-        if fork is None:
-            return None
-        other = Study.open(fork, self.folder.storage)
-        spec = as_saved(other.spec)
-        return Origin(other.name, other.id, other.folder.path, other.ledger_url, spec, other.facts())
-
-    def _take_over(self, origin: Origin, facts: StudyFacts, ledger: Ledger) -> None:
-        cells = shared_cells(origin, as_saved(self.spec), facts)
-        seeds = range(self.spec.search.seed + 1, self.spec.search.seed + 1 + self.spec.confirm.seeds)
-        take_over(origin, ledger, cells, self.spec.search.trials, seeds, self.folder.path)
-        saved = read_json(self.folder.spec) or {}
-        write_json(self.folder.spec, {**saved, "forked_from": {**saved["forked_from"], "done": True}})
 
     def _check_databases(self) -> None:
         """See that the storage can hold what is to be in it.
