@@ -17,29 +17,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftsearch import results
-from peftsearch.files import delete_tree, persist, place, write_bytes
-from peftsearch.fork import Origin, find_origin, shared_cells, take_over_into
+from peftsearch.files import delete_tree, persist, place
+from peftsearch.fork import find_origin, shared_cells, take_over_into
 from peftsearch.handle import StudyHandle
 from peftsearch.holder import hold
-from peftsearch.saved import SUBMITTED_FROM, as_saved, data_folder, known_facts, now, specification
+from peftsearch.preparing import (
+    check_ledger,
+    check_same_data,
+    check_unchanged,
+    make_plan,
+    plan_facts,
+    save_facts,
+    write_files,
+)
+from peftsearch.saved import as_saved, data_folder, now, specification
 from peftsearch.spec import (
-    THREADS,
     StudyError,
     StudyFacts,
     TrialRecord,
     TrialState,
     hide_secrets,
-    without_passwords,
 )
 from peftsearch.spec.changes import compare
 from peftsearch.storage import (
-    check_storage,
     mendable,
     reaching,
     read_json,
-    write_json,
 )
-from peftsearch.study_ledger import driver_ledger, open_ledger
+from peftsearch.study_ledger import driver_ledger
 from peftsearch.study_mlflow import ToMlflow, artifact_location, open_tracker, sync, write_reports
 from peftsearch.tracking.ledger import hide_password
 from peftsearch.warm_start import warm_start
@@ -75,9 +80,9 @@ class Study(StudyHandle):
             StudyError: The first thing that is wrong; or the storage has a study of this name that was begun with
                 other settings or other data.
         """
-        self._check_unchanged()
-        plan = self._plan(partial=True)
-        self._check_same_data(plan)
+        check_unchanged(self)
+        plan = make_plan(self, partial=True)
+        check_same_data(self, plan)
         return plan
 
     def extending(self) -> tuple[str, ...] | None:
@@ -85,17 +90,6 @@ class Study(StudyHandle):
         if not self.folder.exists():
             return None
         return compare(as_saved(specification(read_json(self.folder.spec), self.folder)), as_saved(self.spec)).extending
-
-    def _plan(self, *, partial: bool) -> StudyPlan:
-        from peftsearch.search.plan import plan_study
-
-        if self.file is None:
-            raise StudyError("this study was opened by name: load it from its file to validate or run it")
-        try:
-            warm_start(self)
-            return plan_study(self.file, self.folder.cache, partial=partial)
-        except StudyError as error:
-            raise StudyError(self.file.explain(error)) from None
 
     def run(
         self,
@@ -131,33 +125,33 @@ class Study(StudyHandle):
         stopped = StopRequest()
         with stop_on_signals(stopped, events.stopping, at_once or interrupt):
             events.phase("checking the study and preparing its data")
-            self._check_unchanged()
+            check_unchanged(self)
             origin = find_origin(self, fork)
-            plan = self._plan(partial=False)
-            self._check_same_data(plan)
+            plan = make_plan(self, partial=False)
+            check_same_data(self, plan)
             for warning in plan.warnings:
                 events.warning(warning)
             guesses, found_in = warm_start(self)
             if origin is not None:
                 # Refused before the study has a folder.
-                shared_cells(origin, as_saved(self.spec), self._facts(plan))
-            self._check_ledger()
+                shared_cells(origin, as_saved(self.spec), plan_facts(self, plan))
+            check_ledger(self)
             self.folder.create()
             with (
                 mendable(),
                 hold(self.folder.path, self.name, lost=stopped.set, waiting=events.phase, stopped=stopped) as lease,
             ):
-                facts = self._facts(plan)
+                facts = plan_facts(self, plan)
                 if found_in:
                     facts.provenance["warm_start"] = found_in
                 if origin is not None:
                     facts.provenance["forked_from"] = f"{origin.name} ({origin.id})"
-                self._write_files(origin)
-                self._save_facts(facts)
+                write_files(self, origin)
+                save_facts(self, facts)
 
-                def save_facts(known: StudyFacts) -> None:
+                def save_while_held(known: StudyFacts) -> None:
                     if lease.lost is None:
-                        self._save_facts(known)
+                        save_facts(self, known)
 
                 with closing(driver_ledger(self, plan, lease)) as ledger:
                     notes = self.folder.path / "driver.json"
@@ -181,7 +175,7 @@ class Study(StudyHandle):
                                 address,
                                 events,
                                 observers,
-                                save_facts,
+                                save_while_held,
                                 stopped,
                                 guesses,
                                 backlog=lambda: tracker.backlog if tracker else 0,
@@ -341,119 +335,6 @@ class Study(StudyHandle):
         return write_report(
             target, self.trials(), self.facts(), self.spec, self.folder.path, status["state"], status["planned"]
         )
-
-    # --- inside ---
-
-    def _facts(self, plan: StudyPlan) -> StudyFacts:
-        from peftsearch.tracking.provenance import provenance
-
-        assert self.file is not None
-        before = read_json(self.folder.facts)
-        facts = StudyFacts(
-            study=self.name,
-            description=self.spec.description and hide_secrets(self.spec.description),
-            trials_per_cell=self.spec.search.trials,
-            methods=tuple(self.spec.methods),
-            domains={name: domain.facts() for name, domain in plan.domains.items()},
-            models=dict(plan.model_facts),
-            provenance=provenance(self.file.folder),
-        )
-        if trusted := [path for path, place in plan.models.items() if place.trust_remote_code]:
-            facts.provenance["trust_remote_code"] = ", ".join(trusted)
-        if before is not None:
-            known = known_facts(before, self.folder)
-            if THREADS in known.provenance:
-                facts.provenance[THREADS] = known.provenance[THREADS]
-            for name, domain in facts.domains.items():
-                if name in known.domains:
-                    domain.baselines.update(known.domains[name].baselines)
-        return facts
-
-    def _check_same_data(self, plan: StudyPlan) -> None:
-        """The study goes on with the texts and weights that it began with.
-
-        Raises:
-            StudyError: A file has changed; says which.
-        """
-        from peftsearch.domains.expected import UNCHECKED
-
-        before = read_json(self.folder.facts)
-        if before is None:
-            return
-        known = known_facts(before, self.folder)
-        advice = "restore it, or start a new study with --name"
-        for name, domain in ((name, item.facts()) for name, item in plan.domains.items()):
-            old = known.domains.get(name)
-            # What is not at hand here was not read: a run does not get this far.
-            if old is not None and domain.fingerprint not in (old.fingerprint, UNCHECKED):
-                rows = [split for split in old.rows if old.rows[split] != domain.rows.get(split)]
-                others = f"; other numbers of examples in {', '.join(rows)}" if rows else ""
-                others += f"; it was {old.source} then" if old.source != domain.source else ""
-                raise StudyError(
-                    f"the data of domain {name!r} ({domain.source}) has changed since the study {self.name!r} began"
-                    f"{others}: {advice}"
-                )
-        for path, model in plan.model_facts.items():
-            old_model = known.models.get(path)
-            if old_model is not None and old_model.fingerprint != model.fingerprint:
-                raise StudyError(f"the model {path!r} has changed since the study {self.name!r} began: {advice}")
-
-    def _save_facts(self, facts: StudyFacts) -> None:
-        persist(self.folder.facts, lambda: write_json(self.folder.facts, facts.model_dump(mode="json")))
-
-    def _write_files(self, origin: Origin | None = None) -> None:
-        assert self.file is not None
-        known = read_json(self.folder.spec) or {"begun": now()}
-        if origin is not None:
-            known["forked_from"] = {"study": origin.name, "id": origin.id, "done": False}
-        written = {
-            "study": as_saved(self.spec),
-            "folder": str(self.file.folder),
-            "file": self.file.where,
-            "submitted_from": os.environ.get(SUBMITTED_FROM),
-        }
-        saved = {**known, "id": self.id, **written}
-        persist(self.folder.spec, lambda: write_json(self.folder.spec, saved))
-        if self.file.text is not None:
-            text = hide_secrets(without_passwords(self.file.text)).encode()
-            persist(self.folder.study_file, lambda: write_bytes(self.folder.study_file, text))
-
-    def _check_unchanged(self) -> None:
-        """A study goes on only with the question that it began with.
-
-        Raises:
-            StudyError: Shows what has changed, and says what to do; or the storage cannot be used.
-        """
-        self._check_databases()
-        check_storage(self.folder.storage)
-        if self.folder.exists():
-            before = specification(read_json(self.folder.spec), self.folder)
-            compare(as_saved(before), as_saved(self.spec)).check(self.name)
-
-    def _check_databases(self) -> None:
-        """See that the storage can hold what is to be in it.
-
-        Raises:
-            StudyError: It is an object store, and ledger or MLflow would be SQLite in it.
-        """
-        try:
-            assert self.ledger_url
-            assert self.mlflow_tracking_uri != ""
-        except StudyError as error:
-            raise StudyError(self.file.explain(error) if self.file else str(error)) from None
-
-    def _check_ledger(self) -> None:
-        """See that a database elsewhere answers, before the study has a folder that remembers its address.
-
-        Raises:
-            StudyError: It does not.
-        """
-        if self.spec.tracking.ledger == "auto":
-            return
-        try:
-            open_ledger(self).close()
-        except StudyError as error:
-            raise StudyError(self.file.explain(error) if self.file else str(error)) from None
 
     def _discard_dominated_weights(self, records: list[TrialRecord], facts: StudyFacts) -> None:
         """Keep the weights of the trials that can be exported: those on the front of their domain and model, and those

@@ -34,6 +34,7 @@ TOP = {
     "study_mlflow",
     "results",
     "warm_start",
+    "preparing",
 }
 # Reading and writing files knows nothing of studies, and every part from training on does it.
 FILES = {"files"}

@@ -12,6 +12,7 @@ from cli_study import rows, small_study, write_rows, write_study
 
 from peftsearch.fork import find_origin, shared_cells, take_over_into
 from peftsearch.holder import hold
+from peftsearch.preparing import plan_facts, save_facts, write_files
 from peftsearch.saved import as_saved
 from peftsearch.spec import StudyError
 from peftsearch.study import Study
@@ -36,11 +37,11 @@ def fork(base: Path, project: Path, storage: Path, started: Study) -> Fork:
         origin = find_origin(study, "small")
         assert origin is not None
         plan = study.validate()
-        facts = study._facts(plan)
+        facts = plan_facts(study, plan)
         shared_cells(origin, as_saved(study.spec), facts)
         study.folder.create()
-        study._write_files(origin)
-        study._save_facts(facts)
+        write_files(study, origin)
+        save_facts(study, facts)
         ledger = driver_ledger(study, plan)
         return study, lambda: take_over_into(study, origin, facts, ledger)
 
@@ -73,7 +74,7 @@ def test_once_taken_over_a_fork_is_a_study_like_others(fork: Fork, started: Stud
     assert find_origin(study, None) is None
     assert find_origin(study, "small") is None
     # What it was forked from outlives a change that extends it.
-    study._write_files()
+    write_files(study)
     assert json.loads(saved.read_text())["forked_from"]["done"] is True
     assert json.loads(saved.read_text())["id"] == study.id
     with pytest.raises(StudyError, match="'new' was begun without --fork other"):

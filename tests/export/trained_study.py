@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from peftsearch.preparing import plan_facts, save_facts, write_files
 from peftsearch.search.cells import Cell
 from peftsearch.search.plan import StudyPlan, plan_study
 from peftsearch.search.run import StudyRun
@@ -85,8 +86,8 @@ def train_study(
     study = Study(file.spec, study_folder(file.spec.name, storage), file)
     plan = plan_study(file, study.folder.cache)
     study.folder.create()
-    study._write_files()
-    study._save_facts(study._facts(plan))
+    write_files(study)
+    save_facts(study, plan_facts(study, plan))
     with closing(driver_ledger(study, plan)) as ledger:
         run = StudyRun(
             file.spec.search, [item.cell for item in plan.cells], plan.searches(), lambda *_: _count(), ledger

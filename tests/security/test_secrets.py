@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from security_files import Outcome
 
+from peftsearch.preparing import check_unchanged, write_files
 from peftsearch.spec import StudyError, hide_secrets, note_secrets, without_passwords
 from peftsearch.study import Study
 from peftsearch.study_ledger import driver_ledger
@@ -196,11 +197,11 @@ def test_a_study_with_a_password_opens_without_it(
     path.write_text(yaml.safe_dump(document))
     study = Study.from_file(path, storage=storage)
     study.folder.create()
-    study._write_files()
+    write_files(study)
     opened = Study.open("small", storage)
     assert opened.spec.tracking.ledger == f"sqlite:///{tmp_path}/ledger.db"
     assert opened.spec.tracking.mlflow == "http://127.0.0.1:1"
-    study._check_unchanged()
+    check_unchanged(study)
     copy = yaml.safe_load(study.folder.study_file.read_text())
     assert copy["tracking"] == {"ledger": f"sqlite:///{tmp_path}/ledger.db", "mlflow": "http://127.0.0.1:1"}
 

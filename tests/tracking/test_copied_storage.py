@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from peftsearch.preparing import write_files
 from peftsearch.spec import StudyError
 from peftsearch.study import Study
 from peftsearch.study_ledger import driver_ledger
@@ -29,7 +30,7 @@ def begin(write_study: Callable[..., Path], url: str, tmp_path: Path) -> Begin:
         study = Study.from_file(path, storage=tmp_path / name)
         plan = study.validate()
         study.folder.create()
-        study._write_files()
+        write_files(study)
         return study, plan
 
     return call
@@ -88,7 +89,7 @@ def test_a_ledger_in_the_storage_is_copied_with_it(write_study: Callable[..., Pa
     study = Study.from_file(path, storage=tmp_path / "here")
     plan = study.validate()
     study.folder.create()
-    study._write_files()
+    write_files(study)
     driver_ledger(study, plan).close()
     assert not (study.folder.path / CLAIMS).exists()
     shutil.copytree(tmp_path / "here", tmp_path / "there")
