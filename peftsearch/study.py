@@ -9,45 +9,22 @@ Example:
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftsearch import results
-from peftsearch.files import delete_tree, persist, place
-from peftsearch.fork import find_origin, shared_cells, take_over_into
+from peftsearch.files import place
 from peftsearch.handle import StudyHandle
-from peftsearch.holder import hold
-from peftsearch.preparing import (
-    check_ledger,
-    check_same_data,
-    check_unchanged,
-    make_plan,
-    plan_facts,
-    save_facts,
-    write_files,
-)
-from peftsearch.saved import as_saved, data_folder, now, specification
-from peftsearch.spec import (
-    StudyError,
-    StudyFacts,
-    TrialRecord,
-    TrialState,
-    hide_secrets,
-)
+from peftsearch.preparing import check_same_data, check_unchanged, make_plan
+from peftsearch.running import StudyInterrupted, run
+from peftsearch.saved import as_saved, data_folder, specification
+from peftsearch.spec import StudyError
 from peftsearch.spec.changes import compare
-from peftsearch.storage import (
-    mendable,
-    reaching,
-    read_json,
-)
-from peftsearch.study_ledger import driver_ledger
-from peftsearch.study_mlflow import ToMlflow, artifact_location, open_tracker, sync, write_reports
+from peftsearch.storage import reaching, read_json
+from peftsearch.study_mlflow import artifact_location, sync
 from peftsearch.tracking.ledger import hide_password
-from peftsearch.warm_start import warm_start
 
 if TYPE_CHECKING:
     from peftsearch.events import StudyEvents
@@ -55,6 +32,8 @@ if TYPE_CHECKING:
     from peftsearch.export.convert import Form
     from peftsearch.frontier import Frontier, Trials
     from peftsearch.search.plan import StudyPlan
+
+__all__ = ["Study", "StudyInterrupted"]
 
 
 class Study(StudyHandle):
@@ -117,103 +96,7 @@ class Study(StudyHandle):
             StudyInterrupted: Ctrl-C or SIGTERM; the same call continues the study.
             RuntimeError: The ledger's database or the workers stayed away for long.
         """
-        from peftsearch.driver import run_study
-        from peftsearch.events import SilentEvents
-        from peftsearch.stopping import StopRequest, interrupt, stop_on_signals
-
-        events = events or SilentEvents()
-        stopped = StopRequest()
-        with stop_on_signals(stopped, events.stopping, at_once or interrupt):
-            events.phase("checking the study and preparing its data")
-            check_unchanged(self)
-            origin = find_origin(self, fork)
-            plan = make_plan(self, partial=False)
-            check_same_data(self, plan)
-            for warning in plan.warnings:
-                events.warning(warning)
-            guesses, found_in = warm_start(self)
-            if origin is not None:
-                # Refused before the study has a folder.
-                shared_cells(origin, as_saved(self.spec), plan_facts(self, plan))
-            check_ledger(self)
-            self.folder.create()
-            with (
-                mendable(),
-                hold(self.folder.path, self.name, lost=stopped.set, waiting=events.phase, stopped=stopped) as lease,
-            ):
-                facts = plan_facts(self, plan)
-                if found_in:
-                    facts.provenance["warm_start"] = found_in
-                if origin is not None:
-                    facts.provenance["forked_from"] = f"{origin.name} ({origin.id})"
-                write_files(self, origin)
-                save_facts(self, facts)
-
-                def save_while_held(known: StudyFacts) -> None:
-                    if lease.lost is None:
-                        save_facts(self, known)
-
-                with closing(driver_ledger(self, plan, lease)) as ledger:
-                    notes = self.folder.path / "driver.json"
-                    persist(notes, lambda: lease.note(state="running", since=now(), error=None))
-                    if origin is not None:
-                        events.phase(f"taking over the trials of {origin.name}")
-                        take_over_into(self, origin, facts, ledger)
-                    tracker = open_tracker(self, facts, ledger)
-                    hurried = False
-                    try:
-                        if tracker is not None:
-                            for record in ledger.records:
-                                tracker.update(record)
-                        observers = [ToMlflow(tracker)] if tracker else []
-                        try:
-                            run_study(
-                                plan,
-                                ledger,
-                                facts,
-                                self.folder.path,
-                                address,
-                                events,
-                                observers,
-                                save_while_held,
-                                stopped,
-                                guesses,
-                                backlog=lambda: tracker.backlog if tracker else 0,
-                            )
-                        except StudyError as error:
-                            assert self.file is not None
-                            raise StudyError(self.file.explain(error)) from None
-                        lease.check()
-                        if not stopped():
-                            self._discard_dominated_weights(ledger.records, facts)
-                    except BaseException as error:
-                        hurried = isinstance(error, KeyboardInterrupt) or lease.lost is not None
-                        # Where the ledger could not be written, Ray Tune has wrapped that up in a traceback.
-                        why = ledger.failure or error
-                        with contextlib.suppress(OSError):
-                            lease.note(state="interrupted", until=now(), error=hide_secrets(str(why)) or None)
-                        if why is not error:
-                            raise why from error
-                        raise
-                    finally:
-                        if tracker is not None:
-                            events.phase("writing MLflow")
-                            # Somebody who wants to stop does not wait long: the next run, or sync, writes the rest.
-                            patience = 0.0 if hurried else 15.0 if stopped() else 120.0
-                            if not hurried:
-                                # The last runs' ids first: the reports hold them.
-                                tracker.flush(patience / 2)
-                                write_reports(tracker, ledger.records, facts)
-                            if not tracker.close(timeout=patience):
-                                events.warning(
-                                    f"MLflow at {self.public_tracking_uri} could not be brought up to date; "
-                                    f"run 'peftsearch sync {self.name}' when it is back"
-                                )
-                    state = "interrupted" if stopped() else "finished"
-                    persist(notes, lambda: lease.note(state=state, until=now()))
-        if stopped():
-            raise StudyInterrupted(self.name)
-        return self.frontier()
+        return run(self, address=address, events=events, fork=fork, at_once=at_once)
 
     # --- afterwards, or from another terminal ---
 
@@ -335,33 +218,3 @@ class Study(StudyHandle):
         return write_report(
             target, self.trials(), self.facts(), self.spec, self.folder.path, status["state"], status["planned"]
         )
-
-    def _discard_dominated_weights(self, records: list[TrialRecord], facts: StudyFacts) -> None:
-        """Keep the weights of the trials that can be exported: those on the front of their domain and model, and those
-        that were confirmed.
-
-        A trial that is dominated stays so, whatever is tried later; full fine-tuning would otherwise fill the disk.
-        """
-        from peftsearch.frontier import front
-
-        kept: set[int] = set()
-        for name, domain in facts.domains.items():
-            for model in facts.models:
-                own = [record for record in records if record.domain == name and record.model == model]
-                kept |= {record.number for record in front(own, domain.direction)}
-                kept |= {record.number for record in own if record.confirmed}
-        for record in records:
-            if record.state is not TrialState.RUNNING and record.number not in kept:
-                delete_tree(self.folder.path / "trials" / f"{record.number:05d}")
-
-
-class StudyInterrupted(KeyboardInterrupt):
-    """A study was stopped on request and can be continued.
-
-    Args:
-        study: Its name.
-    """
-
-    def __init__(self, study: str) -> None:
-        super().__init__(f"the study {study!r} was stopped; the same command continues it")
-        self.study = study

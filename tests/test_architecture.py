@@ -35,6 +35,7 @@ TOP = {
     "results",
     "warm_start",
     "preparing",
+    "running",
 }
 # Reading and writing files knows nothing of studies, and every part from training on does it.
 FILES = {"files"}
