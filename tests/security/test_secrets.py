@@ -146,7 +146,6 @@ def test_no_trace_of_a_secret(
         raise RuntimeError(f"cannot reach postgresql://me:{OPTION}@h/d: wrong password {LEDGER}")
 
     monkeypatch.setattr("peftsearch.driver.run_study", breaks)
-    monkeypatch.setattr("peftsearch.study._FLUSH", 1.0, raising=False)
     tracked = document["tracking"]["mlflow"]
     path.write_text(yaml.safe_dump(document | {"tracking": document["tracking"] | {"mlflow": "off"}}))
     call("run", path, status=1)
