@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftsearch.files import Place, copy_tree, names
+from peftsearch.handle import StudyHandle
 from peftsearch.holder import is_held
+from peftsearch.saved import as_saved
 from peftsearch.spec import StudyError, StudyFacts
 from peftsearch.spec.changes import compare, unchanged_cells, written
+from peftsearch.storage import read_json, write_json
 from peftsearch.tracking.ledger import Ledger
 
 
@@ -33,6 +36,32 @@ class Origin:
     ledger_url: str
     spec: Mapping[str, Any]
     facts: StudyFacts
+
+
+def find_origin(study: StudyHandle, fork: str | None) -> Origin | None:
+    """The study whose trials are to be taken over; None where that was done already, too.
+
+    Raises:
+        StudyError: There is none of that name, or this study was begun otherwise.
+    """
+    forked = (read_json(study.folder.spec) or {}).get("forked_from")
+    if fork is not None:
+        if fork == study.name:
+            raise StudyError("--fork names the study to take trials from: give this one another name with --name")
+        if study.folder.exists() and (forked is None or forked["study"] != fork):
+            raise StudyError(
+                f"the study {study.name!r} was begun without --fork {fork}: leave that away to continue it, or give "
+                "the fork another --name"
+            )
+    if forked is not None and (forked["done"] or fork is None):
+        if forked["done"]:
+            return None
+        fork = forked["study"]
+    if fork is None:
+        return None
+    other = StudyHandle.open(fork, study.folder.storage)
+    spec = as_saved(other.spec)
+    return Origin(other.name, other.id, other.folder.path, other.ledger_url, spec, other.facts())
 
 
 def shared_cells(origin: Origin, spec: Mapping[str, Any], facts: StudyFacts) -> set[tuple[str, str, str]]:
@@ -99,3 +128,16 @@ def take_over(
             ledger.take_over(key, source, numbers, seeds)
             taken += numbers
     return sorted(taken)
+
+
+def take_over_into(study: StudyHandle, origin: Origin, facts: StudyFacts, ledger: Ledger) -> None:
+    """Begin a study with the trials of another; what is done is noted, and not done again.
+
+    Raises:
+        StudyError: As `shared_cells` and `take_over`.
+    """
+    cells = shared_cells(origin, as_saved(study.spec), facts)
+    seeds = range(study.spec.search.seed + 1, study.spec.search.seed + 1 + study.spec.confirm.seeds)
+    take_over(origin, ledger, cells, study.spec.search.trials, seeds, study.folder.path)
+    saved = read_json(study.folder.spec) or {}
+    write_json(study.folder.spec, {**saved, "forked_from": {**saved["forked_from"], "done": True}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from peftsearch import files
 from peftsearch.files import (
     Place,
     RemotePath,
+    StorageError,
+    check_bucket,
     delete,
     exists,
     local_cache,
@@ -27,8 +30,10 @@ from peftsearch.spec import StudyError, check_name
 __all__ = [
     "StudyFolder",
     "cache_folder",
+    "check_storage",
     "damaged",
     "list_studies",
+    "mendable",
     "mlflow_folder",
     "reaching",
     "read_json",
@@ -65,6 +70,46 @@ def reaching(storage: Place) -> Iterator[None]:
             f"cannot read the storage {storage}: {reason(error)} (choose another with --storage or "
             f"{ENVIRONMENT_VARIABLE})"
         ) from None
+
+
+def check_storage(storage: Place) -> None:
+    """The storage can be written, or made; nothing is created in it yet.
+
+    Raises:
+        StudyError: It cannot.
+    """
+    if not isinstance(storage, Path):
+        try:
+            check_bucket(storage)
+        except OSError as error:
+            raise StudyError(
+                f"cannot use the storage {storage}: {reason(error)} (choose another with --storage or "
+                f"{ENVIRONMENT_VARIABLE})"
+            ) from None
+        return
+    folder = storage
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise StudyError(
+            f"cannot write to the storage {storage}: choose another with --storage or {ENVIRONMENT_VARIABLE}"
+        )
+
+
+@contextmanager
+def mendable() -> Iterator[None]:
+    """Around what fails where the storage takes nothing.
+
+    Raises:
+        RuntimeError: It is full, read-only or away; the study continues when that is mended.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not isinstance(error, StorageError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        what = str(error) if isinstance(error, StorageError) else f"cannot write {error.filename}: {error.strerror}"
+        raise RuntimeError(f"{what}: mend that and run the study again, it continues") from error
 
 
 @dataclass(frozen=True)

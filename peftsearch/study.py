@@ -9,40 +9,22 @@ Example:
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import json
-import logging
 import os
-import socket
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
-from dataclasses import replace
-from datetime import UTC, datetime
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
-from peftsearch.files import RemotePath, StorageError, check_bucket, delete_tree, persist, place, reason, write_bytes
-from peftsearch.fork import Origin, shared_cells, take_over
-from peftsearch.holder import Lease, hold, is_held, last_driver
-from peftsearch.spec import (
-    THREADS,
-    StudyError,
-    StudyFacts,
-    StudyFile,
-    StudySpec,
-    TrialRecord,
-    TrialState,
-    hide_secrets,
-    note_secrets,
-    without_passwords,
-)
+from peftsearch import results
+from peftsearch.files import place
+from peftsearch.handle import StudyHandle
+from peftsearch.preparing import check_same_data, check_unchanged, make_plan
+from peftsearch.running import StudyInterrupted, run
+from peftsearch.saved import as_saved, data_folder, specification
+from peftsearch.spec import StudyError
 from peftsearch.spec.changes import compare
-from peftsearch.storage import StudyFolder, damaged, reaching, read_json, study_folder, write_json
-from peftsearch.tracking.ledger import CLAIMS, Ledger, LedgerCell, Owner, hide_password
+from peftsearch.storage import reaching, read_json
+from peftsearch.study_mlflow import artifact_location, sync
+from peftsearch.tracking.ledger import hide_password
 
 if TYPE_CHECKING:
     from peftsearch.events import StudyEvents
@@ -50,19 +32,11 @@ if TYPE_CHECKING:
     from peftsearch.export.convert import Form
     from peftsearch.frontier import Frontier, Trials
     from peftsearch.search.plan import StudyPlan
-    from peftsearch.tracking.mlflow_tracker import MlflowTracker
 
-log = logging.getLogger(__name__)
-
-LEDGER_PATIENCE = 600.0
-"""Seconds that a running study waits for its ledger's database: long enough for a server to be moved elsewhere."""
+__all__ = ["Study", "StudyInterrupted"]
 
 
-SUBMITTED_FROM = "PEFTSEARCH_SUBMITTED_FROM"
-"""Environment variable of a job: the study file's folder on the machine that has submitted it."""
-
-
-class Study:
+class Study(StudyHandle):
     """One study: its specification, its folder, and what is done with them.
 
     Use `from_file` to run a study, `open` to read one.
@@ -72,76 +46,6 @@ class Study:
         folder: Where the study's files are.
         file: The study file, where there is one at hand.
     """
-
-    def __init__(self, spec: StudySpec, folder: StudyFolder, file: StudyFile | None = None) -> None:
-        self.spec = spec
-        self.folder = folder
-        self.file = file
-        self._id: str | None = None
-        note_secrets(spec.tracking.ledger, spec.tracking.mlflow)
-
-    @classmethod
-    def from_file(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        name: str | None = None,
-        storage: str | os.PathLike[str] | RemotePath | None = None,
-        overrides: Iterable[str] = (),
-    ) -> Study:
-        """A study from its file.
-
-        Args:
-            path: The YAML file.
-            name: Another name than the file's.
-            storage: Folder or URI (``s3://bucket/prefix``); ``PEFTSEARCH_STORAGE`` or ``~/peftsearch`` where absent.
-            overrides: ``key=value`` settings, as with ``--set``.
-
-        Raises:
-            StudyError: Something in the file is wrong.
-        """
-        # As JSON, which is YAML too: a name that looks like a number stays a name.
-        settings = [*overrides, *([f"name={json.dumps(name)}"] if name is not None else [])]
-        file = StudyFile.load(path, settings)
-        return cls(file.spec, study_folder(file.spec.name, storage), file)
-
-    @classmethod
-    def open(cls, name: str, storage: str | os.PathLike[str] | RemotePath | None = None) -> Study:
-        """A study that was started before.
-
-        Raises:
-            StudyError: There is none of this name.
-        """
-        folder = study_folder(name, storage).require()
-        with reaching(folder.storage):
-            saved = read_json(folder.spec)
-        return cls(_specification(saved, folder), folder)
-
-    @property
-    def name(self) -> str:
-        """The study's name."""
-        return self.spec.name
-
-    @property
-    def ledger_url(self) -> str:
-        """Where the ledger is."""
-        return self.folder.ledger_url if self.spec.tracking.ledger == "auto" else self.spec.tracking.ledger
-
-    @property
-    def mlflow_tracking_uri(self) -> str | None:
-        """Where MLflow is; None where tracking is off."""
-        from peftsearch.tracking.mlflow_tracker import default_tracking_uri
-
-        wanted = self.spec.tracking.mlflow
-        if wanted == "off":
-            return None
-        return default_tracking_uri(self.folder.mlflow_folder) if wanted == "auto" else wanted
-
-    @property
-    def public_tracking_uri(self) -> str | None:
-        """Where MLflow is, without a login."""
-        uri = self.mlflow_tracking_uri
-        return uri if uri is None else without_passwords(uri)
 
     # --- before and while it runs ---
 
@@ -155,27 +59,16 @@ class Study:
             StudyError: The first thing that is wrong; or the storage has a study of this name that was begun with
                 other settings or other data.
         """
-        self._check_unchanged()
-        plan = self._plan(partial=True)
-        self._check_same_data(plan)
+        check_unchanged(self)
+        plan = make_plan(self, partial=True)
+        check_same_data(self, plan)
         return plan
 
     def extending(self) -> tuple[str, ...] | None:
         """What the study, which exists, gets more of with this file, in words; None where there is none yet."""
         if not self.folder.exists():
             return None
-        return compare(_saved(_specification(read_json(self.folder.spec), self.folder)), _saved(self.spec)).extending
-
-    def _plan(self, *, partial: bool) -> StudyPlan:
-        from peftsearch.search.plan import plan_study
-
-        if self.file is None:
-            raise StudyError("this study was opened by name: load it from its file to validate or run it")
-        try:
-            self._guesses()
-            return plan_study(self.file, self.folder.cache, partial=partial)
-        except StudyError as error:
-            raise StudyError(self.file.explain(error)) from None
+        return compare(as_saved(specification(read_json(self.folder.spec), self.folder)), as_saved(self.spec)).extending
 
     def run(
         self,
@@ -203,116 +96,13 @@ class Study:
             StudyInterrupted: Ctrl-C or SIGTERM; the same call continues the study.
             RuntimeError: The ledger's database or the workers stayed away for long.
         """
-        from peftsearch.driver import run_study
-        from peftsearch.events import SilentEvents
-        from peftsearch.stopping import StopRequest, interrupt, stop_on_signals
-
-        events = events or SilentEvents()
-        stopped = StopRequest()
-        with stop_on_signals(stopped, events.stopping, at_once or interrupt):
-            events.phase("checking the study and preparing its data")
-            self._check_unchanged()
-            origin = self._origin(fork)
-            plan = self._plan(partial=False)
-            self._check_same_data(plan)
-            for warning in plan.warnings:
-                events.warning(warning)
-            guesses, found_in = self._guesses()
-            if origin is not None:
-                # Refused before the study has a folder.
-                shared_cells(origin, _saved(self.spec), self._facts(plan))
-            self._check_ledger()
-            self.folder.create()
-            with (
-                _mendable(),
-                hold(self.folder.path, self.name, lost=stopped.set, waiting=events.phase, stopped=stopped) as lease,
-            ):
-                facts = self._facts(plan)
-                if found_in:
-                    facts.provenance["warm_start"] = found_in
-                if origin is not None:
-                    facts.provenance["forked_from"] = f"{origin.name} ({origin.id})"
-                self._write_files(origin)
-                self._save_facts(facts)
-
-                def save_facts(known: StudyFacts) -> None:
-                    if lease.lost is None:
-                        self._save_facts(known)
-
-                with closing(self._ledger(plan, lease)) as ledger:
-                    notes = self.folder.path / "driver.json"
-                    persist(notes, lambda: lease.note(state="running", since=_now(), error=None))
-                    if origin is not None:
-                        events.phase(f"taking over the trials of {origin.name}")
-                        self._take_over(origin, facts, ledger)
-                    tracker = self._tracker(facts, ledger)
-                    hurried = False
-                    try:
-                        if tracker is not None:
-                            for record in ledger.records:
-                                tracker.update(record)
-                        observers = [_ToMlflow(tracker)] if tracker else []
-                        try:
-                            run_study(
-                                plan,
-                                ledger,
-                                facts,
-                                self.folder.path,
-                                address,
-                                events,
-                                observers,
-                                save_facts,
-                                stopped,
-                                guesses,
-                                backlog=lambda: tracker.backlog if tracker else 0,
-                            )
-                        except StudyError as error:
-                            assert self.file is not None
-                            raise StudyError(self.file.explain(error)) from None
-                        lease.check()
-                        if not stopped():
-                            self._discard_dominated_weights(ledger.records, facts)
-                    except BaseException as error:
-                        hurried = isinstance(error, KeyboardInterrupt) or lease.lost is not None
-                        # Where the ledger could not be written, Ray Tune has wrapped that up in a traceback.
-                        why = ledger.failure or error
-                        with contextlib.suppress(OSError):
-                            lease.note(state="interrupted", until=_now(), error=hide_secrets(str(why)) or None)
-                        if why is not error:
-                            raise why from error
-                        raise
-                    finally:
-                        if tracker is not None:
-                            events.phase("writing MLflow")
-                            # Somebody who wants to stop does not wait long: the next run, or sync, writes the rest.
-                            patience = 0.0 if hurried else 15.0 if stopped() else 120.0
-                            if not hurried:
-                                # The last runs' ids first: the reports hold them.
-                                tracker.flush(patience / 2)
-                                self._report(tracker, ledger.records, facts)
-                            if not tracker.close(timeout=patience):
-                                events.warning(
-                                    f"MLflow at {self.public_tracking_uri} could not be brought up to date; "
-                                    f"run 'peftsearch sync {self.name}' when it is back"
-                                )
-                    state = "interrupted" if stopped() else "finished"
-                    persist(notes, lambda: lease.note(state=state, until=_now()))
-        if stopped():
-            raise StudyInterrupted(self.name)
-        return self.frontier()
+        return run(self, address=address, events=events, fork=fork, at_once=at_once)
 
     # --- afterwards, or from another terminal ---
 
     def trials(self) -> Trials:
         """Every trial of the ledger, whatever its state: a list, with ``to_pandas`` and ``to_arrow``."""
-        from peftsearch.frontier import Trials
-
-        with closing(self._reader()) as ledger:
-            return Trials(ledger.records)
-
-    def facts(self) -> StudyFacts:
-        """What is known beside the trials."""
-        return _facts_of(read_json(self.folder.facts), self.folder)
+        return results.trials(self)
 
     def frontier(self, domain: str | None = None) -> Frontier:
         """The front of each domain, or of one: a dict, with ``to_pandas`` and ``to_arrow``; a notebook shows it as the
@@ -321,9 +111,7 @@ class Study:
         Raises:
             StudyError: The study has no such domain.
         """
-        from peftsearch.frontier import Frontier
-
-        return Frontier(self.trials(), self.facts(), domain)
+        return results.frontier(self, domain)
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
         """In a notebook: the Pareto page of what the ledger holds by now."""
@@ -346,31 +134,7 @@ class Study:
 
         ``confirmations.planned`` is None until the search has ended: who the finalists are is not known before.
         """
-        from peftsearch.search.cells import planned_trials
-
-        driver = last_driver(self.folder.path)
-        with closing(self._reader()) as ledger:
-            records = ledger.records
-            planned = planned_trials(self.spec) - _left_out(self.spec, ledger)
-            confirmations = self._confirmations(ledger, planned)
-        counts = {state.value.lower(): sum(r.state is state for r in records) for state in TrialState}
-        held = is_held(self.folder.path)
-        state = "running" if held else ("finished" if driver.get("state") == "finished" else "interrupted")
-        return {
-            "study": self.name,
-            "state": state,
-            "counts": counts,
-            "planned": planned,
-            "confirmations": confirmations,
-            "elapsed_seconds": _elapsed(driver, held),
-            "ledger": hide_password(self.ledger_url),
-            "mlflow_tracking_uri": self.public_tracking_uri,
-            "mlflow_experiment": self.name,
-            "storage": str(self.folder.storage),
-            "folder": str(self.folder.path),
-            "driver": {"host": driver.get("host"), "pid": driver.get("pid")},
-            "error": driver.get("error"),
-        }
+        return results.status(self)
 
     def sync(self) -> int:
         """Bring MLflow up to date from the ledger; returns the number of trials.
@@ -378,25 +142,7 @@ class Study:
         Raises:
             StudyError: Tracking is off, or the server cannot be reached.
         """
-        from peftsearch.tracking.mlflow_tracker import sync
-
-        uri = self.mlflow_tracking_uri
-        if uri is None:
-            raise StudyError(f"the study {self.name!r} has tracking.mlflow: off: there is nothing to bring up to date")
-        facts = self.facts()
-        # A running study brings MLflow up to date itself, and its driver is the ledger's only writer.
-        with hold(self.folder.path, self.name) as lease, closing(self._reader(lease)) as ledger:
-            # Whoever asked wants to know at once, and why, where the server does not answer.
-            sync(uri, [], facts, artifact_location=self._artifact_location)
-            tracker = self._tracker(facts, ledger)
-            assert tracker is not None
-            for record in ledger.records:
-                tracker.update(record)
-            tracker.flush(60.0)
-            self._report(tracker, ledger.records, facts)
-            if not tracker.close(timeout=600.0):
-                raise StudyError(f"MLflow at {self.public_tracking_uri} could not be reached: try again when it is up")
-            return len(ledger.records)
+        return sync(self)
 
     def export(
         self,
@@ -428,17 +174,17 @@ class Study:
             uri = self.mlflow_tracking_uri
             if uri is None:
                 raise StudyError(f"the study {self.name!r} has tracking.mlflow: off: there is no registry")
-            registry = Registry(uri, self._artifact_location, register_as)
+            registry = Registry(uri, artifact_location(self), register_as)
 
         folder = self.folder.require()
         with reaching(folder.storage):
             saved = read_json(folder.spec)
         study = StudyToExport(
-            spec=_specification(saved, folder),
+            spec=specification(saved, folder),
             facts=self.facts(),
             records=self.trials(),
             folder=self.folder.path,
-            data_folder=_data_folder(saved or {}),
+            data_folder=data_folder(saved or {}),
             cache=self.folder.cache,
             ledger=hide_password(self.ledger_url),
         )
@@ -472,432 +218,3 @@ class Study:
         return write_report(
             target, self.trials(), self.facts(), self.spec, self.folder.path, status["state"], status["planned"]
         )
-
-    # --- inside ---
-
-    def _guesses(self) -> tuple[dict[str, list[dict[str, Any]]], str]:
-        """What ``search.warm_start`` brings: configurations by method, best first, and where they are from.
-
-        A study's fronts are taken model by model. Scores of different domains do not compare: the best trials of all
-        fronts come first, then the second ones, and so on.
-
-        Raises:
-            StudyError: There is no such study, it has not finished, or it is this one.
-        """
-        name = self.spec.search.warm_start
-        if name is None or self.spec.search.sampler == "grid":
-            # A grid has its own order, and the plan says so.
-            return {}, ""
-        loc = ("search", "warm_start")
-        if name == self.name:
-            raise StudyError("a study cannot start from its own front: name another one", loc)
-        try:
-            other = Study.open(name, self.folder.storage)
-            if other.status()["state"] != "finished":
-                raise StudyError(f"the study {name!r} has not finished: run it to its end first")
-            fronts = other.frontier()
-        except StudyError as error:
-            raise StudyError(error.message, loc) from None
-        ranked: list[tuple[int, TrialRecord]] = []
-        for front in fronts.values():
-            for records in front.by_model.values():
-                sign = 1 if front.facts.direction == "maximize" else -1
-                best_first = sorted(records, key=lambda record: (-sign * (record.value or 0.0), record.number))
-                methods: dict[str, int] = {}
-                for record in best_first:
-                    methods[record.method] = methods.get(record.method, -1) + 1
-                    ranked.append((methods[record.method], record))
-        guesses: dict[str, list[dict[str, Any]]] = {}
-        used: list[int] = []
-        for _, record in sorted(ranked, key=lambda item: item[0]):
-            if record.method in self.spec.methods:
-                guesses.setdefault(record.method, []).append(dict(record.hyperparameters))
-                used.append(record.number)
-        trials = ", ".join(map(str, sorted(used))) or "none of its trials has a method of this study"
-        return guesses, f"{name}: {trials}"
-
-    def _confirmations(self, ledger: Ledger, planned: int) -> dict[str, int | None]:
-        from peftsearch.frontier.front import finalists
-
-        records = ledger.records
-        done = sum(len(record.confirmed.readings) for record in records if record.confirmed)
-        failed = sum(len(ledger.failed_confirmations(record.number)) for record in records)
-        searched = len(records) >= planned and not any(record.state is TrialState.RUNNING for record in records)
-        wanted: int | None = None
-        if self.spec.confirm.seeds == 0:
-            wanted = 0
-        elif searched:
-            wanted = self.spec.confirm.seeds * len(finalists(records, self.facts(), self.spec.confirm))
-        return {"done": done, "failed": failed, "planned": wanted}
-
-    def _facts(self, plan: StudyPlan) -> StudyFacts:
-        from peftsearch.tracking.provenance import provenance
-
-        assert self.file is not None
-        before = read_json(self.folder.facts)
-        facts = StudyFacts(
-            study=self.name,
-            description=self.spec.description and hide_secrets(self.spec.description),
-            trials_per_cell=self.spec.search.trials,
-            methods=tuple(self.spec.methods),
-            domains={name: domain.facts() for name, domain in plan.domains.items()},
-            models=dict(plan.model_facts),
-            provenance=provenance(self.file.folder),
-        )
-        if trusted := [path for path, place in plan.models.items() if place.trust_remote_code]:
-            facts.provenance["trust_remote_code"] = ", ".join(trusted)
-        if before is not None:
-            known = _facts_of(before, self.folder)
-            if THREADS in known.provenance:
-                facts.provenance[THREADS] = known.provenance[THREADS]
-            for name, domain in facts.domains.items():
-                if name in known.domains:
-                    domain.baselines.update(known.domains[name].baselines)
-        return facts
-
-    def _check_same_data(self, plan: StudyPlan) -> None:
-        """The study goes on with the texts and weights that it began with.
-
-        Raises:
-            StudyError: A file has changed; says which.
-        """
-        from peftsearch.domains.expected import UNCHECKED
-
-        before = read_json(self.folder.facts)
-        if before is None:
-            return
-        known = _facts_of(before, self.folder)
-        advice = "restore it, or start a new study with --name"
-        for name, domain in ((name, item.facts()) for name, item in plan.domains.items()):
-            old = known.domains.get(name)
-            # What is not at hand here was not read: a run does not get this far.
-            if old is not None and domain.fingerprint not in (old.fingerprint, UNCHECKED):
-                rows = [split for split in old.rows if old.rows[split] != domain.rows.get(split)]
-                others = f"; other numbers of examples in {', '.join(rows)}" if rows else ""
-                others += f"; it was {old.source} then" if old.source != domain.source else ""
-                raise StudyError(
-                    f"the data of domain {name!r} ({domain.source}) has changed since the study {self.name!r} began"
-                    f"{others}: {advice}"
-                )
-        for path, model in plan.model_facts.items():
-            old_model = known.models.get(path)
-            if old_model is not None and old_model.fingerprint != model.fingerprint:
-                raise StudyError(f"the model {path!r} has changed since the study {self.name!r} began: {advice}")
-
-    def _save_facts(self, facts: StudyFacts) -> None:
-        persist(self.folder.facts, lambda: write_json(self.folder.facts, facts.model_dump(mode="json")))
-
-    @property
-    def id(self) -> str:
-        """Tells this study from others of its name, in other storages; made when it is begun."""
-        if self._id is None:
-            self._id = (read_json(self.folder.spec) or {}).get("id") or str(uuid.uuid4())
-        return self._id
-
-    def _owner(self) -> Owner:
-        return Owner(self.id, f"{socket.gethostname()}:{self.folder.storage}")
-
-    def _write_files(self, origin: Origin | None = None) -> None:
-        assert self.file is not None
-        known = read_json(self.folder.spec) or {"begun": _now()}
-        if origin is not None:
-            known["forked_from"] = {"study": origin.name, "id": origin.id, "done": False}
-        written = {
-            "study": _saved(self.spec),
-            "folder": str(self.file.folder),
-            "file": self.file.where,
-            "submitted_from": os.environ.get(SUBMITTED_FROM),
-        }
-        saved = {**known, "id": self.id, **written}
-        persist(self.folder.spec, lambda: write_json(self.folder.spec, saved))
-        if self.file.text is not None:
-            text = hide_secrets(without_passwords(self.file.text)).encode()
-            persist(self.folder.study_file, lambda: write_bytes(self.folder.study_file, text))
-
-    def _check_unchanged(self) -> None:
-        """A study goes on only with the question that it began with.
-
-        Raises:
-            StudyError: Shows what has changed, and says what to do; or the storage cannot be used.
-        """
-        self._check_databases()
-        _check_storage(self.folder)
-        if self.folder.exists():
-            before = _specification(read_json(self.folder.spec), self.folder)
-            compare(_saved(before), _saved(self.spec)).check(self.name)
-
-    def _origin(self, fork: str | None) -> Origin | None:
-        """The study whose trials are to be taken over; None where that was done already, too.
-
-        Raises:
-            StudyError: There is none of that name, or this study was begun otherwise.
-        """
-        forked = (read_json(self.folder.spec) or {}).get("forked_from")
-        if fork is not None:
-            if fork == self.name:
-                raise StudyError("--fork names the study to take trials from: give this one another name with --name")
-            if self.folder.exists() and (forked is None or forked["study"] != fork):
-                raise StudyError(
-                    f"the study {self.name!r} was begun without --fork {fork}: leave that away to continue it, or give "
-                    "the fork another --name"
-                )
-        if forked is not None and (forked["done"] or fork is None):
-            if forked["done"]:
-                return None
-            fork = forked["study"]
-        if fork is None:
-            return None
-        other = Study.open(fork, self.folder.storage)
-        spec = _saved(other.spec)
-        return Origin(other.name, other.id, other.folder.path, other.ledger_url, spec, other.facts())
-
-    def _take_over(self, origin: Origin, facts: StudyFacts, ledger: Ledger) -> None:
-        cells = shared_cells(origin, _saved(self.spec), facts)
-        seeds = range(self.spec.search.seed + 1, self.spec.search.seed + 1 + self.spec.confirm.seeds)
-        take_over(origin, ledger, cells, self.spec.search.trials, seeds, self.folder.path)
-        saved = read_json(self.folder.spec) or {}
-        write_json(self.folder.spec, {**saved, "forked_from": {**saved["forked_from"], "done": True}})
-
-    def _check_databases(self) -> None:
-        """See that the storage can hold what is to be in it.
-
-        Raises:
-            StudyError: It is an object store, and ledger or MLflow would be SQLite in it.
-        """
-        try:
-            assert self.ledger_url
-            assert self.mlflow_tracking_uri != ""
-        except StudyError as error:
-            raise StudyError(self.file.explain(error) if self.file else str(error)) from None
-
-    def _check_ledger(self) -> None:
-        """See that a database elsewhere answers, before the study has a folder that remembers its address.
-
-        Raises:
-            StudyError: It does not.
-        """
-        if self.spec.tracking.ledger == "auto":
-            return
-        try:
-            self._reader().close()
-        except StudyError as error:
-            raise StudyError(self.file.explain(error) if self.file else str(error)) from None
-
-    def _reader(self, lease: Lease | None = None) -> Ledger:
-        return Ledger(self.ledger_url, self.name, owner=self._owner(), guard=lease.check if lease else None)
-
-    def _ledger(self, plan: StudyPlan, lease: Lease | None = None) -> Ledger:
-        cells = [
-            LedgerCell(
-                key=item.cell.key,
-                model=item.cell.model,
-                domain=item.cell.domain,
-                method=item.cell.method,
-                metric=plan.domains[item.cell.domain].metric,
-                direction=plan.domains[item.cell.domain].direction,
-            )
-            for item in plan.cells
-        ]
-        owner = self._claim()
-        ledger = Ledger(
-            self.ledger_url,
-            self.name,
-            cells,
-            owner=owner,
-            patience=LEDGER_PATIENCE,
-            guard=lease.check if lease else None,
-        )
-        if owner.claim is not None:
-            self._write_claims(owner.claim)
-        return ledger
-
-    def _claim(self) -> Owner:
-        """This run, told from runs in copies of the storage that share its ledger: each leaves a word of its own in
-        both places, and a copy's word is not in this storage.
-
-        The word is in the storage first, and the former ones stay until it is in the ledger: whenever a driver dies,
-        the ledger holds one of them.
-        """
-        owner = self._owner()
-        if self.spec.tracking.ledger == "auto":
-            # The ledger is in the storage, and copied with it.
-            return owner
-        found = read_json(self.folder.path / CLAIMS)
-        earlier = None
-        if found is not None:
-            if not isinstance(found.get("claims"), list):
-                raise damaged(self.folder.path / CLAIMS, "it holds no list of claims")
-            earlier = tuple(map(str, found["claims"]))
-        claim = str(uuid.uuid4())
-        self._write_claims(claim, *(earlier or ()))
-        return replace(owner, claim=claim, earlier=earlier)
-
-    def _write_claims(self, *claims: str) -> None:
-        place = self.folder.path / CLAIMS
-        persist(place, lambda: write_json(place, {"claims": claims}))
-
-    def _tracker(self, facts: StudyFacts, ledger: Ledger) -> MlflowTracker | None:
-        from peftsearch.tracking.mlflow_tracker import MlflowTracker
-
-        uri = self.mlflow_tracking_uri
-        return None if uri is None else MlflowTracker(uri, self._artifact_location, facts, ledger.set_run_id)
-
-    @property
-    def _artifact_location(self) -> str | None:
-        """Where a new MLflow experiment keeps its artifacts; the server's choice where None."""
-        from peftsearch.tracking.mlflow_tracker import default_artifacts
-
-        return default_artifacts(self.folder.mlflow_folder) if self.spec.tracking.mlflow == "auto" else None
-
-    def _report(self, tracker: MlflowTracker, records: list[TrialRecord], facts: StudyFacts) -> None:
-        from peftsearch.frontier import domain_report
-
-        for name in facts.domains:
-            tracker.report(name, domain_report(records, facts, name))
-
-    def _discard_dominated_weights(self, records: list[TrialRecord], facts: StudyFacts) -> None:
-        """Keep the weights of the trials that can be exported: those on the front of their domain and model, and those
-        that were confirmed.
-
-        A trial that is dominated stays so, whatever is tried later; full fine-tuning would otherwise fill the disk.
-        """
-        from peftsearch.frontier import front
-
-        kept: set[int] = set()
-        for name, domain in facts.domains.items():
-            for model in facts.models:
-                own = [record for record in records if record.domain == name and record.model == model]
-                kept |= {record.number for record in front(own, domain.direction)}
-                kept |= {record.number for record in own if record.confirmed}
-        for record in records:
-            if record.state is not TrialState.RUNNING and record.number not in kept:
-                delete_tree(self.folder.path / "trials" / f"{record.number:05d}")
-
-
-class StudyInterrupted(KeyboardInterrupt):
-    """A study was stopped on request and can be continued.
-
-    Args:
-        study: Its name.
-    """
-
-    def __init__(self, study: str) -> None:
-        super().__init__(f"the study {study!r} was stopped; the same command continues it")
-        self.study = study
-
-
-class _ToMlflow:
-    def __init__(self, tracker: MlflowTracker) -> None:
-        self._tracker = tracker
-
-    def trial_changed(self, record: TrialRecord) -> None:
-        self._tracker.update(record)
-
-
-def _data_folder(saved: Mapping[str, Any]) -> Path:
-    """Where relative paths of a study start; of one that ran as a job, the machine that has submitted it knows."""
-    places = [Path(saved[key]) for key in ("folder", "submitted_from") if saved.get(key)]
-    return next((place for place in places if place.is_dir()), places[0])
-
-
-def _check_storage(folder: StudyFolder) -> None:
-    """The storage can be written, or made; nothing is created in it yet.
-
-    Raises:
-        StudyError: It cannot.
-    """
-    place = folder.storage
-    if not isinstance(place, Path):
-        try:
-            check_bucket(place)
-        except OSError as error:
-            raise StudyError(
-                f"cannot use the storage {place}: {reason(error)} (choose another with --storage or PEFTSEARCH_STORAGE)"
-            ) from None
-        return
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise StudyError(
-            f"cannot write to the storage {folder.storage}: choose another with --storage or PEFTSEARCH_STORAGE"
-        )
-
-
-@contextlib.contextmanager
-def _mendable() -> Iterator[None]:
-    """Around what fails where the storage takes nothing.
-
-    Raises:
-        RuntimeError: It is full, read-only or away; the study continues when that is mended.
-    """
-    try:
-        yield
-    except OSError as error:
-        if not isinstance(error, StorageError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise
-        what = str(error) if isinstance(error, StorageError) else f"cannot write {error.filename}: {error.strerror}"
-        raise RuntimeError(f"{what}: mend that and run the study again, it continues") from error
-
-
-def _left_out(spec: StudySpec, ledger: Ledger) -> int:
-    """Combinations of grids that are outside the study's limits, where that leaves a cell fewer trials."""
-    from peftsearch.search.cells import study_cells, trials_of
-    from peftsearch.search.proposals import Grid
-
-    if spec.search.sampler != "grid":
-        return 0
-    left_out = 0
-    for cell in study_cells(spec):
-        fitting = Grid(cell.space).size - ledger.infeasible(cell.key)
-        left_out += max(0, trials_of(spec.search, cell.space) - fitting)
-    return left_out
-
-
-def _specification(saved: Mapping[str, Any] | None, folder: StudyFolder) -> StudySpec:
-    """The specification in a study's folder.
-
-    Raises:
-        StudyError: The file is damaged.
-    """
-    try:
-        return StudySpec.model_validate((saved or {})["study"])
-    except (KeyError, ValidationError, RecursionError) as error:
-        raise damaged(folder.spec, f"{type(error).__name__}: it holds no study") from None
-
-
-def _facts_of(saved: Mapping[str, Any] | None, folder: StudyFolder) -> StudyFacts:
-    """The facts in a study's folder.
-
-    Raises:
-        StudyError: There are none yet, or the file is damaged.
-    """
-    if saved is None:
-        raise StudyError(f"the study {folder.name!r} has no {folder.facts.name} yet: run it first")
-    try:
-        return StudyFacts.model_validate(saved)
-    except (ValidationError, RecursionError) as error:
-        raise damaged(folder.facts, f"{type(error).__name__}: it holds no facts of a study") from None
-
-
-def _saved(spec: StudySpec) -> dict[str, Any]:
-    """The specification as it is written: without passwords, which whoever opens the study brings along."""
-    saved = spec.model_dump(mode="json")
-    saved["tracking"] = {key: without_passwords(value) for key, value in saved["tracking"].items()}
-    saved["description"] = saved["description"] and hide_secrets(saved["description"])
-    return saved
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _elapsed(driver: dict[str, Any], held: bool) -> float:
-    """Seconds of the last (or present) run."""
-    if "since" not in driver:
-        return 0.0
-    try:
-        end = datetime.now(UTC) if held or "until" not in driver else datetime.fromisoformat(driver["until"])
-        return max(0.0, (end - datetime.fromisoformat(driver["since"])).total_seconds())
-    except (ValueError, TypeError):
-        # The notes about a driver are for people: a damaged one costs no more than itself.
-        return 0.0

@@ -8,8 +8,9 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from peftsearch.saved import SUBMITTED_FROM
 from peftsearch.spec import StudyError, StudyFile
-from peftsearch.study import SUBMITTED_FROM, Study
+from peftsearch.study import Study
 from peftsearch.submit.following import follow
 from peftsearch.submit.job_server import Job, JobServer, Told
 from peftsearch.submit.package import pack, shipped_files

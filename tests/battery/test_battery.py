@@ -22,6 +22,7 @@ from peftsearch.domains import TASKS
 from peftsearch.export.trial_folders import StudyToExport, write_folders
 from peftsearch.export.verify import Job, Score, score_folders
 from peftsearch.methods import METHODS
+from peftsearch.preparing import plan_facts
 from peftsearch.search.counts import ParameterCount
 from peftsearch.search.plan import StudyPlan, plan_study
 from peftsearch.spec import THREADS, Rung, StudyError, StudyFile, TrialRecord, TrialState
@@ -132,7 +133,7 @@ class Battery:
         self.changed += [f"{task}: {name}" for name, value in fresh.fingerprint().items() if used[name] != value]
 
     def _export(self, study: Study, plan: StudyPlan, records: list[TrialRecord], task: str, to: Path) -> None:
-        facts = study._facts(plan)
+        facts = plan_facts(study, plan)
         facts.provenance[THREADS] = "1"
         known = StudyToExport(
             spec=study.spec,

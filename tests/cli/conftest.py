@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from cli_study import Result, rows, save_base, small_study, write_rows, write_study
 
+from peftsearch.preparing import plan_facts, save_facts, write_files
 from peftsearch.spec import Rung, StudyFacts
 from peftsearch.study import Study
+from peftsearch.study_ledger import driver_ledger
 
 
 @pytest.fixture(scope="session")
@@ -71,10 +73,10 @@ def started(base: Path, project: Path, storage: Path) -> Study:
     study = Study.from_file(write_study(project, small_study(base)), storage=storage)
     plan = study.validate()
     study.folder.create()
-    study._write_files()
-    facts: StudyFacts = study._facts(plan)
-    study._save_facts(facts)
-    ledger = study._ledger(plan)
+    write_files(study)
+    facts: StudyFacts = plan_facts(study, plan)
+    save_facts(study, facts)
+    ledger = driver_ledger(study, plan)
     for cell in plan.cells[:2]:
         record = ledger.ask(
             cell.cell.key,

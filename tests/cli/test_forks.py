@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 from cli_study import rows, small_study, write_rows, write_study
 
-from peftsearch.fork import shared_cells
+from peftsearch.fork import find_origin, shared_cells, take_over_into
 from peftsearch.holder import hold
+from peftsearch.preparing import plan_facts, save_facts, write_files
+from peftsearch.saved import as_saved
 from peftsearch.spec import StudyError
-from peftsearch.study import Study, _saved
+from peftsearch.study import Study
+from peftsearch.study_ledger import driver_ledger
 
 Fork = Callable[..., tuple[Study, Callable[[], None]]]
 
@@ -31,16 +34,16 @@ def fork(base: Path, project: Path, storage: Path, started: Study) -> Fork:
     def begin(name: str = "new", **sections: Any) -> tuple[Study, Callable[[], None]]:
         path = write_study(project, {**small_study(base), **sections})
         study = Study.from_file(path, storage=storage, name=name)
-        origin = study._origin("small")
+        origin = find_origin(study, "small")
         assert origin is not None
         plan = study.validate()
-        facts = study._facts(plan)
-        shared_cells(origin, _saved(study.spec), facts)
+        facts = plan_facts(study, plan)
+        shared_cells(origin, as_saved(study.spec), facts)
         study.folder.create()
-        study._write_files(origin)
-        study._save_facts(facts)
-        ledger = study._ledger(plan)
-        return study, lambda: study._take_over(origin, facts, ledger)
+        write_files(study, origin)
+        save_facts(study, facts)
+        ledger = driver_ledger(study, plan)
+        return study, lambda: take_over_into(study, origin, facts, ledger)
 
     return begin
 
@@ -63,25 +66,25 @@ def test_once_taken_over_a_fork_is_a_study_like_others(fork: Fork, started: Stud
     assert json.loads(saved.read_text())["forked_from"] == {"study": "small", "id": started.id, "done": False}
     # A driver that dies here leaves it to the next one, asked or not.
     for asked in (None, "small"):
-        again = study._origin(asked)
+        again = find_origin(study, asked)
         assert again is not None
         assert again.name == "small"
     take_over()
     assert json.loads(saved.read_text())["forked_from"]["done"] is True
-    assert study._origin(None) is None
-    assert study._origin("small") is None
+    assert find_origin(study, None) is None
+    assert find_origin(study, "small") is None
     # What it was forked from outlives a change that extends it.
-    study._write_files()
+    write_files(study)
     assert json.loads(saved.read_text())["forked_from"]["done"] is True
     assert json.loads(saved.read_text())["id"] == study.id
     with pytest.raises(StudyError, match="'new' was begun without --fork other"):
-        study._origin("other")
+        find_origin(study, "other")
 
 
 def test_a_study_that_was_begun_afresh_does_not_become_a_fork(fork: Fork, started: Study) -> None:
     fork()
     with pytest.raises(StudyError, match="'small' was begun without --fork new"):
-        started._origin("new")
+        find_origin(started, "new")
 
 
 def test_trials_are_not_taken_from_a_study_that_is_being_run(fork: Fork, started: Study) -> None:

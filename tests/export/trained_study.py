@@ -10,12 +10,14 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from peftsearch.preparing import plan_facts, save_facts, write_files
 from peftsearch.search.cells import Cell
 from peftsearch.search.plan import StudyPlan, plan_study
 from peftsearch.search.run import StudyRun
 from peftsearch.spec import StudyFile
 from peftsearch.storage import study_folder
 from peftsearch.study import Study
+from peftsearch.study_ledger import driver_ledger
 from peftsearch.tracking.ledger import Ledger
 from peftsearch.training.distributed import WorkerGroup
 from peftsearch.training.segment import Segment, SegmentResult
@@ -84,9 +86,9 @@ def train_study(
     study = Study(file.spec, study_folder(file.spec.name, storage), file)
     plan = plan_study(file, study.folder.cache)
     study.folder.create()
-    study._write_files()
-    study._save_facts(study._facts(plan))
-    with closing(study._ledger(plan)) as ledger:
+    write_files(study)
+    save_facts(study, plan_facts(study, plan))
+    with closing(driver_ledger(study, plan)) as ledger:
         run = StudyRun(
             file.spec.search, [item.cell for item in plan.cells], plan.searches(), lambda *_: _count(), ledger
         )

@@ -14,8 +14,10 @@ from cli_study import save_base, small_study, write_study
 from fuzzing import LONG, damage, no_hang
 from security_files import Outcome, run_here, write_project
 
+from peftsearch.preparing import plan_facts, save_facts, write_files
 from peftsearch.spec import Reading, Rung, StudyFacts
 from peftsearch.study import Study
+from peftsearch.study_ledger import driver_ledger
 
 SEEDS = range(1000 if LONG else 8)
 
@@ -31,10 +33,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     study = Study.from_file(path, storage=storage)
     plan = study.validate()
     study.folder.create()
-    study._write_files()
-    facts: StudyFacts = study._facts(plan)
-    study._save_facts(facts)
-    ledger = study._ledger(plan)
+    write_files(study)
+    facts: StudyFacts = plan_facts(study, plan)
+    save_facts(study, facts)
+    ledger = driver_ledger(study, plan)
     for cell in plan.cells:
         record = ledger.ask(
             cell.cell.key,

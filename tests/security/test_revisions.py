@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from cli_study import small_study, write_study
 
+from peftsearch.preparing import plan_facts, save_facts
 from peftsearch.study import Study
 
 COMMITS = ["1" * 40, "2" * 40]
@@ -48,7 +49,7 @@ def test_the_commit_is_used_and_recorded(
     assert plan.unchecked == ()
     (place,) = plan.models.values()
     assert place.revision == commit
-    facts = opened._facts(plan).models["somebody/model"]
+    facts = plan_facts(opened, plan).models["somebody/model"]
     assert (facts.revision, facts.commit, facts.fingerprint) == (revision, commit, commit)
 
 
@@ -57,7 +58,7 @@ def test_a_branch_that_moved_is_a_changed_model(hub: Path, project: Path, storag
 
     study = Study.from_file(write_study(project, small_study("somebody/model")), storage=storage)
     study.folder.create()
-    study._save_facts(study._facts(study.validate()))
+    save_facts(study, plan_facts(study, study.validate()))
     (hub / "refs" / "main").write_text(COMMITS[1])
     with pytest.raises(StudyError, match="the model 'somebody/model' has changed since the study"):
-        study._facts(study.validate())
+        plan_facts(study, study.validate())

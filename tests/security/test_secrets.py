@@ -16,8 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from security_files import Outcome
 
+from peftsearch.preparing import check_unchanged, write_files
 from peftsearch.spec import StudyError, hide_secrets, note_secrets, without_passwords
 from peftsearch.study import Study
+from peftsearch.study_ledger import driver_ledger
 
 Cli = Callable[..., Outcome]
 
@@ -144,7 +146,6 @@ def test_no_trace_of_a_secret(
         raise RuntimeError(f"cannot reach postgresql://me:{OPTION}@h/d: wrong password {LEDGER}")
 
     monkeypatch.setattr("peftsearch.driver.run_study", breaks)
-    monkeypatch.setattr("peftsearch.study._FLUSH", 1.0, raising=False)
     tracked = document["tracking"]["mlflow"]
     path.write_text(yaml.safe_dump(document | {"tracking": document["tracking"] | {"mlflow": "off"}}))
     call("run", path, status=1)
@@ -156,7 +157,7 @@ def test_no_trace_of_a_secret(
     assert study.mlflow_tracking_uri == tracked
     from contextlib import closing
 
-    with closing(study._ledger(study.validate())) as ledger:
+    with closing(driver_ledger(study, study.validate())) as ledger:
         record = ledger.records[0].model_copy(update={"number": 99})
         with pytest.raises(KeyError):
             ledger.fail(99, f"no https://me:{OPTION}@h/")
@@ -195,11 +196,11 @@ def test_a_study_with_a_password_opens_without_it(
     path.write_text(yaml.safe_dump(document))
     study = Study.from_file(path, storage=storage)
     study.folder.create()
-    study._write_files()
+    write_files(study)
     opened = Study.open("small", storage)
     assert opened.spec.tracking.ledger == f"sqlite:///{tmp_path}/ledger.db"
     assert opened.spec.tracking.mlflow == "http://127.0.0.1:1"
-    study._check_unchanged()
+    check_unchanged(study)
     copy = yaml.safe_load(study.folder.study_file.read_text())
     assert copy["tracking"] == {"ledger": f"sqlite:///{tmp_path}/ledger.db", "mlflow": "http://127.0.0.1:1"}
 

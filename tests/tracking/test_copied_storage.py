@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from peftsearch.preparing import write_files
 from peftsearch.spec import StudyError
 from peftsearch.study import Study
+from peftsearch.study_ledger import driver_ledger
 from peftsearch.tracking.ledger import CLAIMS
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ def begin(write_study: Callable[..., Path], url: str, tmp_path: Path) -> Begin:
         study = Study.from_file(path, storage=tmp_path / name)
         plan = study.validate()
         study.folder.create()
-        study._write_files()
+        write_files(study)
         return study, plan
 
     return call
@@ -49,26 +51,26 @@ class Dies:
 def test_only_the_copy_that_ran_last_goes_on(begin: Begin, tmp_path: Path) -> None:
     study, plan = begin("here")
     for _ in range(2):
-        study._ledger(plan).close()
+        driver_ledger(study, plan).close()
     shutil.copytree(tmp_path / "here", tmp_path / "there")
     copy, _ = begin("there")
     assert copy.id == study.id
     for _ in range(2):
-        copy._ledger(plan).close()
+        driver_ledger(copy, plan).close()
     for _ in range(2):
         with pytest.raises(StudyError, match=rf"a copy of this storage has run, which is .*there: .*delete {CLAIMS}"):
-            study._ledger(plan)
+            driver_ledger(study, plan)
     # Whoever only looks does no harm.
     assert study.trials() == copy.trials() == []
     # Moved, it is itself.
     shutil.move(tmp_path / "there", tmp_path / "elsewhere")
     moved, _ = begin("elsewhere")
-    moved._ledger(plan).close()
+    driver_ledger(moved, plan).close()
     # And somebody may decide.
     (study.folder.path / CLAIMS).unlink()
-    study._ledger(plan).close()
+    driver_ledger(study, plan).close()
     with pytest.raises(StudyError, match=r"a copy of this storage has run, which is .*here"):
-        moved._ledger(plan)
+        driver_ledger(moved, plan)
 
 
 @pytest.mark.parametrize("writes", range(1, 9, 2))
@@ -76,10 +78,10 @@ def test_a_driver_that_dies_while_it_opens_the_ledger_is_no_copy(begin: Begin, w
     study, plan = begin("here")
     for _ in range(3):
         try:
-            study._ledger(plan, Dies(writes)).close()  # type: ignore[arg-type]
+            driver_ledger(study, plan, Dies(writes)).close()  # type: ignore[arg-type]
         except KeyboardInterrupt:
             continue
-    study._ledger(plan).close()
+    driver_ledger(study, plan).close()
 
 
 def test_a_ledger_in_the_storage_is_copied_with_it(write_study: Callable[..., Path], tmp_path: Path) -> None:
@@ -87,9 +89,9 @@ def test_a_ledger_in_the_storage_is_copied_with_it(write_study: Callable[..., Pa
     study = Study.from_file(path, storage=tmp_path / "here")
     plan = study.validate()
     study.folder.create()
-    study._write_files()
-    study._ledger(plan).close()
+    write_files(study)
+    driver_ledger(study, plan).close()
     assert not (study.folder.path / CLAIMS).exists()
     shutil.copytree(tmp_path / "here", tmp_path / "there")
     for name in ("there", "here"):
-        Study.from_file(path, storage=tmp_path / name)._ledger(plan).close()
+        driver_ledger(Study.from_file(path, storage=tmp_path / name), plan).close()
