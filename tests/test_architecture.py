@@ -63,9 +63,16 @@ def test_imports_point_one_way(part: str) -> None:
 
 
 def test_the_modules_at_the_top_import_one_way() -> None:
-    assert sorted(TOP) == sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
+    modules = {path.stem for path in PACKAGE.glob("*.py")} | {
+        path.parent.name for path in PACKAGE.glob("*/__init__.py")
+    }
+    assert sorted(TOP) == sorted(name for name in modules - set(ORDER) if not name.startswith("__"))
     for place, name in enumerate(TOP):
-        assert set(imported(PACKAGE / f"{name}.py")) & set(TOP) <= set(TOP[:place]), name
+        for path in (PACKAGE / f"{name}.py", *(PACKAGE / name).rglob("*.py")):
+            found = set(imported(path)) if path.exists() else set()
+            assert found & set(TOP) <= {*TOP[:place], *({name} if path.parent.name == name else ())}, path.relative_to(
+                ROOT
+            )
 
 
 def test_the_top_level_is_as_drawn() -> None:
