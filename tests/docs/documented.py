@@ -135,6 +135,12 @@ def alternatives(line: str) -> list[str]:
     return found
 
 
+def is_call(line: str) -> bool:
+    """Whether a line calls a command, and does not only name it: it has arguments, or its command needs none."""
+    verb, *arguments = shlex.split(line.removesuffix("..."), comments=True)[1:]
+    return bool(arguments) or (verb in VERBS and not any(parameter.required for parameter in VERBS[verb].params))
+
+
 def parsed(line: str) -> tuple[str, dict[str, Any]]:
     """A call of peftsearch as its real command line understands it.
 
