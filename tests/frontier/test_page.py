@@ -120,6 +120,9 @@ def test_each_export_command_exports_its_trial(facts: StudyFacts) -> None:
             }
             assert pick(fronts[name].front, options.get("--pick", "frontier"), **limits) == [record]
             seen |= set(options)
+            # What has a name is called by it.
+            if record in (fronts[name].front[0], fronts[name].front[-1]):
+                assert "--pick" in options
     assert seen == {"--domain", "--storage", "--pick", "--max-parameters", "--min-metric"}
 
 

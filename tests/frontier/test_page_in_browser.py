@@ -99,7 +99,7 @@ def test_a_pick_that_gave_way_within_the_error_bars_says_so(browser: Page, tmp_p
     show(browser, tmp_path, (records, make_facts()))
     cards = browser.evaluate("[...document.querySelectorAll('.pick')].map(card => card.innerText)")
     assert len(cards) == 1
-    assert "Best, knee, smallest: the cheapest within the error bars" in cards[0]
+    assert "Best, knee, smallest: the cheapest that is no worse within the error bars" in cards[0]
     assert "trial 3 (lora) is picked rather than trial 5" in cards[0]
 
 

@@ -93,7 +93,7 @@ def test_what_a_further_point_costs_is_said(facts: StudyFacts, records: list[Tri
             assert cost.sentence(front.facts.metric) in shown(records, facts)
             note = domain_report(records, facts, front.domain).note
             assert f"- {escape_markdown(cost.sentence(front.facts.metric))}\n" in note
-    assert "parameters (" not in shown([], facts)
+    assert "more parameters" not in shown([], facts)
 
 
 def test_a_tie_is_named_too(facts: StudyFacts) -> None:

@@ -89,7 +89,7 @@ def export_command(front: DomainFront, record: TrialRecord, study: str, storage:
 
 def _selection(front: DomainFront, record: TrialRecord) -> list[str]:
     direction = front.facts.direction
-    for how in ("best", "knee"):
+    for how in ("best", "knee", "smallest"):
         if [item.number for item in pick(front.front, how, direction)] == [record.number]:
             return ["--pick", how]
     # On a front the metric rises with the parameters, so that both limits together leave one point.

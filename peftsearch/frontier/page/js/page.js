@@ -132,7 +132,7 @@ function picks(domain) {
       const tie = hows.map(how => domain.ties[how]).find(Boolean);
       return h('button', {type: 'button', class: 'pick', 'data-focus': `pick-${hows[0]}`, 'data-pick': hows.join(' '),
         'aria-pressed': String(fixed === trial), onclick: () => actions.fix(trial)},
-      h('span', {class: 'how'}, h('b', {}, title[0].toUpperCase() + title.slice(1)), tie ? ': the cheapest within the error bars' : hows.length === 1 ? `: ${PICKS[hows[0]](domain.title)}` : null),
+      h('span', {class: 'how'}, h('b', {}, title[0].toUpperCase() + title.slice(1)), tie ? ': the cheapest that is no worse within the error bars' : hows.length === 1 ? `: ${PICKS[hows[0]](domain.title)}` : null),
       h('span', {class: 'big'}, metricText(trial.value), ' ', trial.confirmed
         ? h('small', {}, `${deviation(trial.confirmed.mean, trial.confirmed.std)} over ${trial.confirmed.seeds} seeds`) : null),
       h('span', {class: 'what'}, glyph(method), `${method.name}, ${whole(trial.trainable_parameters)} parameters`),
