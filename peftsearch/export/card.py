@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from peftsearch.export.convert import Form
 from peftsearch.export.hub import HubRepo
@@ -137,6 +138,7 @@ def model_card(card: CardFacts) -> str:
         _training_table(card),
         "Everything else is in `provenance.json`: the trial as the ledger has it, the study's specification, "
         "fingerprints of data and base model, package versions.",
+        _origin(card),
         *_limits(card),
     ]
     return "\n\n".join(parts) + "\n"
@@ -351,6 +353,18 @@ def _training_table(card: CardFacts) -> str:
         ["seconds of training", f"{record.train_seconds:.1f}"],
     ]
     return _table(["setting", "value"], [[escape_markdown(cell) for cell in row] for row in rows])
+
+
+def _origin(card: CardFacts) -> str:
+    """Where one sees the trial among the others."""
+    study, record = card.facts.study, card.record
+    place = f"front.html#{quote(record.domain, safe='')}/{record.number}"
+    run = (
+        f"MLflow run `{record.mlflow_run_id}` of the experiment {escape_markdown(study)}; "
+        if record.mlflow_run_id
+        else ""
+    )
+    return f"Among the study's other trials: {run}`peftsearch frontier {study} --html front.html`, then `{place}`."
 
 
 def _limits(card: CardFacts) -> list[str]:

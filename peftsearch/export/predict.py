@@ -340,8 +340,8 @@ def _check_columns(mapped: Mapping[str, str | tuple[str, ...]], names: Sequence[
         for wanted in (column,) if isinstance(column, str) else column:
             if wanted not in names:
                 raise StudyError(
-                    f"{where} has no column {wanted!r}{suggest(wanted, names)}: its columns are {', '.join(names)}; "
-                    f"name the one that holds the {role} with --column {role}=NAME"
+                    f"{where} has no column {wanted!r}{suggest(wanted, names)} "
+                    f"(--column {role}=NAME says which one holds the {role})"
                 )
 
 

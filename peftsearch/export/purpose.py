@@ -12,7 +12,7 @@ from peftsearch.domains import Task
 from peftsearch.domains.models import Architecture, architecture_of, model_config
 from peftsearch.domains.tasks import Head, get_task
 from peftsearch.export.folder import PROVENANCE, ExportedFolder
-from peftsearch.spec import ColumnsSpec, StudyError, suggest
+from peftsearch.spec import ColumnsSpec, DomainSpec, StudyError, suggest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -135,6 +135,12 @@ class Purpose:
             # Optional there.
             del found["context"]
         return found
+
+
+def columns_read(domain: DomainSpec) -> dict[str, str | tuple[str, ...]]:
+    """The column (or several) of a domain's data for each role that its task reads; see `Purpose.columns`."""
+    parts = list((domain.data.join or {}).values())
+    return _mapped(domain.task, (parts[0] if parts else domain.data).columns)
 
 
 def _mapped(task: str, columns: ColumnsSpec) -> dict[str, str | tuple[str, ...]]:

@@ -211,10 +211,13 @@ class Choice:
         assert self.record.confirmed is not None
         assert other.confirmed is not None
         ours, theirs = self.record.confirmed, other.confirmed
+        noise = seed_noise((ours.mean, ours.std, ours.seeds), (theirs.mean, theirs.std, theirs.seeds))
+        # Validation chose the other one; with further seeds the cheaper one can even be the better one.
+        verdict = "a tie within" if abs(ours.mean - theirs.mean) <= noise else "better, beyond"
         return (
             f"trial {self.record.number} ({self.record.method}) is picked rather than trial {other.number} "
             f"({other.method}): {ours.mean:.4f} ± {ours.std:.4f} and {theirs.mean:.4f} ± {theirs.std:.4f} over "
-            f"{ours.seeds} and {theirs.seeds} seeds is a tie within the error bars, and it trains "
+            f"{ours.seeds} and {theirs.seeds} seeds is {verdict} the error bars, and it trains "
             f"{self.record.trainable_parameters:,} parameters rather than {other.trainable_parameters:,}"
         )
 

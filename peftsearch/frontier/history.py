@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 from peftsearch.frontier.front import front, hypervolume
 from peftsearch.spec import Direction, TrialRecord, TrialState
@@ -25,10 +26,7 @@ def hypervolume_history(
     Returns:
         Pairs (ended trials, hypervolume): (0, 0.0), each moment at which the front had grown, and the last trial.
     """
-    ended = sorted(
-        (record for record in records if record.state is not TrialState.RUNNING),
-        key=lambda record: (record.finished or "", record.number),
-    )
+    ended = _ended(records)
     found = [(0, 0.0)]
     best: list[TrialRecord] = []
     stride = max(1, -(-len(ended) // points))
@@ -40,3 +38,24 @@ def hypervolume_history(
         if reached != found[-1][1] or moment == len(ended):
             found.append((moment, reached))
     return found
+
+
+def seconds_spent(records: Iterable[TrialRecord], counts: Sequence[int]) -> list[float]:
+    """Seconds of training and evaluation that the first so many ended trials took, one after another.
+
+    Unlike a clock's time this does not grow while a study stands still, nor shrink with more slots.
+
+    Args:
+        records: As for `hypervolume_history`.
+        counts: How many trials, as in its pairs.
+    """
+    each = (record.train_seconds + record.evaluation_seconds for record in _ended(records))
+    until = [0.0, *accumulate(each)]
+    return [until[count] for count in counts]
+
+
+def _ended(records: Iterable[TrialRecord]) -> list[TrialRecord]:
+    return sorted(
+        (record for record in records if record.state is not TrialState.RUNNING),
+        key=lambda record: (record.finished or "", record.number),
+    )

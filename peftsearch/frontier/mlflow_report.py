@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from urllib.parse import quote
 
 from peftsearch.frontier.front import DomainFront, choose, domain_fronts
+from peftsearch.frontier.marginal_cost import costs_between_picks
 from peftsearch.frontier.page import front_html
 from peftsearch.frontier.plots import front_png
 from peftsearch.frontier.tables import (
@@ -106,6 +107,9 @@ def _markdown(front: DomainFront, facts: StudyFacts, rows: int) -> str:
             )
             if choice.reason is not None:
                 lines.append(f"  ({escape_markdown(choice.reason)})")
+        costs = [f"- {escape_markdown(cost.sentence(front.facts.metric))}" for cost in costs_between_picks(front)]
+        if costs:
+            lines += ["", "What a further point costs:", "", *costs]
         lines += [
             "",
             "Take the knee home as a PEFT folder (or `--pick best`, `--pick smallest`, `--pick frontier`):",

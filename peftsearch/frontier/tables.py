@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from peftsearch.frontier.front import DomainFront, choose, domain_fronts
+from peftsearch.frontier.marginal_cost import costs_between_picks
 from peftsearch.spec import StudyError, StudyFacts, TrialRecord, TrialState, suggest
 from peftsearch.tracking.names import configuration_text
 
@@ -362,7 +363,8 @@ def front_table(front: DomainFront, facts: StudyFacts) -> Table:
 def front_renderables(
     records: Iterable[TrialRecord], facts: StudyFacts, domains: Iterable[str] | None = None
 ) -> list[RenderableType]:
-    """What ``peftsearch frontier`` shows: for each domain the front's table, and whether tuning paid.
+    """What ``peftsearch frontier`` shows: for each domain the front's table, whether tuning paid, which trial to
+    pick, and what a further point of the metric costs.
 
     Raises:
         StudyError: The study has no such domain.
@@ -378,6 +380,8 @@ def front_renderables(
         style = {True: "green", False: "yellow", None: ""}[found.paid]
         shown += [front_table(fronts[domain], facts), Text(_one_line(found.sentence), style=style)]
         shown += [Text(line) for line in (picks_sentence(fronts[domain]),) if line]
+        metric = fronts[domain].facts.metric
+        shown += [Text(_one_line(cost.sentence(metric))) for cost in costs_between_picks(fronts[domain])]
         shown.append(Text(""))
     return shown
 

@@ -37,6 +37,8 @@ from peftsearch.tracking.mlflow_runs import (
     TAG_LENGTH,
     THIS_RUN,
     DomainReport,
+    confirmed_at,
+    confirmed_numbers,
     curve_points,
     data_profile,
     differing,
@@ -205,12 +207,14 @@ class Mirror:
         step = record.rungs[-1].step if record.rungs else 0
         first = differing(first_numbers(record), known.metrics)
         last = differing(last_numbers(record), known.metrics)
+        confirmed, then = differing(confirmed_numbers(record), known.metrics), confirmed_at(record, ended)
         self._log(
             known,
             [
                 *curves,
                 *((key, value, began, 0) for key, value in first.items()),
                 *((key, value, ended, step) for key, value in last.items()),
+                *((key, value, then, step) for key, value in confirmed.items()),
             ],
             {key: value for key, value in params.items() if key not in known.params},
             {key: value for key, value in tags.items() if known.tags.get(key) != value},

@@ -30,8 +30,10 @@ def saved_views(facts: StudyFacts) -> dict[str, str]:
     - *Methods*: each method's best in each domain, as charts and as a grouped table.
     """
     several = len(facts.models) > 1
+    domains = ("domain",) if len(facts.domains) > 1 else ()
     columns = [
-        *(_column("tags", name) for name in ("domain", *(("model",) if several else ()), "method")),
+        # What is the same for all would push what is not out of sight: MLflow puts tags after metrics.
+        *(_column("tags", name) for name in (*domains, *(("model",) if several else ()), "method")),
         *(_column("metrics", name) for name in ("value", "trainable_parameters", "train_seconds")),
         *(_column("tags", name) for name in ("on_front", "pick")),
         *(_column("metrics", name) for name in ("confirmed_mean", "confirmed_std", "confirmed_test_mean")),
@@ -51,10 +53,7 @@ def saved_views(facts: StudyFacts) -> dict[str, str]:
         **best_first,
         "groupBy": {
             "aggregateFunction": "min" if ascending else "max",
-            "groupByKeys": [
-                {"mode": "tag", "groupByData": name}
-                for name in ("method", *(("domain",) if len(facts.domains) > 1 else ()))
-            ],
+            "groupByKeys": [{"mode": "tag", "groupByData": name} for name in ("method", *domains)],
         },
         "runsHiddenMode": "SHOW_ALL",
         "isAccordionReordered": True,

@@ -167,6 +167,9 @@ def test_the_card_is_one_that_the_hub_reads(method: str, exported: dict[str, Exp
         shown = [f"{item.record.scores[f'{kind}/{label}']:.4f}" for kind in ("f1", "precision", "recall")]
         assert f"| {' | '.join([label, *shown])} |" in card.text
     assert f"| macro\\_f1 | {item.score:.4f} |" in card.text
+    # The way back to the study.
+    assert f"`front.html#{item.record.domain}/{item.record.number}`" in card.text
+    assert item.record.mlflow_run_id is None or f"MLflow run `{item.record.mlflow_run_id}`" in card.text
     compile(code_of(card.text), "card", "exec")
 
 

@@ -277,6 +277,7 @@ def test_the_command_prints_what_it_exported(study: Study, tmp_path: Path, capfd
     out, err = capfd.readouterr()
     assert out == f"{item['folder']}\n"
     assert f"peftsearch predict {item['folder']} --input YOURS.csv" in err
+    assert "it reads the column 'text', or what --column names" in err
     assert run_app([*command, "--merge", "--as-lora"]) == 2
     assert run_app(["export", "forms", "--storage", storage]) == 2
     assert "--to, or a repository of the Hub with --push" in capfd.readouterr().err

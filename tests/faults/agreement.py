@@ -103,6 +103,10 @@ def assert_mlflow_agrees(study: Study, uri: str) -> None:
         assert history == [(rung.step, pytest.approx(rung.loss, nan_ok=True)) for rung in record.rungs]
         if record.value is not None:
             assert run.data.metrics["value"] == pytest.approx(record.value, nan_ok=True)
+        if record.confirmed:
+            # Means change with every seed, and MLflow shows the largest of what stands at one moment.
+            assert run.data.metrics["confirmed_mean"] == pytest.approx(record.confirmed.mean)
+            assert run.data.metrics.get("confirmed_test_mean") == pytest.approx(record.confirmed.test_mean)
         for item in record.confirmed.readings if record.confirmed else ():
             reading = runs["reading", str(record.number), str(item.seed)]
             assert reading.info.status == "FINISHED"

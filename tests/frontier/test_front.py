@@ -193,8 +193,11 @@ def test_ties_within_the_error_bars_prefer_the_cheaper_and_say_so() -> None:
     # The cheapest of those that are tied, not the next one.
     lora = confirmed(FRONT[1], 0.81, 0.84, 0.84)
     assert numbers(pick([FRONT[0], lora, adapter, full], "best")) == [5]
-    # A cheaper one that is even better is no worse.
-    assert numbers(pick([confirmed(FRONT[1], 0.9, 0.91), full], "best")) == [5]
+    # A cheaper one that is even better is no worse, and no tie either.
+    (choice,) = choose([confirmed(FRONT[1], 0.9, 0.91), full], "best")
+    assert choice.record.number == 5
+    assert choice.reason is not None
+    assert "over 2 and 3 seeds is better, beyond the error bars, and it trains" in choice.reason
     losses = [
         record.model_copy(update={"value": 1 - (record.value or 0), "confirmed": None}) for record in (*FRONT[:2], full)
     ]

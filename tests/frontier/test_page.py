@@ -15,7 +15,7 @@ import pytest
 from frontier_study import confirm_best, make_facts, make_record, make_study
 
 from peftsearch.frontier import domain_fronts, front_html, hypervolume, pick
-from peftsearch.frontier.history import hypervolume_history
+from peftsearch.frontier.history import hypervolume_history, seconds_spent
 from peftsearch.frontier.page import page_data, policy
 from peftsearch.frontier.page.data import latency
 from peftsearch.frontier.page.document import script_json
@@ -120,6 +120,9 @@ def test_each_export_command_exports_its_trial(facts: StudyFacts) -> None:
             }
             assert pick(fronts[name].front, options.get("--pick", "frontier"), **limits) == [record]
             seen |= set(options)
+            # What has a name is called by it.
+            if record in (fronts[name].front[0], fronts[name].front[-1]):
+                assert "--pick" in options
     assert seen == {"--domain", "--storage", "--pick", "--max-parameters", "--min-metric"}
 
 
@@ -165,6 +168,14 @@ def test_history_goes_by_the_end_of_trials() -> None:
     early = make_record(1, 0.5, 10, finished="2026-01-01T00:00:00+00:00")
     first = hypervolume([early], "maximize", 10**7)
     assert hypervolume_history([late, early], "maximize", 10**7)[1] == (1, first)
+
+
+def test_time_is_what_the_ended_trials_took_in_the_order_of_their_ends() -> None:
+    late = make_record(0, 0.9, 10, finished="2026-01-02T00:00:00+00:00", train_seconds=7.0, evaluation_seconds=1.0)
+    early = make_record(1, 0.5, 10, finished="2026-01-01T00:00:00+00:00", train_seconds=2.0, evaluation_seconds=0.5)
+    running = make_record(2, 0.5, 10, state=TrialState.RUNNING, train_seconds=100.0)
+    assert seconds_spent([late, early, running], [0, 1, 2]) == [0.0, 2.5, 10.5]
+    assert seconds_spent([], [0]) == [0.0]
 
 
 def test_latency_is_that_of_the_readings(facts: StudyFacts, records: list[TrialRecord], tmp_path: Path) -> None:

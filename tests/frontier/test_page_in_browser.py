@@ -12,6 +12,7 @@ from browser import CHROMIUM, Page, chromium
 from frontier_study import confirm_best, make_facts, make_record, make_study
 
 from peftsearch.frontier import domain_fronts, front, front_html
+from peftsearch.frontier.marginal_cost import costs_between_picks, marginal_costs
 from peftsearch.frontier.tables import key_hyperparameters
 from peftsearch.spec import Confirmed, StudyFacts, TrialRecord, TrialState
 
@@ -98,8 +99,87 @@ def test_a_pick_that_gave_way_within_the_error_bars_says_so(browser: Page, tmp_p
     show(browser, tmp_path, (records, make_facts()))
     cards = browser.evaluate("[...document.querySelectorAll('.pick')].map(card => card.innerText)")
     assert len(cards) == 1
-    assert "Best, knee, smallest: the cheapest within the error bars" in cards[0]
+    assert "Best, knee, smallest: the cheapest that is no worse within the error bars" in cards[0]
     assert "trial 3 (lora) is picked rather than trial 5" in cards[0]
+
+
+def test_what_a_further_point_costs_is_said(
+    browser: Page, tmp_path: Path, study: tuple[list[TrialRecord], StudyFacts]
+) -> None:
+    show(browser, tmp_path, study)
+    found = domain_fronts(*study)["clinical"]
+    between = costs_between_picks(found)
+    assert between
+    said = browser.evaluate("[...document.querySelectorAll('#costs li')].map(item => item.textContent)")
+    assert said == [cost.sentence("accuracy") for cost in between]
+    browser.click("#costs details summary")
+    rows = browser.evaluate(
+        "[...document.querySelectorAll('#costs tbody tr')]"
+        ".map(row => [...row.cells].map(cell => cell.innerText.trim()))"
+    )
+    steps = marginal_costs(found.front, "maximize")
+    assert len(rows) == len(steps) > len(between)
+    for row, cost in zip(rows, steps, strict=True):
+        assert row[:2] == [f"{record.number} {record.method}" for record in (cost.dearer, cost.cheaper)]
+        assert row[3:5] == [f"{cost.parameters:,}", f"{round(cost.parameters_per_point):,}"]
+    # Of one trial alone there is nothing to pay for.
+    show(browser, tmp_path, ([make_record(0, 0.5, 10)], make_facts()))
+    assert browser.evaluate("document.querySelector('#costs')") is None
+
+
+def test_hypervolume_over_trials_and_over_time(
+    browser: Page, tmp_path: Path, study: tuple[list[TrialRecord], StudyFacts]
+) -> None:
+    show(browser, tmp_path, study)
+    titles = "[...document.querySelectorAll('#history text')].map(text => text.textContent)"
+    path = "document.querySelector('#history path.curve').getAttribute('d')"
+    assert "ended trials" in browser.evaluate(titles)
+    by_trials = browser.evaluate(path)
+    browser.click("[data-focus=over-time]")
+    assert browser.evaluate("document.activeElement.dataset.focus") == "over-time"
+    ended = [record for record in of_domain(study, "clinical") if record.state is not TrialState.RUNNING]
+    took = sum(record.train_seconds + record.evaluation_seconds for record in ended)
+    assert 120 < took < 7200
+    assert "minutes of training" in browser.evaluate(titles)
+    assert browser.evaluate(path) != by_trials
+    browser.click("#history-table summary")
+    last = browser.evaluate(
+        "[...document.querySelectorAll('#history-table tbody tr:last-child > *')].map(e => e.innerText)"
+    )
+    assert last[0] == str(len(ended))
+    assert last[1] == f"{took // 60:.0f} min {round(took) % 60:02d} s"
+
+
+def test_parallel_coordinates_begin_with_something_to_compare(browser: Page, tmp_path: Path) -> None:
+    records = [
+        make_record(0, 0.70, 5_000, hyperparameters={"rank": 4, "learning_rate": 1e-3}),
+        make_record(1, 0.705, 9_000, hyperparameters={"rank": 8, "learning_rate": 2e-3}),
+        make_record(2, 0.90, 9_000_000, method="full", hyperparameters={"learning_rate": 1e-5}),
+    ]
+    show(browser, tmp_path, (records, make_facts()))
+    axes = "[...document.querySelectorAll('#parallel text.title title')].map(e => e.textContent)"
+    # Without a knee the best is fixed, the only trial of its method: an empty figure.
+    assert browser.evaluate("document.querySelector('#method').selectedOptions[0].text") == "all methods"
+    assert browser.evaluate(axes) == ["method", "lr", "parameters", "accuracy"]
+    for method, expected in (
+        (1, ["rank", "lr", "parameters", "accuracy"]),
+        (0, ["method", "lr", "parameters", "accuracy"]),
+    ):
+        browser.evaluate(
+            "(() => { const select = document.querySelector('#method');"
+            f"select.selectedIndex = {method}; select.dispatchEvent(new Event('change')); }})()"
+        )
+        assert browser.evaluate(axes) == expected
+    # A line is as good as a mark: hovering says which trial it is, clicking fixes it.
+    x, y = browser.evaluate(
+        "(() => { const host = document.querySelector('#parallel');"
+        "host.scrollIntoView({block: 'center', behavior: 'instant'});"
+        "const box = host.getBoundingClientRect(); return [box.right - 46, box.bottom - 15]; })()"
+    )
+    browser.hover_at(x, y)
+    assert "Trial 0, lora" in browser.evaluate("document.querySelector('#parallel .tip').innerText")
+    browser.click_at(x, y)
+    assert "Trial 0 lora" in browser.evaluate(PANEL)
 
 
 def test_a_trial_is_fixed_by_a_click_and_says_all_about_itself(

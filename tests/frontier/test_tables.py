@@ -17,6 +17,7 @@ from rich.console import Console
 
 from peftsearch.frontier import (
     domain_fronts,
+    domain_report,
     escape_markdown,
     front_markdown,
     front_renderables,
@@ -29,6 +30,7 @@ from peftsearch.frontier import (
     trials_table,
     verdict,
 )
+from peftsearch.frontier.marginal_cost import costs_between_picks
 from peftsearch.spec import Baseline, Confirmed, Rung, StudyError, StudyFacts, TrialRecord, TrialState
 
 TRIAL_KEYS = {
@@ -81,6 +83,17 @@ def test_the_picks_are_named(facts: StudyFacts, records: list[TrialRecord]) -> N
     assert f"Picks: best: trial {best.number}, knee: trial " in shown(records, facts)
     assert frontier_json([], facts)["domains"]["legal"]["picks"] == {}
     assert "Picks" not in shown([], facts)
+
+
+def test_what_a_further_point_costs_is_said(facts: StudyFacts, records: list[TrialRecord]) -> None:
+    for front in domain_fronts(records, facts).values():
+        costs = costs_between_picks(front)
+        assert costs
+        for cost in costs:
+            assert cost.sentence(front.facts.metric) in shown(records, facts)
+            note = domain_report(records, facts, front.domain).note
+            assert f"- {escape_markdown(cost.sentence(front.facts.metric))}\n" in note
+    assert "more parameters" not in shown([], facts)
 
 
 def test_a_tie_is_named_too(facts: StudyFacts) -> None:

@@ -270,6 +270,22 @@ def test_each_retraining_has_a_run_below_its_trials(store: Store, study: str) ->
     assert set(store.parents(study)) == {"clinical", "legal"}
 
 
+def test_means_that_fall_with_further_seeds_are_shown_as_they_are(store: Store, study: str) -> None:
+    facts = study_facts(study)
+    seeds = [reading(1), reading(2), reading(3)]
+    lower = [item.model_copy(update={"value": 0.6 - 0.1 * i, "test": 0.5 - 0.1 * i}) for i, item in enumerate(seeds)]
+    # The last one was made before the others, and arrives after them.
+    lower[2] = lower[2].model_copy(update={"read_at": "2026-01-01T12:59:00.000+00:00"})
+    for count in (1, 2, 3):
+        confirmed = Confirmed.of(lower[:count])
+        store.sync([trial(0, confirmed=confirmed)], facts)
+        metrics = store.children(study)[0].data.metrics
+        assert metrics["confirmed_seeds"] == count
+        assert metrics["confirmed_mean"] == pytest.approx(confirmed.mean)
+        assert metrics["confirmed_std"] == pytest.approx(confirmed.std)
+        assert metrics["confirmed_test_mean"] == pytest.approx(confirmed.test_mean)
+
+
 def test_deleted_things_come_back(store: Store, study: str) -> None:
     records, facts = [trial(number) for number in range(4)], study_facts(study)
     pages = reports(records, facts)

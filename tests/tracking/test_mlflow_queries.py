@@ -14,7 +14,7 @@ from tracking_study import study_facts, trial
 from peftsearch.export.folder import PROVENANCE
 from peftsearch.export.registry import Registry, register
 from peftsearch.frontier import domain_report
-from peftsearch.spec import Confirmed, Reading, TrialRecord, TrialState
+from peftsearch.spec import Confirmed, Reading, StudyFacts, TrialRecord, TrialState
 from peftsearch.tracking.mlflow_tracker import default_artifacts, default_tracking_uri, sync
 from peftsearch.tracking.mlflow_views import FRONT, METHODS, TRIALS, VIEW, saved_views
 
@@ -116,6 +116,18 @@ def test_the_views_name_what_the_runs_have(client: MlflowClient) -> None:
         assert state["orderByKey"] in known
         counts[saved["name"]] = len(client.search_runs([experiment.experiment_id], state["searchFilter"]))
     assert counts == {"Trials": 7, "Front": 5, "Methods": 6}
+
+
+def test_views_leave_out_what_is_the_same_for_all() -> None:
+    def columns(facts: StudyFacts) -> list[str]:
+        state = json.loads(json.loads(saved_views(facts)[f"{VIEW}{TRIALS}"])["state"])
+        return [str(name) for name in state["selectedColumns"]]
+
+    several = study_facts(STUDY)
+    assert "tags.`domain`" in columns(several)
+    assert "tags.`model`" not in columns(several)
+    alone = several.model_copy(update={"domains": {"legal": several.domains["legal"]}})
+    assert columns(alone) == [name for name in columns(several) if name != "tags.`domain`"]
 
 
 def test_a_view_that_a_reader_has_changed_stays(client: MlflowClient) -> None:

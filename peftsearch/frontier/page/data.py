@@ -14,7 +14,8 @@ from statistics import fmean
 from typing import Any
 
 from peftsearch.frontier.front import DomainFront, choose, domain_fronts, pick
-from peftsearch.frontier.history import hypervolume_history
+from peftsearch.frontier.history import hypervolume_history, seconds_spent
+from peftsearch.frontier.marginal_cost import costs_between_picks, marginal_costs
 from peftsearch.frontier.plots import baseline_lines, is_log, method_colour, method_symbol, methods_in_order
 from peftsearch.frontier.tables import key_hyperparameters, verdict
 from peftsearch.spec import StudyError, StudyFacts, TrialRecord, TrialState, suggest
@@ -88,7 +89,7 @@ def export_command(front: DomainFront, record: TrialRecord, study: str, storage:
 
 def _selection(front: DomainFront, record: TrialRecord) -> list[str]:
     direction = front.facts.direction
-    for how in ("best", "knee"):
+    for how in ("best", "knee", "smallest"):
         if [item.number for item in pick(front.front, how, direction)] == [record.number]:
             return ["--pick", how]
     # On a front the metric rises with the parameters, so that both limits together leave one point.
@@ -120,6 +121,7 @@ def latency(record: TrialRecord) -> float | None:
 def _domain(front: DomainFront, facts: StudyFacts, total: int, storage: str | None) -> dict[str, Any]:
     found, said = front.facts, verdict(front)
     hows = ("best", "knee", "smallest") if front.front else ()
+    history = hypervolume_history(front.records, found.direction, total)
     choices = {how: choose(front.front, how, found.direction)[0] for how in hows}
     return {
         "name": front.domain,
@@ -133,12 +135,30 @@ def _domain(front: DomainFront, facts: StudyFacts, total: int, storage: str | No
         "warnings": found.warnings,
         "counts": front.counts,
         "hypervolume": front.hypervolume,
-        "history": hypervolume_history(front.records, found.direction, total),
+        # Ended trials, the hypervolume then, and the seconds that these trials took.
+        "history": [
+            [count, reached, _rounded(seconds)]
+            for (count, reached), seconds in zip(
+                history, seconds_spent(front.records, [count for count, _ in history]), strict=True
+            )
+        ],
         "baselines": [{"title": title, "value": value} for title, value in baseline_lines(front)],
         "verdict": {"paid": said.paid, "sentence": said.sentence},
         "picks": {how: choice.record.number for how, choice in choices.items()},
         "ties": {how: choice.reason for how, choice in choices.items() if choice.reason},
         "front": [record.number for record in front.front],
+        "costs": [cost.sentence(found.metric.replace("_", " ")) for cost in costs_between_picks(front)],
+        # From each trial of the front to the next one, so that the script needs no definition of its own.
+        "steps": [
+            {
+                "from": cost.cheaper.number,
+                "to": cost.dearer.number,
+                "point": cost.point,
+                "each": round(cost.parameters_per_point),
+                "seeds": None if cost.seeds is None else [_rounded(number) for number in cost.seeds],
+            }
+            for cost in marginal_costs(front.front, found.direction)
+        ],
         "commands": {str(record.number): export_command(front, record, facts.study, storage) for record in front.front},
     }
 

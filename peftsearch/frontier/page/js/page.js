@@ -17,6 +17,7 @@ const view = {
   order: {key: 'parameters', descending: false},
   rows: 25,
   method: null,
+  over: 'trials',
   open: new Set(),
 };
 
@@ -28,6 +29,8 @@ function fixedTrial() {
   const number = view.fixed.has(domain.name) ? view.fixed.get(domain.name) : domain.picks.knee;
   return number === null ? null : study.byNumber.get(number) ?? null;
 }
+
+const ALL = -1;  // Instead of one method's index.
 
 const actions = {
   fixed: fixedTrial,
@@ -129,12 +132,32 @@ function picks(domain) {
       const tie = hows.map(how => domain.ties[how]).find(Boolean);
       return h('button', {type: 'button', class: 'pick', 'data-focus': `pick-${hows[0]}`, 'data-pick': hows.join(' '),
         'aria-pressed': String(fixed === trial), onclick: () => actions.fix(trial)},
-      h('span', {class: 'how'}, h('b', {}, title[0].toUpperCase() + title.slice(1)), tie ? ': the cheapest within the error bars' : hows.length === 1 ? `: ${PICKS[hows[0]](domain.title)}` : null),
+      h('span', {class: 'how'}, h('b', {}, title[0].toUpperCase() + title.slice(1)), tie ? ': the cheapest that is no worse within the error bars' : hows.length === 1 ? `: ${PICKS[hows[0]](domain.title)}` : null),
       h('span', {class: 'big'}, metricText(trial.value), ' ', trial.confirmed
         ? h('small', {}, `${deviation(trial.confirmed.mean, trial.confirmed.std)} over ${trial.confirmed.seeds} seeds`) : null),
       h('span', {class: 'what'}, glyph(method), `${method.name}, ${whole(trial.trainable_parameters)} parameters`),
       tie ? h('span', {class: 'what'}, tie) : null);
     }));
+}
+
+// What a further point of the metric costs: between the picks in words, along the whole front in a table.
+function costs(domain) {
+  if (!domain.steps.length) return null;
+  const [{point}] = domain.steps, of = key => step => study.byNumber.get(step[key]);
+  const from = of('from'), to = of('to'), named = trial => [glyph(study.methods[trial.method]), ` ${trial.number} ${study.methods[trial.method].name}`];
+  const signed = value => `${value < 0 ? '−' : '+'}${metricText(Math.abs(value))}`;
+  const label = `What each step along the front of ${domain.name} costs`;
+  return h('section', {class: 'card costs', id: 'costs', 'aria-label': 'What a further point costs'},
+    h('h3', {}, 'What a further point costs'), h('ul', {}, domain.costs.map(text => h('li', {}, text))),
+    folded('Along the whole front', plainTable(label, [
+      {title: 'to', left: true, cell: step => named(to(step))},
+      {title: 'from', left: true, cell: step => named(from(step))},
+      {title: domain.title, cell: step => signed(to(step).value - from(step).value)},
+      {title: 'more parameters', cell: step => whole(to(step).trainable_parameters - from(step).trainable_parameters)},
+      {title: `for each ${point}`, cell: step => whole(step.each * point / step.point)},
+      domain.steps.some(step => step.seeds) && {title: 'over seeds', cell: step => step.seeds
+        ? `${signed(domain.better * step.seeds[0])} ± ${metricText(step.seeds[1])}` : ''},
+    ].filter(Boolean), domain.steps)));
 }
 
 function controls(domain, shown) {
@@ -290,6 +313,7 @@ function panel(domain) {
     h('div', {class: 'stack'}, h('h2', {}, h('bdi', {}, domain.name), h('span', {class: 'soft'}, ` ${domain.title} against cost`)),
       domain.front.length ? h('p', {class: `verdict ${domain.verdict.paid === true ? 'paid' : domain.verdict.paid === false ? 'unpaid' : ''}`}, domain.verdict.sentence) : notice(domain)),
     domain.front.length ? picks(domain) : null,
+    costs(domain),
     domain.trials.length ? plots(domain) : null,
     foundations(domain));
 }
@@ -304,8 +328,8 @@ function plots(domain) {
     runningTable(domain),
     h('section', {class: 'card', id: 'table', 'aria-label': 'Trials'}),
     h('div', {class: 'two'},
-      h('figure', {class: 'card figure'}, h('figcaption', {class: 'figure-head'}, h('h3', {}, 'Hypervolume over time')), held('history'),
-        h('p', {class: 'small soft'}, 'The share of the unit square that the front dominates (1 is best), as trials ended.'), held('history-table')),
+      h('figure', {class: 'card figure'}, h('figcaption', {class: 'figure-head'}, h('h3', {}, 'Hypervolume over time'), held('history-head')), held('history'),
+        h('p', {class: 'small soft'}, 'The share of the unit square that the front dominates (1 is best), as trials ended; time: what they took, one after another.'), held('history-table')),
       h('figure', {class: 'card figure', id: 'parallel-figure'}, h('figcaption', {class: 'figure-head', id: 'parallel-head'}), h('div', {class: 'plot', id: 'parallel'}),
         h('p', {class: 'small soft'}, 'One line per finished trial; coloured: the best tenth. The table of trials has the same numbers.'))),
   ];
@@ -327,22 +351,33 @@ function drawHistory(domain) {
     at('history-table').replaceChildren();
     return;
   }
-  lineChart(host, {label: `Hypervolume of ${domain.name} over ${ended} ended trials: ${domain.hypervolume.toFixed(4)} at the end`,
-    x: 'ended trials', y: 'hypervolume', height: 250, floor: 0,
-    series: [{points: domain.history, colour: ink('link'), step: true}]});
+  const total = domain.history.at(-1)[2], timed = total > 0, byTime = timed && view.over === 'time';
+  const [unit, size] = total > 2 * 3600 ? ['hours', 3600] : total > 120 ? ['minutes', 60] : ['seconds', 1];
+  at('history-head').replaceChildren(timed ? h('div', {class: 'switch', role: 'group', 'aria-label': 'Over what'}, ['trials', 'time'].map(over =>
+    h('button', {type: 'button', 'aria-pressed': String(byTime === (over === 'time')), 'data-focus': `over-${over}`,
+      onclick: () => { view.over = over; draw(); }}, over))) : '');
+  lineChart(host, {label: `Hypervolume of ${domain.name} over ${ended} ended trials, which took ${timeText(total)}: ${domain.hypervolume.toFixed(4)} at the end`,
+    x: byTime ? `${unit} of training` : 'ended trials', y: 'hypervolume', height: 250, floor: 0,
+    series: [{points: domain.history.map(([count, value, seconds]) => [byTime ? seconds / size : count, value]), colour: ink('link'), step: true}]});
   const was = at('history-table').querySelector('details')?.open;
   at('history-table').replaceChildren(folded('As a table', plainTable(`Hypervolume of ${domain.name}`, [
-    {title: 'ended trials', cell: ([count]) => whole(count)}, {title: 'hypervolume', cell: ([, value]) => value.toFixed(4)}], domain.history)));
+    {title: 'ended trials', cell: ([count]) => whole(count)}, {title: 'took', cell: ([, , seconds]) => timeText(seconds)},
+    {title: 'hypervolume', cell: ([, value]) => value.toFixed(4)}], domain.history)));
   at('history-table').querySelector('details').open = was ?? false;
 }
 
 function drawParallelFigure(domain, shown) {
-  const present = study.methods.map((method, index) => index).filter(index => domain.trials.some(trial => trial.method === index && finished(trial)));
-  const method = present.includes(view.method) ? view.method : present.includes(fixedTrial()?.method) ? fixedTrial().method : present[0];
+  const count = index => domain.trials.filter(trial => trial.method === index && finished(trial)).length;
+  const present = study.methods.map((method, index) => index).filter(index => count(index));
+  const fixed = fixedTrial()?.method;
+  // Until the reader has chosen: the fixed trial's method, where there is anything to compare; else all of them.
+  const method = view.method === ALL || present.includes(view.method) ? view.method
+    : present.length === 1 ? present[0] : count(fixed) > 1 ? fixed : ALL;
+  const option = (index, text) => h('option', {value: index, selected: index === method}, text);
   at('parallel-head').replaceChildren(h('h3', {}, 'Hyperparameters'), present.length > 1 ? h('span', {class: 'row'}, h('label', {for: 'method'}, 'of'),
     h('select', {id: 'method', 'data-focus': 'method', onchange: event => { view.method = Number(event.target.value); draw(); }},
-      present.map(index => h('option', {value: index, selected: index === method}, study.methods[index].name)))) : '');
-  drawParallel(at('parallel'), shown.trials.filter(trial => trial.method === method), domain, study, actions);
+      option(ALL, 'all methods'), present.map(index => option(index, study.methods[index].name)))) : '');
+  drawParallel(at('parallel'), shown.trials.filter(trial => method === ALL || trial.method === method), domain, study, actions);
 }
 
 let redraw = () => {};

@@ -1,15 +1,20 @@
-// Parallel coordinates: one line per trial of a method, one axis per hyperparameter, the metric at the right.
+// Parallel coordinates: one line per trial, one axis per hyperparameter (of several methods: their names, and what all of
+// them have), the metric at the right.
 
-function dimensions(trials, domain) {
-  const named = new Map();
+function dimensions(trials, domain, study) {
+  const named = new Map(), several = new Set(trials.map(trial => trial.method)).size > 1;
   for (const trial of trials) for (const [name, value] of trial.settings) {
     if (!named.has(name)) named.set(name, new Map());
     named.get(name).set(trial, value);
   }
   const found = [];
+  if (several) {
+    const methods = [...new Set(trials.map(trial => trial.method))].sort((a, b) => a - b);
+    found.push({title: 'method', numeric: false, distinct: methods, of: trial => trial.method, text: index => study.methods[index].name});
+  }
   for (const [name, values] of named) {
     const distinct = [...new Set(values.values())];
-    if (distinct.length < 2) continue;
+    if (distinct.length < 2 || (several && values.size < trials.length)) continue;
     const numeric = distinct.every(value => typeof value === 'number');
     distinct.sort((a, b) => numeric ? a - b : String(a).localeCompare(String(b), 'en', {numeric: true}));
     found.push({title: name === 'learning_rate' ? 'lr' : name, numeric, distinct, of: trial => values.get(trial),
@@ -29,10 +34,10 @@ function drawParallel(host, trials, domain, study, actions) {
   const width = Math.max(300, host.clientWidth), height = 300, margin = {left: 34, right: 44, top: 34, bottom: 14};
   const shown = trials.filter(trial => finished(trial));
   if (shown.length < 2) {
-    host.replaceChildren(h('p', {class: 'small soft'}, 'Fewer than two trials of this method are finished, so there is nothing to compare.'));
+    host.replaceChildren(h('p', {class: 'small soft'}, 'Fewer than two of these trials are finished, so there is nothing to compare.'));
     return;
   }
-  const axesOf = dimensions(shown, domain), step = axesOf.length > 1 ? (width - margin.left - margin.right) / (axesOf.length - 1) : 0;
+  const axesOf = dimensions(shown, domain, study), step = axesOf.length > 1 ? (width - margin.left - margin.right) / (axesOf.length - 1) : 0;
   const svg = s('svg', {width, height, role: 'img', 'aria-label':
     `Parallel coordinates of ${shown.length} trials over ${axesOf.map(axis => axis.title).join(', ')}; the table of trials has the same numbers`});
   const canvas = h('canvas', {'aria-hidden': 'true'}), ratio = window.devicePixelRatio || 1;
@@ -57,12 +62,12 @@ function drawParallel(host, trials, domain, study, actions) {
   const pen = canvas.getContext('2d'), order = [...lines].sort((a, b) => domain.better * (a[0].value - b[0].value));
   pen.scale(ratio, ratio);
   const trace = line => { pen.beginPath(); line.forEach(([x, y], index) => index ? pen.lineTo(x, y) : pen.moveTo(x, y)); pen.stroke(); };
-  const strong = methodColour(study.methods[shown[0].method]), weak = ink('edge');
-  order.forEach(([, line], rank) => {
+  const weak = ink('edge');
+  order.forEach(([trial, line], rank) => {
     // The better, the stronger: the best tenth in the method's colour.
     const share = (rank + 1) / order.length, top = share > 0.9;
     pen.globalAlpha = top ? 0.95 : Math.max(0.06, Math.min(0.45, 120 / order.length)) * (0.4 + 0.6 * share);
-    pen.strokeStyle = top ? strong : weak;
+    pen.strokeStyle = top ? methodColour(study.methods[trial.method]) : weak;
     pen.lineWidth = top ? 1.8 : 1.1;
     trace(line);
   });
@@ -92,7 +97,7 @@ function drawParallel(host, trials, domain, study, actions) {
     redraw(trial);
     tip.hidden = !trial;
     if (!trial) return;
-    tip.replaceChildren(h('b', {}, `Trial ${trial.number}: ${domain.title} ${metricText(trial.value)}`), h('span', {}, settingsText(trial)));
+    tip.replaceChildren(h('b', {}, `Trial ${trial.number}, ${study.methods[trial.method].name}: ${domain.title} ${metricText(trial.value)}`), h('span', {}, settingsText(trial)));
     const size = tip.getBoundingClientRect(), x = event.clientX - box.left;
     tip.style.left = `${Math.max(0, Math.min(x > width / 2 ? x - size.width - 14 : x + 14, width - size.width))}px`;
     tip.style.top = `${Math.max(0, event.clientY - box.top - size.height - 10)}px`;
