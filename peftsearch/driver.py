@@ -29,6 +29,7 @@ from peftsearch.stopping import StopRequest
 from peftsearch.tracking import Ledger
 from peftsearch.training.segment import Segment
 from peftsearch.training.shared_data import publish
+from peftsearch.training.threads import kept_threads
 from peftsearch.workers import SlotPlan, SlotPool, nodes_to_come, quiet_ray_environment
 
 log = logging.getLogger(__name__)
@@ -238,7 +239,8 @@ def run_study(
             events.phase("copying the prepared data to the storage")
             workers = publish(workers, folder.parent.parent)
         # Another number of threads adds numbers in another order: exports are verified with this one.
-        facts.provenance[THREADS] = str(slots.cpus)
+        if not workers.measure_threads:
+            facts.provenance[THREADS] = str(slots.cpus)
         save_facts(facts)
         pool = SlotPool(workers, slots, spec.resources.max_retries, folder / "ray", events.warning, measured_as)
         events.phase(f"warming up {slots.slots} slot{'s' if slots.slots > 1 else ''}")
@@ -247,6 +249,9 @@ def run_study(
             from peftsearch.search.tune import run_trials
 
             pool.wait_ready(stopped)
+            if workers.measure_threads and (threads := kept_threads(folder)) is not None:
+                facts.provenance[THREADS] = str(threads)
+                save_facts(facts)
 
             def over() -> bool:
                 return stopped() or pool.lost() or run.broken is not None

@@ -114,6 +114,7 @@ class StudyPlan:
             budgets=dict(self.budgets),
             training={method: self._training(method) for method in self.spec.methods},
             threads=threads,
+            measure_threads=self.spec.resources.threads_per_worker == "auto",
             general_texts=self.general_texts,
             pack=self.spec.resources.trials_at_once,
             strategy=self.spec.resources.strategy,

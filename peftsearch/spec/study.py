@@ -358,6 +358,11 @@ class ResourcesSpec(_Section):
     cpus_per_worker: int | None = Field(
         default=None, ge=1, description="Threads per worker; the machine's cores, shared, where absent"
     )
+    threads_per_worker: Literal["cpus", "auto"] = Field(
+        default="cpus",
+        description="cpus: as many as cpus_per_worker; auto: the number up to that with which the study's first "
+        "worker finds training to be the fastest",
+    )
     slots: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto", description="Worker groups; auto fills the machines that are there, also later ones"
     )
@@ -373,6 +378,16 @@ class ResourcesSpec(_Section):
             raise ValueError(
                 "strategy fsdp puts parts of a model on the workers of a trial, and there is one: write "
                 "workers_per_trial: 2 or more, or strategy: ddp"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _threads_that_train(self) -> Self:
+        if self.threads_per_worker == "auto" and (self.gpus_per_worker or self.strategy == "fsdp"):
+            where = "gpus_per_worker leaves little to do to threads" if self.gpus_per_worker else "strategy is fsdp"
+            raise ValueError(
+                "threads_per_worker: auto measures one worker by itself, where it trains on CPUs, "
+                f"and {where}: leave it out"
             )
         return self
 

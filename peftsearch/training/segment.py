@@ -35,6 +35,8 @@ class WorkerPlan:
     """By method."""
     threads: int
     """CPU threads per worker."""
+    measure_threads: bool = False
+    """Whether the study's first worker finds out how many of these threads are the fastest, and all use so many."""
     general_texts: tuple[str, ...] = ()
     """On which forgetting is measured; () where it is not."""
     pack: int | Literal["auto"] = 1

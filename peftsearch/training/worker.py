@@ -19,6 +19,7 @@ from peftsearch.training.probe import probe
 from peftsearch.training.segment import Failure, HandedBack, Outcome, Probe, Segment, SegmentResult, Work, WorkerPlan
 from peftsearch.training.session import DivergedError, LeavingError, TrialSession, finished_result
 from peftsearch.training.shared_data import fetch
+from peftsearch.training.threads import counts_up_to, fastest, keep_threads, kept_threads, training_step
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,41 @@ class Worker:
         for model, name in self.plan.domains:
             if model == first:
                 self.base(first).trial_model(self.domain(model, name), seed=0, copy_weights=False)
+        if self.plan.measure_threads:
+            torch.set_num_threads(self._study_threads(first))
+
+    def _study_threads(self, model: str) -> int:
+        """How many threads the study computes with; measured where no worker has done so before.
+
+        All workers of a group measure at once, as they train at once, and the first one's finding counts.
+        """
+        folder, group = self.plan.study_folder, self.group
+        with group.together():
+            kept = kept_threads(folder) if group.rank == 0 else None
+        kept = group.from_first(kept)
+        if kept is not None:
+            return kept
+        method, training = next(iter(self.plan.training.items()))
+        domains = {
+            name: (self.domain(of, name), self.plan.budgets[name, method])
+            for of, name in self.plan.domains
+            if of == model
+        }
+        found: int = self.plan.threads
+        seconds: dict[int, float] = {}
+        with group.together():
+            try:
+                step = training_step(self.base(model), domains, training, group.size)
+                found, seconds = fastest(counts_up_to(self.plan.threads), step)
+            except (RuntimeError, MemoryError) as error:
+                # Trials save memory in ways that the measurement does not: they may fit.
+                if not out_of_memory(error):
+                    raise
+            if group.rank == 0:
+                found = keep_threads(folder, found, seconds)
+        chosen = group.from_first(found)
+        assert chosen is not None
+        return chosen
 
     def base(self, model: str) -> FrozenBase:
         """The frozen base of a model, loaded at first use."""
