@@ -59,8 +59,8 @@ class Server:
 def running_server(storage: Path) -> Iterator[Server]:
     """A server that answers, and has ended afterwards."""
     server = Server(storage)
-    server.start()
     try:
+        server.start()
         yield server
     finally:
         if server.process is not None:
