@@ -72,7 +72,8 @@ class PatientStorage(RDBStorage):
         self.guard = guard
         self.failure: Exception | None = None
         self._changed: set[int] = set()
-        """Trials that were made or have changed their state since they were last read into Optuna's cache."""
+        """Trials that were made, or have changed their state or their hyperparameters, since they were last read into
+        Optuna's cache."""
         try:
             super().__init__(url, engine_kwargs=_engine_options(make_url(url)))
         except BaseException:
@@ -156,9 +157,9 @@ class PatientStorage(RDBStorage):
     ) -> list[FrozenTrial]:
         """What Optuna's cache asks for twice per proposal: every running trial anew, and what came after them.
 
-        Of these, only those that have changed their state are read: there is no other writer, and samplers look at
-        nothing else of a trial that runs. With 64 trials at a time it would be 128 trials per proposal, each with all
-        of its attributes.
+        Of these, only those are read whose state or hyperparameters have changed: there is no other writer, and
+        samplers look at nothing else of a trial that runs (TPE takes it for a bad one, so as not to propose its like
+        again). With 64 trials at a time it would be 128 trials per proposal, each with all of its attributes.
         """
 
         def read(_: bool) -> list[FrozenTrial]:
@@ -192,6 +193,10 @@ class PatientStorage(RDBStorage):
         self._changed.add(trial_id)
         return self.patiently(change, writes=True)  # type: ignore[no-any-return]
 
+    def _set_trial_param(self, trial_id: int, *arguments: Any) -> None:
+        self._changed.add(trial_id)
+        self.patiently(lambda _: RDBStorage._set_trial_param(self, trial_id, *arguments), writes=True)
+
 
 def _patient(name: str, *, writes: bool) -> None:
     """Have a method of the storage called with patience; calling it twice must be the same as calling it once."""
@@ -211,7 +216,6 @@ for _name in (
     "set_study_system_attr",
     "set_trial_user_attr",
     "set_trial_system_attr",
-    "_set_trial_param",
 ):
     _patient(_name, writes=True)
 for _name in (

@@ -68,10 +68,14 @@ def write_state(folder: Place, step: int, tensors: Mapping[str, torch.Tensor], m
     Raises:
         StorageError: As `write_checkpoint`; the earlier states are as they were.
     """
+
+    def forget() -> None:
+        # Later ones are of an attempt that this one takes the place of.
+        earlier = [other for other in saved_steps(folder) if other < step][: STATES_KEPT - 1]
+        delete_states(folder, keep=(step, *earlier))
+
     write_checkpoint(folder / state_name(step), tensors, meta)
-    # Later ones are of an attempt that this one takes the place of.
-    earlier = [other for other in saved_steps(folder) if other < step][: STATES_KEPT - 1]
-    delete_states(folder, keep=(step, *earlier))
+    persist(folder, forget)
 
 
 def delete_states(folder: Place, keep: Sequence[int] = ()) -> None:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from peftsearch.files import Place, exists, is_local, persist
+from peftsearch.files import Place, StorageError, exists, is_local, persist
 from peftsearch.training.checkpoint import WEIGHTS, delete_states, write_state
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class StateWriter:
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._error: StorageError | None = None
 
     def write(self, folder: Place, step: int, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
         """Write a state, or begin to; the tensors may be changed afterwards.
@@ -71,9 +71,13 @@ class StateWriter:
             if exists(folder / WEIGHTS):
                 # Another worker was faster with what is left of the trial.
                 persist(folder, lambda: delete_states(folder))
-        except BaseException as error:
+        except StorageError as error:
             log.warning("the state of trial folder %s after step %d is not written: %s", folder.name, step, error)
             self._error = error
+        except Exception as error:
+            # It is told in the middle of another trial's work, which must not be blamed for it.
+            log.exception("the state of trial folder %s after step %d is not written", folder.name, step)
+            self._error = StorageError(f"cannot write the state of trial folder {folder}: {error!r}")
 
 
 WRITER = StateWriter()

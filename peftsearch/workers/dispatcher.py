@@ -104,7 +104,8 @@ class Dispatcher:
         self._settled = time.monotonic() + (_SETTLE_SECONDS if restarted else 0.0)
         self._queue: deque[_Job] = deque()
         self._slots: dict[int, _Slot] = {}
-        self._leases = itertools.count()
+        # Slots may still hold what a dispatcher that died has leased to them: no number means two works.
+        self._leases = itertools.count(time.time_ns())
         self._changed = asyncio.Event()
         self._stopping = False
         self._unusable: dict[int, str] = {}

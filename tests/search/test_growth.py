@@ -81,6 +81,29 @@ def test_a_proposal_reads_as_much_whatever_runs_beside_it(tmp_path: Path) -> Non
         assert max(cost[place] for cost in costs[-9:]) <= max(cost[place] for cost in costs[9:18])
 
 
+def test_tpe_sees_what_runs_beside_its_proposal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of running trials it takes each for a bad one (constant liar): four slots shall not train four times the same.
+    seen: list[list[optuna.trial.FrozenTrial]] = []
+    split = optuna.samplers._tpe.sampler._split_trials
+
+    def looked(study: optuna.Study, trials: list[optuna.trial.FrozenTrial], *rest: Any) -> Any:
+        seen.append([trial for trial in trials if trial.state is optuna.trial.TrialState.RUNNING])
+        return split(study, trials, *rest)
+
+    monkeypatch.setattr(optuna.samplers._tpe.sampler, "_split_trials", looked)
+    ledger = open_ledger(tmp_path)
+    run = open_run(ledger, trials=25, sampler="tpe", scheduler="none")
+    for place in range(60):
+        record = run.next_trial()
+        assert record is not None
+        for index in range(4) if place < 40 else ():
+            run.evaluated(record.number, result(record, index), 0, final=index == 3)
+    assert seen
+    assert max(map(len, seen)) >= 5
+    for running in seen:
+        assert all(trial.params for trial in running)
+
+
 def finished(count: int, seed: int = 0) -> list[optuna.trial.FrozenTrial]:
     generator = random.Random(seed)
     space: dict[str, optuna.distributions.BaseDistribution] = {"x": optuna.distributions.FloatDistribution(0, 1)}

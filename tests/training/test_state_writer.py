@@ -17,7 +17,7 @@ from tiny_models import SAMPLES
 from peftsearch.files import StorageError
 from peftsearch.search.plan import StudyPlan, plan_study
 from peftsearch.spec import StudyFile
-from peftsearch.training import state_writer
+from peftsearch.training import checkpoint, state_writer
 from peftsearch.training.checkpoint import WEIGHTS, saved_steps, sound_states, trial_folder, write_checkpoint
 from peftsearch.training.distributed import WorkerGroup
 from peftsearch.training.segment import Failure, Segment, SegmentResult, TrialPlan
@@ -70,6 +70,36 @@ def test_a_state_is_what_it_was_when_it_was_handed_over(tmp_path: Path, monkeypa
     assert torch.equal(tensors["x"], torch.arange(5.0))
 
 
+def test_a_storage_that_stumbles_while_old_states_are_deleted_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deleted, stumbles = checkpoint.delete, iter([OSError("Stale file handle")])
+
+    def stumbling(place: Path) -> None:
+        for error in stumbles:
+            raise error
+        deleted(place)
+
+    monkeypatch.setattr(checkpoint, "delete", stumbling)
+    writer = StateWriter()
+    for step in range(1, 5):
+        writer.write(tmp_path, step, {"x": torch.ones(3)}, {"step": step})
+    writer.wait()
+    assert saved_steps(tmp_path) == [4, 3]
+
+
+def test_whatever_goes_wrong_in_the_thread_blames_the_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(state_writer, "write_state", broken)
+    writer = StateWriter()
+    writer.write(tmp_path / "trial-7", 3, {"x": torch.ones(3)}, {"step": 3})
+    # Of another trial's segment a ValueError would say that its hyperparameters do not fit the model.
+    with pytest.raises(StorageError, match="trial-7"):
+        writer.wait()
+
+
 def test_a_state_that_could_not_be_written_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise StorageError("cannot write there: No space left on device")
@@ -112,7 +142,7 @@ def test_the_study_stops_where_states_cannot_be_written(
 
 DIES = """
 import os, pickle, sys, time
-from peftsearch.training import state_writer
+from peftsearch.training import checkpoint, state_writer
 from peftsearch.training.distributed import WorkerGroup
 from peftsearch.training.worker import Worker
 

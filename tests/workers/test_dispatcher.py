@@ -9,6 +9,7 @@ from dispatcher_runs import held_by_the_first_of_two, outcome, queued, run, segm
 
 from peftsearch.training.segment import Failure
 from peftsearch.workers.dispatcher import Dispatcher
+from peftsearch.workers.packing import Sizes
 
 
 def test_an_answer_reaches_whoever_asked() -> None:
@@ -211,6 +212,26 @@ def test_a_dispatcher_that_was_started_anew_knows_again_what_its_slots_hold_and_
         assert (await tasks[0])[0].details["text"] == "0"  # type: ignore[union-attr]
         for task in tasks[1:]:
             task.cancel()
+
+    run(scenario)
+
+
+def test_a_lease_of_a_dispatcher_that_died_is_none_of_the_next_ones() -> None:
+    async def scenario() -> None:
+        first = Dispatcher(max_retries=1, sizes=Sizes(lambda _: "all", 4))
+        await started(first, 0)
+        (asked,) = await queued(first, segment(0))
+        old = await take(first, 0)
+        asked.cancel()
+
+        dispatcher = Dispatcher(max_retries=1, restarted=True, sizes=Sizes(lambda _: "all", 4))
+        await dispatcher.join(0, "life-0", info={}, holds=["00001"], doing=[old.work])
+        tasks = await queued(dispatcher, segment(0), segment(1))
+        assert (await dispatcher.take(0, "life-0", at_work=True)).work == segment(1)
+        await dispatcher.finish(0, "life-0", old.lease, outcome("0"), old.work)
+        assert (await tasks[0])[0].details["text"] == "0"  # type: ignore[union-attr]
+        assert not tasks[1].done()
+        tasks[1].cancel()
 
     run(scenario)
 
