@@ -8,10 +8,13 @@ Examples:
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,10 +25,10 @@ import pyarrow as pa
 from peftsearch.domains.tasks import Tokenization
 from peftsearch.domains.tasks.base import EXAMPLE, Prediction
 from peftsearch.domains.tasks.question_answering import ANSWERS
-from peftsearch.export.answers import Answer, answers_of
+from peftsearch.export.answers import Answer, answers_of, csv_value
 from peftsearch.export.contents import load_tokenizer
 from peftsearch.export.folder import ExportedFolder
-from peftsearch.export.purpose import Purpose
+from peftsearch.export.purpose import Purpose, markers_of, marking
 from peftsearch.export.tables import format_of, open_table, writing_rows
 from peftsearch.files import writing
 from peftsearch.spec import StudyError, suggest
@@ -107,6 +110,8 @@ class Predictor:
         Returns:
             For each example its answer (see `columns`), or why there is none.
         """
+        if not examples:
+            return []
         try:
             data = self._tokenized(examples)
         except ValueError as error:
@@ -214,6 +219,8 @@ class Predicted:
         columns: Names of the columns that were added.
         seconds: What predicting took, loading not included.
         device: Where it was done.
+        markers: What marks the two things in the texts of a relation that the adapter was trained on.
+        unmarked: How many texts that have a prediction lack one of them.
     """
 
     output: Path
@@ -225,6 +232,8 @@ class Predicted:
     columns: tuple[str, ...]
     seconds: float
     device: str
+    markers: tuple[str, ...] = ()
+    unmarked: int = 0
 
     def sentences(self) -> list[str]:
         """What somebody who waits for the predictions should know."""
@@ -237,6 +246,11 @@ class Predicted:
             found.append(
                 f"{self.full:,} of {self.rows:,} texts fill all {self.max_length} tokens that the adapter sees: "
                 "their ends may be cut off"
+            )
+        if self.unmarked:
+            found.append(
+                f"{self.unmarked:,} of {self.rows:,} texts do not hold {marking(self.markers)} in the texts that the "
+                "adapter was trained on: their predictions say little"
             )
         return found
 
@@ -274,8 +288,8 @@ def predict_file(
         done: Told how many more rows are done, again and again.
 
     Raises:
-        StudyError: The folder is no adapter, the file has no such column or is damaged, or the output exists or cannot
-            be written.
+        StudyError: The folder is no adapter, the file has no such column or is damaged, or the output exists, cannot
+            be written, or cannot hold what is in the file.
     """
     source, output = Path(source).expanduser(), Path(output).expanduser()
     if batch_size < 1:
@@ -289,25 +303,27 @@ def predict_file(
     table = open_table(source)
     mapped = purpose.chosen(columns, table.names)
     _check_columns(mapped, table.names, source.name)
-    predictor = Predictor.load(adapter, device=device, trust_remote_code=trust_remote_code)
-    added = {f"{name}_{part}" if part else name: kind_ for part, kind_ in predictor.columns.items()}
+    parts = answers_of(purpose.task).columns
+    added = {f"{name}_{part}" if part else name: type_ for part, type_ in parts.items()}
     for column in added:
         if column in table.names:
             raise StudyError(
                 f"{source.name} has a column {column!r} already: call the predictions otherwise with --name"
             )
+    predictor = Predictor.load(adapter, device=device, trust_remote_code=trust_remote_code)
     if begun is not None:
         begun(table.rows)
     problems: dict[int, str] = {}
-    unpredicted = row = 0
+    unpredicted = unmarked = row = 0
+    markers = markers_of(purpose.task)
     start = time.perf_counter()
     try:
         with writing(output) as temporary, writing_rows(temporary, kind, table, added) as write:
-            for part in table.parts(PART):
-                examples = [_example(purpose, record, mapped) for record in part]
+            for records in table.parts(PART):
+                examples = [_example(purpose, record, mapped) for record in records]
                 good = [example for example in examples if not isinstance(example, Problem)]
                 answers = iter(predictor.predict(good, batch_size=batch_size) if good else [])
-                for record, example in zip(part, examples, strict=True):
+                for record, example in zip(records, examples, strict=True):
                     row += 1
                     answer = example if isinstance(example, Problem) else next(answers)
                     if isinstance(answer, Problem):
@@ -315,13 +331,17 @@ def predict_file(
                         if len(problems) < 1000:
                             problems[row] = str(answer)
                         answer = {}
-                    for suffix, column in zip(predictor.columns, added, strict=True):
-                        record[column] = answer.get(suffix)
-                write(part)
+                    elif not isinstance(example, Problem) and any(marker not in example["text"] for marker in markers):
+                        unmarked += 1
+                    for suffix, column in zip(parts, added, strict=True):
+                        value = answer.get(suffix)
+                        record[column] = csv_value(purpose.task, value) if kind == "csv" else value
+                write(records)
                 if done is not None:
-                    done(len(part))
-    except OSError as error:
-        raise StudyError(f"cannot write {str(output)!r}: {error.strerror or error}") from None
+                    done(len(records))
+    except (OSError, pa.ArrowException, UnicodeEncodeError) as error:
+        reason = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise StudyError(f"cannot write {str(output)!r}: {reason}") from None
     return Predicted(
         output,
         row,
@@ -332,6 +352,8 @@ def predict_file(
         tuple(added),
         time.perf_counter() - start,
         str(predictor.device),
+        markers,
+        unmarked,
     )
 
 
@@ -401,14 +423,11 @@ def _choices(value: Any, where: str) -> list[str] | Problem:
 
 def _texts(value: Any, where: str, split: Callable[[str], list[str]]) -> list[str] | Problem:
     if isinstance(value, str):
-        listed = None
-        if value.lstrip().startswith("["):
-            try:
-                # As this module writes lists into a CSV file.
-                listed = json.loads(value)
-            except ValueError:
-                listed = None
-        value = listed if isinstance(listed, list) else split(value)
+        value = value.strip()
+        listed = _listed(value) if value.startswith("[") else None
+        if listed is None and value.startswith("[") and (value.endswith("]") or _QUOTED.match(value)):
+            return Problem(f'{where} looks like a list and is none: write it as ["one", "two"]')
+        value = split(value) if listed is None else listed
     if not value:
         return Problem(f"{where} is empty")
     if not isinstance(value, list):
@@ -419,5 +438,22 @@ def _texts(value: Any, where: str, split: Callable[[str], list[str]]) -> list[st
             return Problem(f"{where} holds an empty or unusable text")
     return list(value)
 
+
+def _listed(text: str) -> list[Any] | None:
+    """The list that a text spells: in JSON, as this module writes lists into a CSV file, or in Python, as pandas does.
+
+    NumPy leaves the commas out, and Python would make one word of all.
+    """
+    readers = (json.loads,) if _NUMPY.search(text) else (json.loads, ast.literal_eval)
+    for read in readers:
+        # ValueError and SyntaxError say that it is no list, the others that it is too deep a one.
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            found = read(text)
+            return found if isinstance(found, list) else None
+    return None
+
+
+_QUOTED = re.compile(r"\[\s*['\"]")
+_NUMPY = re.compile(r"['\"]\s+['\"]")
 
 _READERS: dict[str, Callable[[Any, str], Any]] = {"tokens": _words, "choices": _choices}

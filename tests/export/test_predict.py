@@ -23,7 +23,11 @@ from trained_study import train_study
 
 from peftsearch.cli.app import run_app
 from peftsearch.domains import TASKS
+from peftsearch.domains.tasks import get_task
 from peftsearch.export import ExportedAdapter, Predictor, predict_file
+from peftsearch.export.answers import csv_value
+from peftsearch.export.usage import Use, usage
+from peftsearch.spec import DomainFacts
 from peftsearch.study import Study
 
 pytestmark = pytest.mark.slow
@@ -232,6 +236,31 @@ def test_a_file_keeps_its_columns_and_rows(
     assert {row["topic"] for row in found} <= {"finance", "law", "medicine"}
 
 
+def test_what_a_model_wrote_is_no_formula_in_a_csv(
+    exported: dict[str, ExportedAdapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["=1+1", "@x", "- the", "-5", "the - court"]
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    # No tiny model can be made to write these.
+    monkeypatch.setattr(
+        Predictor, "predict", lambda self, examples, **_: [{"": example["text"]} for example in examples]
+    )
+
+    def written(task: str, kind: str) -> list[dict[str, Any]]:
+        output = tmp_path / f"{task}.{kind}"
+        predict_file(exported[task].folder, source, output)
+        return read_csv(output) if kind == "csv" else [json.loads(line) for line in output.read_text().splitlines()]
+
+    summaries = written("summarization", "csv")
+    assert [row["prediction"] for row in summaries] == ["'=1+1", "'@x", "'- the", "-5", "the - court"]
+    assert [row["text"] for row in summaries] == texts
+    assert [row["prediction"] for row in written("summarization", "jsonl")] == texts
+    # Labels are compared with those of the data.
+    assert [row["prediction"] for row in written("classification", "csv")] == texts
+    assert csv_value(get_task("instruction", options={"labels": ["+ good", "- bad"]}), "+ good") == "+ good"
+
+
 def test_a_file_is_read_in_parts(
     exported: dict[str, ExportedAdapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,6 +298,34 @@ def test_rows_without_a_text_are_reported_and_kept(exported: dict[str, ExportedA
     assert [row.get("text") for row in written] == [row.get("text") for row in [*rows, {"text": "fever"}]]
 
 
+def test_no_examples_have_no_predictions(exported: dict[str, ExportedAdapter]) -> None:
+    assert Predictor.load(exported["classification"].folder).predict([]) == []
+
+
+def test_words_are_read_from_every_spelling_of_a_list(exported: dict[str, ExportedAdapter], tmp_path: Path) -> None:
+    spelled = {
+        '["the", "court\'s"]': 2,
+        "['the', \"court's\"]": 2,
+        "the court": 2,
+        "[1] the court": 3,
+        "['the' 'court']": None,
+        "['the'\n 'court']": None,
+        "['the', court]": None,
+        "[the, court]": None,
+        "['the', 'cou": None,
+        "[" * 100_000 + "]" * 100_000: None,
+    }
+    source = tmp_path / "in.csv"
+    with source.open("w", newline="") as file:
+        csv.writer(file).writerows([["tokens"], *([text] for text in spelled)])
+    found = predict_file(exported["token_classification"].folder, source, tmp_path / "out.jsonl")
+    written = [json.loads(line)["prediction"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [tags and len(tags) for tags in written] == list(spelled.values())
+    assert set(found.problems.values()) == {
+        'the column \'tokens\' looks like a list and is none: write it as ["one", "two"]'
+    }
+
+
 def test_a_text_without_tokens_keeps_no_other_from_its_prediction(
     exported: dict[str, ExportedAdapter], tmp_path: Path
 ) -> None:
@@ -285,6 +342,44 @@ def test_texts_that_are_too_long_are_counted(exported: dict[str, ExportedAdapter
     source.write_text(json.dumps({"text": "court " * 200}) + "\n" + json.dumps({"text": "court"}) + "\n")
     found = predict_file(exported["classification"].folder, source, tmp_path / "out.jsonl")
     assert found.sentences() == ["1 of 2 texts fill all 48 tokens that the adapter sees: their ends may be cut off"]
+
+
+def test_texts_without_a_relations_markers_are_counted(exported: dict[str, ExportedAdapter], tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    texts = ["drug with fever", "the fever", "", "fever and lesion"]
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    found = predict_file(exported["relation"].folder, source, tmp_path / "out.jsonl")
+    assert (found.markers, found.unmarked, found.unpredicted) == (("drug",), 2, 1)
+    assert found.sentences()[1:] == [
+        "2 of 4 texts do not hold 'drug', which marks the two things in the texts that the adapter was trained on: "
+        "their predictions say little"
+    ]
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["prediction"] is not None for row in written] == [True, True, False, True]
+    assert predict_file(exported["classification"].folder, source, tmp_path / "topics.jsonl").unmarked == 0
+
+
+def test_export_says_what_marks_the_two_things_of_a_relation(
+    studies: list[tuple[Study, Path]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    storage = str(studies[0][0].folder.storage)
+    command = ["export", "tasks", "--storage", storage, "--to", str(tmp_path / "out"), "--domain", "relation"]
+    assert run_app(command) == 0
+    told = " ".join(capfd.readouterr().err.split())
+    assert "or what --column names; its texts must hold 'drug', which marks the two things: peftsearch predict" in told
+    card = next((tmp_path / "out" / "relation").glob("*/README.md")).read_text()
+    assert "# Texts hold 'drug', which marks the two things.\nprint(classify(['A text with drug.']))" in card
+
+
+def test_a_card_shows_both_markers_of_a_relation() -> None:
+    task = get_task("relation", options={"markers": ["@DRUG1$", "@DRUG2$"]})
+    rows = {"train": 1, "validation": 1}
+    facts = DomainFacts(
+        task="relation", metric="micro_f1", direction="maximize", rows=rows, max_length=8, fingerprint="f", source="s"
+    )
+    shown = "\n".join(usage(Use(task, facts, "encoder", False)))
+    assert "# Texts hold '@DRUG1$' and '@DRUG2$', which mark the two things.\n" in shown
+    assert shown.endswith("print(classify(['A text with @DRUG1$ and @DRUG2$.']))")
 
 
 # --- the command ---
@@ -334,8 +429,14 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     (tmp_path / "latin.csv").write_bytes(b"text\nf\xfcr\n")
     (tmp_path / "taken.csv").write_text("text,prediction\na,b\n")
     (tmp_path / "there.csv").touch()
+    (tmp_path / "digits.jsonl").write_text('{"text": "a"}\n{"text": "a", "n": ' + "1" * 5000 + "}\n")
+    (tmp_path / "hollow.jsonl").write_text('{"text": "a", "tree": {}}\n')
+    (tmp_path / "half.jsonl").write_text('{"text": "a", "who": "\\ud83d"}\n')
+    parquet = tmp_path / "results" / "out.parquet"
     bare = Path(shutil.copytree(folder, tmp_path / "bare"))
     (bare / "adapter_model.safetensors").unlink()
+    damaged = Path(shutil.copytree(folder, tmp_path / "damaged"))
+    (damaged / "adapter_model.safetensors").write_bytes(b"x")
     lost = Path(shutil.copytree(folder, tmp_path / "lost"))
     (lost / "provenance.json").unlink()
     cases: list[tuple[list[object], str]] = [
@@ -354,9 +455,15 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
         ([folder, "--input", clauses, "--output", tmp_path / "there.csv"], "exists: name another file"),
         ([folder, "--input", clauses, "--output", tmp_path / "there.csv" / "x.csv"], "cannot write"),
         ([folder, "--input", clauses, "--batch-size", 0], "batch-size"),
+        ([folder, "--input", tmp_path / "digits.jsonl"], "line 2: an integer of more than 4300 digits"),
+        ([folder, "--input", tmp_path / "hollow.jsonl", "--output", parquet], "out.parquet': Cannot write struct type"),
+        ([folder, "--input", tmp_path / "half.jsonl", "--output", parquet], "column 'who' of half.jsonl holds broken"),
         ([tmp_path / "nowhere", "--input", clauses], "no adapter folder"),
         ([bare, "--input", clauses], "holds no adapter_model.safetensors"),
         ([lost, "--input", clauses], "holds no provenance.json"),
+        ([damaged, "--input", clauses], "cannot load the model"),
+        # What is wrong with the file is said before a model is loaded.
+        ([damaged, "--input", tmp_path / "taken.csv"], "has a column 'prediction' already"),
     ]
     for arguments, message in cases:
         given = arguments if "--output" in arguments else [*arguments, "--output", output]
