@@ -93,7 +93,7 @@ class Known:
         self.params, self.metrics, self.steps, self.brief = {}, {}, None, True
 
 
-_KEPT = (PARENT, DOMAIN, NUMBER, "domain", "on_front")
+_KEPT = (PARENT, DOMAIN, NUMBER, "domain", "on_front", "pick")
 
 
 class Mirror:
