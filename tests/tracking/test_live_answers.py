@@ -30,7 +30,7 @@ def test_the_json_is_written_once_for_all_who_ask(pages: Pages, monkeypatch: pyt
     monkeypatch.setattr(live, "FRESH", 600.0)
     first = pages.data(request("made-up"))
     assert first.status_code == 200
-    assert json.loads(first.body)["study"] == "made-up"
+    assert json.loads(bytes(first.body))["study"] == "made-up"
     monkeypatch.setattr(json, "dumps", lambda *_, **__: pytest.fail("written again"))
     assert pages.data(request("made-up")).body is first.body
     again = pages.data(request("made-up", if_none_match=first.headers["etag"]))
