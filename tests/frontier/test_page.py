@@ -17,7 +17,7 @@ from frontier_study import confirm_best, make_facts, make_record, make_study
 from peftsearch.frontier import domain_fronts, front_html, hypervolume, pick
 from peftsearch.frontier.history import hypervolume_history, seconds_spent
 from peftsearch.frontier.page import page_data, policy
-from peftsearch.frontier.page.data import latency
+from peftsearch.frontier.page.data import batch_milliseconds
 from peftsearch.frontier.page.document import script_json
 from peftsearch.frontier.plots import method_colour
 from peftsearch.spec import StudyError, StudyFacts, TrialRecord, TrialState
@@ -126,19 +126,20 @@ def test_each_export_command_exports_its_trial(facts: StudyFacts) -> None:
     assert seen == {"--domain", "--storage", "--pick", "--max-parameters", "--min-metric"}
 
 
-def test_export_commands_where_less_is_better(facts: StudyFacts) -> None:
+@pytest.mark.parametrize("values", [(31.75, 12.0004, 12.0001, 11.5), (3e300, 2.5e300, 1.5e25, 1.25e9, 123456789.5)])
+def test_export_commands_where_less_is_better(values: tuple[float, ...], facts: StudyFacts) -> None:
     clinical = facts.domains["clinical"].model_copy(update={"metric": "perplexity", "direction": "minimize"})
     facts = facts.model_copy(update={"domains": {"clinical": clinical}})
-    values = (31.75, 12.0004, 12.0001, 11.5)
     records = [make_record(number, value, 10 ** (number + 2)) for number, value in enumerate(values)]
     front = domain_fronts(records, facts)["clinical"].front
+    assert len(front) == len(values)
     (found,) = page_data(records, facts)["domains"]
     for record in front:
         words = shlex.split(found["commands"][str(record.number)])
         options = dict(zip(words[5::2], words[6::2], strict=True))
         limits = {
             "max_parameters": int(options.get("--max-parameters", 10**9)),
-            "min_metric": float(options.get("--min-metric", 10**9)),
+            "min_metric": float(options.get("--min-metric", "inf")),
         }
         assert pick(front, options.get("--pick", "frontier"), "minimize", **limits) == [record]
 
@@ -178,11 +179,16 @@ def test_time_is_what_the_ended_trials_took_in_the_order_of_their_ends() -> None
     assert seconds_spent([], [0]) == [0.0]
 
 
-def test_latency_is_that_of_the_readings(facts: StudyFacts, records: list[TrialRecord], tmp_path: Path) -> None:
+def test_time_per_example_in_batches_is_that_of_the_readings(
+    facts: StudyFacts, records: list[TrialRecord], tmp_path: Path
+) -> None:
     confirmed = confirm_best(records, facts, tmp_path)
     found = next(record for record in confirmed if record.confirmed)
-    assert latency(found) == pytest.approx(sum(1000 / (410 + seed) for seed in (1, 2, 3)) / 3)
-    assert latency(records[0]) is None
+    assert batch_milliseconds(found) == pytest.approx(sum(1000 / (410 + seed) for seed in (1, 2, 3)) / 3)
+    assert batch_milliseconds(records[0]) is None
+    page = front_html(confirmed, facts)
+    assert "time per example, in batches (ms)" in page
+    assert "latency" not in page
 
 
 @pytest.mark.parametrize("kind", ["none", "running", "pruned", "one", "nan", "nothing to compare"])
