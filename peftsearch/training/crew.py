@@ -17,7 +17,7 @@ from peftsearch.training.packing import MemberError, NotPackableError, Pack
 from peftsearch.training.packing.host import Host
 from peftsearch.training.packing.measure import measured_size
 from peftsearch.training.packing_key import pack_key
-from peftsearch.training.segment import Failure, HandedBack, Outcome, Segment, SegmentResult, SetAside
+from peftsearch.training.segment import Failure, HandedBack, Outcome, Segment, SegmentResult, SetAside, Work
 from peftsearch.training.session import Part, TrialSession
 from peftsearch.training.worker import Worker
 
@@ -84,6 +84,8 @@ class Crew:
     def size(self, segment: Segment) -> int:
         """How many trials like a segment's are worth training at once; measured here, with copies of that trial."""
         worker, trial = self.worker, segment.trial
+        # Where leases ran out there may be one, over the same host.
+        self._open()
 
         def copy(number: int) -> TrialSession:
             return worker.new_session(replace(segment, trial=replace(trial, number=-1 - number)))
@@ -100,7 +102,15 @@ class Crew:
         return size
 
     def join(self, lease: int, segment: Segment) -> None:
-        """Let a segment's trial train with the others, from the next step on."""
+        """Let a segment's trial train with the others, from the next step on.
+
+        Where the others are of another kind (their leases ran out, so that nobody knew of them), it is set aside.
+        """
+        self.let_go(segment)
+        plan = self.worker.plan
+        if self.members and pack_key(plan, segment) != pack_key(plan, self.members[0].segment):
+            self._ready[lease] = SetAside()
+            return
         found: list[TrialSession] = []
 
         def opened() -> Outcome:
@@ -123,6 +133,20 @@ class Crew:
         self._open()
         self.members.append(Member(lease, segment, session, [*passed, segment.to_step], session.part))
         session.part = Part()
+
+    def let_go(self, work: Work) -> None:
+        """A trial is handed out a second time: whoever was training it here gives it up, and what it has not written.
+
+        That happens to a slot that was silent for longer than its leases last, and lives.
+        """
+        if not isinstance(work, Segment):
+            return
+        for member in [member for member in self.members if member.segment.trial.key == work.trial.key]:
+            self._open()
+            self.members.remove(member)
+            self._ended = [ended for ended in self._ended if ended is not member]
+            self.worker.drop(member.segment)
+            self._ready[member.lease] = SetAside()
 
     def done(self, lease: int, outcome: Outcome) -> None:
         """Hand out, with the next outcomes, that of work that was done by itself."""

@@ -245,7 +245,7 @@ class Dispatcher:
             mine.seen, mine.ready = time.monotonic(), True
             if not at_work:
                 mine.doing = []
-            jobs = self._choose(mine)
+            jobs = self._choose(mine, at_work=at_work)
             if jobs:
                 return self._lease(mine, jobs)
             remaining = deadline - time.monotonic()
@@ -319,7 +319,7 @@ class Dispatcher:
         mine = self._slots.get(slot)
         return mine if mine is not None and mine.incarnation == incarnation else None
 
-    def _choose(self, slot: _Slot) -> list[_Job]:
+    def _choose(self, slot: _Slot, *, at_work: bool) -> list[_Job]:
         if self.sizes.alone:
             job = self._choose_one(slot)
             return [] if job is None else [job]
@@ -330,6 +330,8 @@ class Dispatcher:
             job
             for job in self._queue
             if _trial(job.work) not in trained
+            # A slot whose leases ran out is at work all the same.
+            and not (at_work and job.alone)
             and (_held(job, slot) or (now >= self._settled and self._is_nobodys(job, slot, now)))
         ]
         if any(job.alone for job in slot.leased.values()):

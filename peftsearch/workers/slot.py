@@ -163,6 +163,7 @@ def _begin(crew: Crew, worker: Worker, link: _Link, order: Order) -> None:
     for lease, work in ((order.lease, order.work), *order.beside):
         assert work is not None
         if size == 1 or not isinstance(work, Segment):
+            crew.let_go(work)
             crew.done(lease, _do(worker, link, order, work))
         else:
             crew.join(lease, work)

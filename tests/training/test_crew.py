@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from test_packing import MIXED, planned
 from peftsearch.search.plan import StudyPlan
 from peftsearch.training.checkpoint import WEIGHTS, read_checkpoint, saved_steps, trial_folder
 from peftsearch.training.crew import Crew
-from peftsearch.training.segment import Failure, HandedBack, Outcome, Segment, SegmentResult, TrialPlan
+from peftsearch.training.segment import Failure, HandedBack, Outcome, Segment, SegmentResult, SetAside, TrialPlan
+from peftsearch.workers.dispatcher import Order
+from peftsearch.workers.slot import _begin, _Link
 
 
 @pytest.fixture
@@ -176,6 +179,37 @@ def test_evaluations_that_are_recorded_already_are_passed_by(plan: StudyPlan, tm
     found = drain(crew)
     assert_alike(found[0], expected[0][2])
     assert_alike(found[1], expected[1][1])
+
+
+def test_a_trial_that_is_handed_out_twice_is_trained_once(plan: StudyPlan, tmp_path: Path) -> None:
+    """Its lease ran out while it was in training, and its slot was given it again."""
+    expected = {n: new_worker(plan, tmp_path / "alone").do(segments(plan, n)[0]) for n in range(2)}
+    crew = Crew(new_worker(plan, tmp_path / "packed"), silent)
+    for number in range(2):
+        crew.join(number, segments(plan, number)[0])
+    assert crew.advance() == {}
+    crew.join(2, segments(plan, 0)[0])
+    found = drain(crew)
+    assert found[0] == SetAside()
+    assert_alike(found[2], expected[0])
+    assert_alike(found[1], expected[1])
+    # The same where it is now to be done alone.
+    crew.join(3, segments(plan, 2)[0])
+    assert crew.advance() == {}
+    _begin(crew, crew.worker, _Link(None, 0), Order(4, segments(plan, 2)[0], at_once=1))
+    assert_alike(drain(crew)[4], new_worker(plan, tmp_path / "alone").do(segments(plan, 2)[0]))
+    assert crew.idle
+
+
+def test_trials_of_another_kind_do_not_join(plan: StudyPlan, tmp_path: Path) -> None:
+    worker = new_worker(plan, tmp_path / "packed")
+    own = worker.plan.training["adapter"].model_copy(update={"batch_size": 4})
+    worker.plan = replace(worker.plan, training={**worker.plan.training, "adapter": own})
+    crew = Crew(worker, silent)
+    crew.join(0, segments(plan, 0)[0])
+    crew.join(1, segments(plan, 1)[0])
+    assert crew.advance() == {1: SetAside()}
+    assert isinstance(drain(crew)[0], SegmentResult)
 
 
 def test_a_pack_of_one_model_does_not_change_its_base(plan: StudyPlan, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from peftsearch.spec import StudyFile
 from peftsearch.training.distributed import WorkerGroup
 from peftsearch.training.packing import NotPackableError, Pack
 from peftsearch.training.packing.host import Host
-from peftsearch.training.segment import TrialPlan
+from peftsearch.training.segment import Segment, TrialPlan
 from peftsearch.training.session import TrialSession
 from peftsearch.training.worker import Worker
 
@@ -315,6 +316,22 @@ def test_other_methods_say_that_they_are_not_packed(method: str, tmp_path: Path)
     with pytest.raises(NotPackableError):
         trials.pack([trials.session(1, "lora", SAMPLES["lora"]), session])
     assert all(torch.equal(before[name], parameter) for name, parameter in session.parameters.items())
+
+
+def test_trials_of_two_domains_are_not_packed(tmp_path: Path) -> None:
+    """Their labels, and so their heads, may have the same shapes."""
+    plan = planned(tmp_path, "encoder", "classification")
+    trials = Trials(plan, tmp_path / "study")
+    handed = trials.worker.plan
+    trials.worker.plan = replace(
+        handed,
+        domains={**handed.domains, (trials.model, "e"): handed.domains[trials.model, "d"]},
+        budgets={**handed.budgets, ("e", "lora"): handed.budgets["d", "lora"]},
+    )
+    other = TrialPlan(1, trials.model, "e", "lora", SAMPLES["lora"], 1)
+    sessions = [trials.session(0, "lora", SAMPLES["lora"]), trials.worker.new_session(Segment(other, 1))]
+    with pytest.raises(NotPackableError, match="several domains"):
+        trials.pack(sessions)
 
 
 def test_a_model_that_mixes_up_its_batch_is_found_out(tmp_path: Path) -> None:

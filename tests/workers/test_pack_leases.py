@@ -255,6 +255,28 @@ def test_what_is_being_trained_is_not_handed_out_a_second_time() -> None:
     run(scenario)
 
 
+def test_a_slot_whose_leases_ran_out_at_work_gets_nothing_that_is_done_alone() -> None:
+    """It was silent for too long, and lives: what it trains was queued again, each piece by itself."""
+
+    async def scenario() -> None:
+        dispatcher = Dispatcher(max_retries=1, lease_seconds=0.2, sizes=Sizes(key, 4))
+        await started(dispatcher, 0)
+        tasks = await queued(dispatcher, segment(0), segment(1))
+        order = await dispatcher.take(0, "life-0")
+        while not (await dispatcher.status())["queued"]:
+            await asyncio.sleep(0.01)
+        more = asyncio.create_task(dispatcher.take(0, "life-0", at_work=True))
+        await asyncio.sleep(0.05)
+        assert not more.done()
+        # Its answers count, as nobody else has the work.
+        for number, lease in enumerate(leases(order)):
+            await dispatcher.finish(0, "life-0", lease, outcome(str(number)), segment(number))
+            assert (await tasks[number])[0].details["text"] == str(number)
+        more.cancel()
+
+    run(scenario)
+
+
 def test_a_probe_is_done_by_itself() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(max_retries=1, sizes=Sizes(key, 4))

@@ -63,6 +63,8 @@ class Pack:
         self.domain, self.device = first.domain, first.group.device
         self._precision = first.training.precision
         self._accumulation = first.training.gradient_accumulation
+        if len({(session.plan.model, session.plan.domain) for session in self.sessions}) > 1:
+            raise NotPackableError("trials of several domains or models are not trained together")
         parts = [read_parts(session.model) for session in self.sessions]
         for own in parts:
             host.check(own)
