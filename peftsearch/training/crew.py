@@ -81,8 +81,11 @@ class Crew:
         """Whether there is nothing to do."""
         return not self.members and not self._ready
 
-    def size(self, segment: Segment) -> int:
-        """How many trials like a segment's are worth training at once; measured here, with copies of that trial."""
+    def size(self, segment: Segment) -> int | None:
+        """How many trials like a segment's are worth training at once; measured here, with copies of that trial.
+
+        None where that trial is to be done by itself, for a reason of its own that says nothing of others.
+        """
         worker, trial = self.worker, segment.trial
         # Where leases ran out there may be one, over the same host.
         self._open()
@@ -90,15 +93,18 @@ class Crew:
         def copy(number: int) -> TrialSession:
             return worker.new_session(replace(segment, trial=replace(trial, number=-1 - number)))
 
+        size: int | None = None
         try:
             size, why = measured_size(copy, self._host(segment), worker.group.device)
+        except StorageError:
+            raise
         except NotPackableError as error:
             size, why = 1, str(error)
-        except (ValueError, RuntimeError) as error:
+        except Exception as error:
             # The trial itself will say what is wrong with it.
-            size, why = 1, describe(error)
+            why = describe(error)
         _give_back(worker.group.device)
-        log.info("trials of %s at once: %d (%s)", trial.domain, size, why)
+        log.info("trials of %s at once: %s (%s)", trial.domain, "not measured" if size is None else size, why)
         return size
 
     def join(self, lease: int, segment: Segment) -> None:

@@ -157,8 +157,10 @@ def _begin(crew: Crew, worker: Worker, link: _Link, order: Order) -> None:
         return
     if size == 0:
         assert isinstance(order.work, Segment)
-        size = crew.size(order.work)
-        link.tell("measured", order.lease, size)
+        found = crew.size(order.work)
+        if found is not None:
+            link.tell("measured", order.lease, found)
+        size = found or 1
     worker.at_once = max(worker.at_once, size)
     for lease, work in ((order.lease, order.work), *order.beside):
         assert work is not None

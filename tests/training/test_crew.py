@@ -229,8 +229,31 @@ def test_sizes_are_measured_with_copies_that_leave_nothing_behind(plan: StudyPla
     worker = new_worker(plan, tmp_path / "packed")
     crew = Crew(worker, silent)
     size = crew.size(segments(plan, 0)[0])
+    assert size is not None
     assert size >= 1
     assert size & (size - 1) == 0
     assert worker.held() == []
     assert not (tmp_path / "packed" / "trials").exists()
     assert worker.do(segments(plan, 0)[0]).loss == expected.loss
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "sentence"),
+    [
+        (0, {"targets": "elsewhere"}, "no linear layer named 'elsewhere'"),
+        (2, {"tokens": 120}, "exceed the model's 128 positions"),
+        (0, {"rank": "many"}, "TypeError"),
+    ],
+    ids=["no such layer", "a text that does not fit", "an error that nobody thought of"],
+)
+def test_what_is_wrong_with_a_trial_says_nothing_of_its_kind(
+    kind: int, changes: dict[str, Any], sentence: str, plan: StudyPlan, tmp_path: Path
+) -> None:
+    worker = new_worker(plan, tmp_path)
+    crew = Crew(worker, silent)
+    wrong = segments(plan, 0, kind=kind, **changes)[0]
+    assert crew.size(wrong) is None
+    outcome = worker.do(wrong)
+    assert isinstance(outcome, Failure)
+    assert sentence in outcome.error
+    assert crew.size(segments(plan, 1, kind=0)[0]) is not None
