@@ -99,7 +99,7 @@ class Crew:
         except StorageError:
             raise
         except NotPackableError as error:
-            size, why = 1, str(error)
+            size, why = 1 if error.session is None else None, str(error)
         except Exception as error:
             # The trial itself will say what is wrong with it.
             why = describe(error)
@@ -299,6 +299,12 @@ class Crew:
             self.members.remove(member)
             self.worker.drop(member.segment)
             return {member.lease: Failure(describe(trouble.error))}
+        if isinstance(trouble, NotPackableError) and trouble.session is not None:
+            self._open()
+            member = next(member for member in self.members if member.session is trouble.session)
+            self.members.remove(member)
+            log.info("trial %s is trained alone: %s", member.segment.trial.key, trouble)
+            return {member.lease: self._set_aside(member, SetAside(alone=True))}
         members = self._all_out()
         first = members[0].segment
         key = pack_key(self.worker.plan, first)
@@ -313,7 +319,7 @@ class Crew:
             )
             self.members = members[:fewer]
             return {member.lease: self._set_aside(member, SetAside()) for member in members[fewer:]}
-        if not out_of_memory(trouble):
+        if not out_of_memory(trouble) and (len(members) > 1 or isinstance(trouble, NotPackableError)):
             # What a pack cannot do, each trial does by itself; or says itself what is wrong.
             reason = f"{type(trouble).__name__}: {trouble}" if not isinstance(trouble, NotPackableError) else trouble
             self._tell(key, 1, f"trials of {first.trial.domain} are trained one at a time: {reason}")

@@ -17,8 +17,9 @@ def pack_key(plan: WorkerPlan, work: Work) -> Hashable | None:
         return None
     trial = work.trial
     method, training = METHODS[trial.method], plan.training[trial.method]
+    bare = (trial.model, trial.domain) in plan.bare
     # The moments of 8-bit optimisers are rounded in blocks that depend on where a parameter lies.
-    if training.optimizer != "adamw" or not method.packs(trial.hyperparameters):
+    if training.optimizer != "adamw" or not method.packs(trial.hyperparameters, bare=bare):
         return None
     return (
         trial.model,

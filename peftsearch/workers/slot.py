@@ -177,7 +177,7 @@ def _answer(link: _Link, lease: int, outcome: Outcome, works: dict[int, Work], m
     if isinstance(outcome, HandedBack):
         link.tell("hand_back", lease)
     elif isinstance(outcome, SetAside):
-        link.tell("set_aside", lease)
+        link.tell("set_aside", lease, alone=outcome.alone)
     else:
         if isinstance(outcome, SegmentResult):
             outcome = replace(outcome, worker=me)

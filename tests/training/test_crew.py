@@ -16,6 +16,7 @@ from peftsearch.search.plan import StudyPlan
 from peftsearch.training.checkpoint import WEIGHTS, read_checkpoint, saved_steps, trial_folder
 from peftsearch.training.crew import Crew
 from peftsearch.training.segment import Failure, HandedBack, Outcome, Segment, SegmentResult, SetAside, TrialPlan
+from peftsearch.training.session import TrialSession
 from peftsearch.workers.dispatcher import Order
 from peftsearch.workers.slot import _begin, _Link
 
@@ -123,22 +124,61 @@ def test_whoever_fails_leaves_alone(plan: StudyPlan, tmp_path: Path) -> None:
         assert sentence in outcome.error
 
 
-def test_what_cannot_be_packed_is_trained_alone_and_said_so(plan: StudyPlan, tmp_path: Path) -> None:
+def test_a_trial_that_cannot_be_packed_is_trained_alone_and_the_others_together(
+    plan: StudyPlan, tmp_path: Path
+) -> None:
     """A change of the model that a pack does not know must not go unnoticed: here, a base that is another one."""
+    worker = new_worker(plan, tmp_path / "packed")
+    expected = {n: new_worker(plan, tmp_path / "alone").do(segments(plan, n)[0]) for n in range(3)}
+    worker.at_once = 3
+    crew = Crew(worker, silent)
+    for number in range(3):
+        crew.join(number, segments(plan, number)[0])
+    session = worker.opened(segments(plan, 1)[0])
+    assert isinstance(session, TrialSession)
+    frozen: Any = next(module for name, module in session.model.named_modules() if name.endswith("word_embeddings"))
+    frozen.weight = torch.nn.Parameter(frozen.weight.detach().clone(), requires_grad=False)
+    found = drain(crew)
+    assert found[1] == SetAside(alone=True)
+    for number in (0, 2):
+        outcome = found[number]
+        assert_alike(outcome, expected[number])
+        assert isinstance(outcome, SegmentResult)
+        assert outcome.together == 2.0
+    assert_alike(worker.do(segments(plan, 1)[0]), expected[1])
+
+
+def test_what_breaks_over_one_trial_says_nothing_of_its_kind(plan: StudyPlan, tmp_path: Path) -> None:
+    worker = new_worker(plan, tmp_path)
+    crew = Crew(worker, silent)
+    crew.join(0, segments(plan, 0)[0])
+    session = worker.opened(segments(plan, 0)[0])
+    assert isinstance(session, TrialSession)
+
+    def broken(module: torch.nn.Module, inputs: Any) -> None:
+        raise RuntimeError("this head is broken")
+
+    head = next(module for name, module in session.model.named_modules() if name.endswith("modules_to_save.default"))
+    head.register_forward_pre_hook(broken)
+    assert drain(crew) == {0: Failure("RuntimeError: this head is broken")}
+
+
+def test_a_model_that_no_pack_can_run_is_said_so(plan: StudyPlan, tmp_path: Path) -> None:
     worker = new_worker(plan, tmp_path / "packed")
     expected = {n: new_worker(plan, tmp_path / "alone").do(segments(plan, n)[0]) for n in range(2)}
     told: list[tuple[int, str]] = []
     crew = Crew(worker, lambda key, size, text: told.append((size, text)))
+    # As of a model that works on its tokens one after another, for all texts at once.
+    host: Any = crew._host(segments(plan, 0)[0]).model
+    layer = next(module for name, module in host.named_modules() if name.endswith("encoder.layer.0"))
+    layer.register_forward_hook(lambda module, args, output: output.roll(1, 0))
     for number in range(2):
         crew.join(number, segments(plan, number)[0])
-        session = worker.opened(segments(plan, number)[0])
-        frozen = next(module for name, module in session.model.named_modules() if name.endswith("word_embeddings"))
-        frozen.weight = torch.nn.Parameter(frozen.weight.detach().clone(), requires_grad=False)
     found = drain(crew)
     assert [size for size, _ in told] == [1]
     assert "one at a time" in told[0][1]
     assert_alike(found[0], expected[0])
-    assert type(found[1]).__name__ == "SetAside"
+    assert found[1] == SetAside()
     assert_alike(worker.do(segments(plan, 1)[0]), expected[1])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from peftsearch.spec import StudyFile
 from peftsearch.training.distributed import WorkerGroup
 from peftsearch.training.packing import NotPackableError, Pack
 from peftsearch.training.packing.host import Host
+from peftsearch.training.packing_key import pack_key
 from peftsearch.training.segment import Segment, TrialPlan
 from peftsearch.training.session import TrialSession
 from peftsearch.training.worker import Worker
@@ -65,12 +66,15 @@ def without_dropout(folder: Path) -> Path:
     return folder
 
 
-def planned(tmp_path: Path, kind: str, task: str, **training: Any) -> StudyPlan:
+def planned(
+    tmp_path: Path, kind: str, task: str, options: Mapping[str, Any] | None = None, **training: Any
+) -> StudyPlan:
     model = without_dropout(BUILDERS[kind](tmp_path / "model"))
+    domain = task_domain(task, tmp_path)
     document = {
         "name": "packs",
         "model": str(model),
-        "domains": {"d": task_domain(task, tmp_path)},
+        "domains": {"d": domain | {"options": {**domain["options"], **(options or {})}}},
         "methods": {method: {} for method in METHODS if method != "bitfit" or kind == "encoder"},
         "training": {
             "epochs": 3,
@@ -316,6 +320,22 @@ def test_other_methods_say_that_they_are_not_packed(method: str, tmp_path: Path)
     with pytest.raises(NotPackableError):
         trials.pack([trials.session(1, "lora", SAMPLES["lora"]), session])
     assert all(torch.equal(before[name], parameter) for name, parameter in session.parameters.items())
+
+
+def test_soft_tokens_of_a_model_without_a_head_are_trained_alone(tmp_path: Path) -> None:
+    """PEFT's own serve there, which a pack does not know."""
+
+    def key(options: dict[str, Any], method: str) -> Hashable | None:
+        folder = tmp_path / ("separate" if options else "joint")
+        folder.mkdir(exist_ok=True)
+        plan = planned(folder, "encoder", "similarity", options=options)
+        trial = TrialPlan(0, next(iter(plan.models)), "d", method, SAMPLES[method], 0)
+        return pack_key(plan.for_workers(folder, threads=1), Segment(trial, 1))
+
+    separate = {"encoding": "separate", "range": [0, 5]}
+    assert key(separate, "prompt") is None
+    assert key(separate, "lora") is not None
+    assert key({}, "prompt") is not None
 
 
 def test_trials_of_two_domains_are_not_packed(tmp_path: Path) -> None:
