@@ -129,7 +129,11 @@ class Pack:
         """
         self.host.model.eval()
         indices = [session.order.batch(session.step) for session in self.sessions]
-        self._gradients(indices, autocast=False)
+        self.layout.drops = False
+        try:
+            self._gradients(indices, autocast=False)
+        finally:
+            self.layout.drops = True
         for row, session in enumerate(self.sessions):
             session.model.eval()
             difference, size = self.banks.difference(row, self._own_loss(session, indices[row]))
