@@ -48,10 +48,15 @@ def recompute(model: nn.Module, wanted: bool | Literal["auto"], tokens: int, hal
             log.warning("activations may not fit into memory, and are kept all the same: %s", refused)
             return False
         raise ValueError(f"{refused}: write gradient_checkpointing: false, or auto")
-    inner.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    # It lets embeddings require gradients, for the sake of another kind of checkpoints: graphs of frozen layers.
-    inner.disable_input_require_grads()
+    enable(inner)
     return True
+
+
+def enable(model: Any) -> None:
+    """Let a model of `transformers` compute its activations twice."""
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    # It lets embeddings require gradients, for the sake of another kind of checkpoints: graphs of frozen layers.
+    model.disable_input_require_grads()
 
 
 def _refusal(inner: Any) -> str | None:

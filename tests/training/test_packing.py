@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from task_data import task_domain
+from test_recompute import Kept
 from tiny_models import SAMPLES, tiny_decoder, tiny_encoder, tiny_encoder_decoder
 
 from peftsearch.methods import METHODS
@@ -232,6 +233,40 @@ def test_options_of_the_training_are_each_trials_own(tmp_path: Path) -> None:
         "batch_size": 7,
     }
     compare(Trials(planned(tmp_path, "encoder", "classification", **training), tmp_path / "study"), MIXED[:4])
+
+
+def test_activations_are_computed_twice_where_they_are_alone(tmp_path: Path) -> None:
+    folders = {wanted: tmp_path / str(wanted) for wanted in (False, True)}
+    kept = {}
+    for wanted, folder in folders.items():
+        folder.mkdir()
+        plan = planned(folder, "encoder", "classification", gradient_checkpointing=wanted)
+        trials = Trials(plan, folder / "study")
+        pack = trials.pack([trials.session(n, *MIXED[n], seed=n) for n in range(3)])
+        pack._train()
+        with Kept() as found:
+            pack._gradients([session.order.batch(session.step) for session in pack.sessions])
+        pack.close()
+        kept[wanted] = found.now
+        compare(trials, MIXED)
+    assert kept[True] < kept[False] / 1.5
+    # A host is kept from pack to pack.
+    host = Host(trials.base, trials.domain, None)
+    model: Any = host.model
+    for wanted in (True, False, True):
+        host.recompute(wanted)
+        assert model.is_activation_checkpointing is wanted
+
+
+def test_trials_of_other_settings_are_not_packed(tmp_path: Path) -> None:
+    def key(**training: Any) -> Hashable | None:
+        plan = planned(tmp_path, "encoder", "classification", **training)
+        trial = TrialPlan(0, next(iter(plan.models)), "d", "lora", SAMPLES["lora"], 0)
+        return pack_key(plan.for_workers(tmp_path, threads=1), Segment(trial, 1))
+
+    assert key(tokens_per_batch=256) is None
+    assert len({key(), key(gradient_checkpointing=True), key(batch_size=4), key(gradient_accumulation=2)}) == 4
+    assert key(weight_decay=0.2) == key()
 
 
 def test_a_trial_may_join_and_leave_between_steps(tmp_path: Path) -> None:

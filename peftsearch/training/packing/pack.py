@@ -68,6 +68,8 @@ class Pack:
         parts = [_parts(session, host) for session in self.sessions]
         self.layout = Layout(len(self.sessions))
         self.banks = Banks(self.sessions, [placed_of(own) for own in parts])
+        # What one of them needs alone, all need together.
+        host.recompute(any(session.recomputes for session in self.sessions))
         try:
             self._prompts = host.attach(self.layout, parts, self.banks)
         except BaseException:
