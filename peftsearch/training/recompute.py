@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from typing import Any, Literal
 
-import psutil
 import torch
 from torch import nn
 
 from peftsearch.training.activations import activation_bytes
 from peftsearch.training.distributed import WorkerGroup
+from peftsearch.training.memory import free_bytes
 
 log = logging.getLogger(__name__)
 
@@ -71,5 +71,4 @@ def _crowded(model: Any, tokens: int, half: bool, device: torch.device) -> bool:
     if getattr(model.config, "is_encoder_decoder", False):
         layers += int(getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", None) or layers)
     needed = activation_bytes(layers, hidden, tokens, 2 if half or model.dtype != torch.float32 else 4)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return needed > ROOM * free
+    return needed > ROOM * free_bytes(device)
