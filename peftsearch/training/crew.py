@@ -266,7 +266,7 @@ class Crew:
                 read_test=segment.read_test and last,
                 peak_memory=member.peak_memory or None,
             )
-            if last:
+            if last or result.stopped:
                 return replace(result, together=round(member.shared / max(1, member.steps), 3))
         member.stops.pop(0)
         member.done = Part()

@@ -207,6 +207,14 @@ def test_early_stopping_is_each_trials_own(tmp_path: Path) -> None:
     for number, outcomes in found.items():
         for mine, own in zip(outcomes, expected[number], strict=True):
             assert_alike(mine, own)
+    # The same at an evaluation that is only passed by.
+    crew = Crew(new_worker(plan, tmp_path / "passing"), silent)
+    for number in left:
+        crew.join(number, segments(plan, number)[-1])
+    passed = drain(crew)
+    for number, outcomes in expected.items():
+        assert_alike(passed[number], outcomes[-1])
+    assert crew.worker.held() == []
 
 
 def test_evaluations_that_are_recorded_already_are_passed_by(plan: StudyPlan, tmp_path: Path) -> None:
