@@ -50,7 +50,7 @@ class BottleneckAdapter(Method):
     }
     priors = ({"bottleneck": 64, "learning_rate": 1e-3},)
 
-    def packs(self, hyperparameters: Mapping[str, Any]) -> bool:
+    def packs(self, hyperparameters: Mapping[str, Any], *, bare: bool = False) -> bool:
         """Always: bottlenecks."""
         return True
 

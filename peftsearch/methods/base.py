@@ -156,11 +156,15 @@ class Method(ABC):
             ValueError: The configuration does not fit the model; the sentence becomes the trial's error.
         """
 
-    def packs(self, hyperparameters: Mapping[str, Any]) -> bool:
+    def packs(self, hyperparameters: Mapping[str, Any], *, bare: bool = False) -> bool:
         """Whether trials of such a configuration can be trained together over one frozen base.
 
         `peftsearch.training.packing` knows low-rank updates, bottlenecks, soft tokens and modules of a trial's own. A
         method that trains anything else leaves this as it is, and its trials are trained one after another.
+
+        Args:
+            hyperparameters: The configuration.
+            bare: Whether the task reads the base's own output, and the model has no head.
         """
         return False
 

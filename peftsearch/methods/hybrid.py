@@ -29,7 +29,7 @@ class Hybrid(Method):
     }
     priors = ({"rank": 8, "alpha": 16.0, "bottleneck": 32, "learning_rate": 5e-4},)
 
-    def packs(self, hyperparameters: Mapping[str, Any]) -> bool:
+    def packs(self, hyperparameters: Mapping[str, Any], *, bare: bool = False) -> bool:
         """Always: low-rank updates and bottlenecks."""
         return True
 

@@ -64,7 +64,7 @@ class Lora(Method):
     }
     priors = ({"rank": 16, "alpha": 32.0, "learning_rate": 3e-4},)
 
-    def packs(self, hyperparameters: Mapping[str, Any]) -> bool:
+    def packs(self, hyperparameters: Mapping[str, Any], *, bare: bool = False) -> bool:
         """All but DoRA, whose magnitudes scale the base's own output."""
         return bool(hyperparameters["variant"] != "dora")
 

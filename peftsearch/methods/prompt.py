@@ -46,9 +46,9 @@ class PromptTuning(Method):
     }
     priors = ({"tokens": 20, "learning_rate": 3e-2},)
 
-    def packs(self, hyperparameters: Mapping[str, Any]) -> bool:
-        """Always: soft tokens; on a bare model PEFT's own are found not to, and run alone."""
-        return True
+    def packs(self, hyperparameters: Mapping[str, Any], *, bare: bool = False) -> bool:
+        """Soft tokens, but for PEFT's own, on a bare model."""
+        return not bare
 
     def attach(self, model: PreTrainedModel, hyperparameters: Mapping[str, Any], context: AttachContext) -> nn.Module:
         """See `Method.attach`; raises ValueError where the soft tokens leave no positions for text."""

@@ -17,7 +17,7 @@ from peftsearch.training.packing import MemberError, NotPackableError, Pack
 from peftsearch.training.packing.host import Host
 from peftsearch.training.packing.measure import measured_size
 from peftsearch.training.packing_key import pack_key
-from peftsearch.training.segment import Failure, HandedBack, Outcome, Segment, SegmentResult, SetAside
+from peftsearch.training.segment import Failure, HandedBack, Outcome, Segment, SegmentResult, SetAside, Work
 from peftsearch.training.session import Part, TrialSession
 from peftsearch.training.worker import Worker
 
@@ -81,26 +81,42 @@ class Crew:
         """Whether there is nothing to do."""
         return not self.members and not self._ready
 
-    def size(self, segment: Segment) -> int:
-        """How many trials like a segment's are worth training at once; measured here, with copies of that trial."""
+    def size(self, segment: Segment) -> int | None:
+        """How many trials like a segment's are worth training at once; measured here, with copies of that trial.
+
+        None where that trial is to be done by itself, for a reason of its own that says nothing of others.
+        """
         worker, trial = self.worker, segment.trial
+        # Where leases ran out there may be one, over the same host.
+        self._open()
 
         def copy(number: int) -> TrialSession:
             return worker.new_session(replace(segment, trial=replace(trial, number=-1 - number)))
 
+        size: int | None = None
         try:
             size, why = measured_size(copy, self._host(segment), worker.group.device)
+        except StorageError:
+            raise
         except NotPackableError as error:
-            size, why = 1, str(error)
-        except (ValueError, RuntimeError) as error:
+            size, why = 1 if error.session is None else None, str(error)
+        except Exception as error:
             # The trial itself will say what is wrong with it.
-            size, why = 1, describe(error)
+            why = describe(error)
         _give_back(worker.group.device)
-        log.info("trials of %s at once: %d (%s)", trial.domain, size, why)
+        log.info("trials of %s at once: %s (%s)", trial.domain, "not measured" if size is None else size, why)
         return size
 
     def join(self, lease: int, segment: Segment) -> None:
-        """Let a segment's trial train with the others, from the next step on."""
+        """Let a segment's trial train with the others, from the next step on.
+
+        Where the others are of another kind (their leases ran out, so that nobody knew of them), it is set aside.
+        """
+        self.let_go(segment)
+        plan = self.worker.plan
+        if self.members and pack_key(plan, segment) != pack_key(plan, self.members[0].segment):
+            self._ready[lease] = SetAside()
+            return
         found: list[TrialSession] = []
 
         def opened() -> Outcome:
@@ -123,6 +139,20 @@ class Crew:
         self._open()
         self.members.append(Member(lease, segment, session, [*passed, segment.to_step], session.part))
         session.part = Part()
+
+    def let_go(self, work: Work) -> None:
+        """A trial is handed out a second time: whoever was training it here gives it up, and what it has not written.
+
+        That happens to a slot that was silent for longer than its leases last, and lives.
+        """
+        if not isinstance(work, Segment):
+            return
+        for member in [member for member in self.members if member.segment.trial.key == work.trial.key]:
+            self._open()
+            self.members.remove(member)
+            self._ended = [ended for ended in self._ended if ended is not member]
+            self.worker.drop(member.segment)
+            self._ready[member.lease] = SetAside()
 
     def done(self, lease: int, outcome: Outcome) -> None:
         """Hand out, with the next outcomes, that of work that was done by itself."""
@@ -236,7 +266,7 @@ class Crew:
                 read_test=segment.read_test and last,
                 peak_memory=member.peak_memory or None,
             )
-            if last:
+            if last or result.stopped:
                 return replace(result, together=round(member.shared / max(1, member.steps), 3))
         member.stops.pop(0)
         member.done = Part()
@@ -269,6 +299,12 @@ class Crew:
             self.members.remove(member)
             self.worker.drop(member.segment)
             return {member.lease: Failure(describe(trouble.error))}
+        if isinstance(trouble, NotPackableError) and trouble.session is not None:
+            self._open()
+            member = next(member for member in self.members if member.session is trouble.session)
+            self.members.remove(member)
+            log.info("trial %s is trained alone: %s", member.segment.trial.key, trouble)
+            return {member.lease: self._set_aside(member, SetAside(alone=True))}
         members = self._all_out()
         first = members[0].segment
         key = pack_key(self.worker.plan, first)
@@ -283,7 +319,7 @@ class Crew:
             )
             self.members = members[:fewer]
             return {member.lease: self._set_aside(member, SetAside()) for member in members[fewer:]}
-        if not out_of_memory(trouble):
+        if not out_of_memory(trouble) and (len(members) > 1 or isinstance(trouble, NotPackableError)):
             # What a pack cannot do, each trial does by itself; or says itself what is wrong.
             reason = f"{type(trouble).__name__}: {trouble}" if not isinstance(trouble, NotPackableError) else trouble
             self._tell(key, 1, f"trials of {first.trial.domain} are trained one at a time: {reason}")

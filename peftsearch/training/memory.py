@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import psutil
 import torch
 
 _WANTED = re.compile(r"Tried to allocate ([\d.]+ \w+)")
@@ -19,6 +20,14 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (
         "DefaultCPUAllocator" in str(error) or "Cannot allocate memory" in str(error) or "std::bad_alloc" in str(error)
     )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated: what a GPU has free and what torch holds in reserve of it, or main memory."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + reserve
 
 
 def describe(error: BaseException) -> str:

@@ -17,8 +17,12 @@ def pack_key(plan: WorkerPlan, work: Work) -> Hashable | None:
         return None
     trial = work.trial
     method, training = METHODS[trial.method], plan.training[trial.method]
-    # The moments of 8-bit optimisers are rounded in blocks that depend on where a parameter lies.
-    if training.optimizer != "adamw" or not method.packs(trial.hyperparameters):
+    bare = (trial.model, trial.domain) in plan.bare
+    # The moments of 8-bit optimisers are rounded in blocks that depend on where a parameter lies. Batches that are
+    # filled up to a number of tokens have few long texts or many short ones: beside each other both would be padded.
+    if training.optimizer != "adamw" or training.tokens_per_batch is not None:
+        return None
+    if not method.packs(trial.hyperparameters, bare=bare):
         return None
     return (
         trial.model,
@@ -27,4 +31,5 @@ def pack_key(plan: WorkerPlan, work: Work) -> Hashable | None:
         training.precision,
         training.batch_size,
         training.gradient_accumulation,
+        training.gradient_checkpointing,
     )

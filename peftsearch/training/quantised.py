@@ -7,11 +7,11 @@ import sys
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch import nn
 
 from peftsearch.methods import Quantization
+from peftsearch.training.memory import free_bytes
 from peftsearch.training.precision import computes_bf16
 
 if TYPE_CHECKING:
@@ -93,7 +93,10 @@ def check_memory(
         kept = any(name == path or name.startswith(f"{path}.") for path in unquantised)
         if isinstance(module, nn.Linear | Conv1D) and not kept:
             needed -= round(module.weight.numel() * (module.weight.element_size() - _BYTES_PER_WEIGHT[quantization]))
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if device.type == "cuda":
+        # A base is loaded in pieces larger than what is left in the reserve between others.
+        torch.cuda.empty_cache()
+    free = free_bytes(device)
     if needed > free:
         raise ValueError(
             f"the model {location!r} needs {needed / 1e9:.1f} GB as {quantization}, and {device} has "

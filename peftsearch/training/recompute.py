@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from typing import Any, Literal
 
-import psutil
 import torch
 from torch import nn
 
 from peftsearch.training.activations import activation_bytes
 from peftsearch.training.distributed import WorkerGroup
+from peftsearch.training.memory import free_bytes
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +48,15 @@ def recompute(model: nn.Module, wanted: bool | Literal["auto"], tokens: int, hal
             log.warning("activations may not fit into memory, and are kept all the same: %s", refused)
             return False
         raise ValueError(f"{refused}: write gradient_checkpointing: false, or auto")
-    inner.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    # It lets embeddings require gradients, for the sake of another kind of checkpoints: graphs of frozen layers.
-    inner.disable_input_require_grads()
+    enable(inner)
     return True
+
+
+def enable(model: Any) -> None:
+    """Let a model of `transformers` compute its activations twice."""
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    # It lets embeddings require gradients, for the sake of another kind of checkpoints: graphs of frozen layers.
+    model.disable_input_require_grads()
 
 
 def _refusal(inner: Any) -> str | None:
@@ -66,5 +71,4 @@ def _crowded(model: Any, tokens: int, half: bool, device: torch.device) -> bool:
     if getattr(model.config, "is_encoder_decoder", False):
         layers += int(getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", None) or layers)
     needed = activation_bytes(layers, hidden, tokens, 2 if half or model.dtype != torch.float32 else 4)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return needed > ROOM * free
+    return needed > ROOM * free_bytes(device)

@@ -41,6 +41,8 @@ class WorkerPlan:
     """On which forgetting is measured; () where it is not."""
     pack: int | Literal["auto"] = 1
     """Trials that a slot trains at once; auto measures how many are worth it."""
+    bare: frozenset[tuple[str, str]] = frozenset()
+    """Models and domains for which the model has no head: tasks that read the base's own output."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """What each of several workers holds of the model: all, or a part."""
 
@@ -156,6 +158,9 @@ class HandedBack:
 @dataclass(frozen=True)
 class SetAside:
     """The slot cannot train the trial beside the others that it has; the state is written, and it is queued again."""
+
+    alone: bool = False
+    """Whether no slot can train it beside any others."""
 
 
 @dataclass

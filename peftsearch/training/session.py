@@ -174,7 +174,8 @@ class TrialSession:
             use_fast_attention()
             use_fast_dropout(self.model)
         self.half = trains_bf16(training.precision, group.device)
-        recompute(self.model, training.gradient_checkpointing, self._most_tokens(), self.half, group)
+        self.recomputes = recompute(self.model, training.gradient_checkpointing, self._most_tokens(), self.half, group)
+        """Whether activations are computed twice."""
         self.wrapped = group.wrap(self.model, self.half)
         self.parameters = trainable(self.model)
         self.masters = master_weights(self.model)

@@ -15,6 +15,7 @@ from peftsearch.training.base_model import FrozenBase
 from peftsearch.training.distributed import PeerError, WorkerGroup
 from peftsearch.training.forgetting import GeneralText, measurable
 from peftsearch.training.memory import describe, out_of_memory
+from peftsearch.training.packing_key import pack_key
 from peftsearch.training.probe import probe
 from peftsearch.training.segment import Failure, HandedBack, Outcome, Probe, Segment, SegmentResult, Work, WorkerPlan
 from peftsearch.training.session import DivergedError, LeavingError, TrialSession, finished_result
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 
 _SESSIONS_KEPT = 2
 """Trials kept in memory for each one that is trained at a time; any other is restored from its checkpoint when its turn
-comes."""
+comes. Those that are trained alone (some of them copies of the whole base) are trained one at a time in any case."""
 
 
 class LoneFailureError(RuntimeError):
@@ -247,9 +248,17 @@ class Worker:
         if len(set(self.group.gather(session.step))) > 1:
             raise OSError(f"the workers read different checkpoints of trial {number}: is the storage shared?")
         self._sessions[key] = session
-        while len(self._sessions) > _SESSIONS_KEPT * self.at_once:
-            self._sessions.popitem(last=False)
+        self._make_room()
         return session
+
+    def _make_room(self) -> None:
+        """Forget the trials that were not trained for longest, beyond those that are kept."""
+        packed: list[str] = []
+        alone: list[str] = []
+        for key, session in self._sessions.items():
+            packs = self.at_once == 1 or pack_key(self.plan, Segment(session.plan, session.step)) is not None
+            (packed if packs else alone).append(key)
+        self.forget([*alone[:-_SESSIONS_KEPT], *packed[: -_SESSIONS_KEPT * self.at_once]])
 
     def new_session(self, segment: Segment) -> TrialSession:
         """A trial before its first step, which is not kept.

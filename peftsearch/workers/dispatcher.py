@@ -53,7 +53,8 @@ class _Job:
     answer: asyncio.Future[tuple[Outcome, int]]
     attempts: int = 0
     alone: bool = False
-    """Whether a slot broke over it and others, so that nobody knows which of them is to blame."""
+    """Whether it is to be done by itself: a slot broke over it and others, so that nobody knows which of them is to
+    blame; or it cannot be packed."""
     last_error: str = ""
     queued_at: float = field(default_factory=time.monotonic)
 
@@ -246,7 +247,7 @@ class Dispatcher:
             mine.seen, mine.ready = time.monotonic(), True
             if not at_work:
                 mine.doing = []
-            jobs = self._choose(mine)
+            jobs = self._choose(mine, at_work=at_work)
             if jobs:
                 return self._lease(mine, jobs)
             remaining = deadline - time.monotonic()
@@ -283,7 +284,9 @@ class Dispatcher:
         """So many trials like the leased one are worth training at once."""
         mine = self._mine(slot, incarnation)
         if mine is not None and lease in mine.leased:
-            self.sizes.found[self.sizes.key(mine.leased[lease].work)] = size
+            key = self.sizes.key(mine.leased[lease].work)
+            # Another slot may have found room for fewer meanwhile.
+            self.sizes.found[key] = min(size, self.sizes.found.get(key, size))
             self._wake()
 
     async def note(self, slot: int, incarnation: str, key: Hashable, size: int, text: str) -> None:
@@ -293,11 +296,19 @@ class Dispatcher:
         if text not in self._notes:
             self._notes.append(text)
 
-    async def set_aside(self, slot: int, incarnation: str, lease: int) -> None:
-        """The slot has no room for leased work beside the rest; its state is written. No trial is to blame."""
+    async def set_aside(self, slot: int, incarnation: str, lease: int, *, alone: bool = False) -> None:
+        """The slot cannot do leased work beside the rest; its state is written. No trial is to blame.
+
+        Args:
+            slot: Its number.
+            incarnation: As `join`.
+            lease: Of the work.
+            alone: Whether no slot can do it beside other work.
+        """
         mine = self._mine(slot, incarnation)
         if mine is not None and (job := mine.leased.pop(lease, None)) is not None:
             mine.doing = [doing for doing in mine.doing if doing != job.work]
+            job.alone = job.alone or alone
             self._queue.appendleft(job)
             self._wake()
 
@@ -320,7 +331,7 @@ class Dispatcher:
         mine = self._slots.get(slot)
         return mine if mine is not None and mine.incarnation == incarnation else None
 
-    def _choose(self, slot: _Slot) -> list[_Job]:
+    def _choose(self, slot: _Slot, *, at_work: bool) -> list[_Job]:
         if self.sizes.alone:
             job = self._choose_one(slot)
             return [] if job is None else [job]
@@ -331,6 +342,8 @@ class Dispatcher:
             job
             for job in self._queue
             if _trial(job.work) not in trained
+            # A slot whose leases ran out is at work all the same.
+            and not (at_work and job.alone)
             and (_held(job, slot) or (now >= self._settled and self._is_nobodys(job, slot, now)))
         ]
         if any(job.alone for job in slot.leased.values()):

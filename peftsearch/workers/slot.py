@@ -157,12 +157,15 @@ def _begin(crew: Crew, worker: Worker, link: _Link, order: Order) -> None:
         return
     if size == 0:
         assert isinstance(order.work, Segment)
-        size = crew.size(order.work)
-        link.tell("measured", order.lease, size)
+        found = crew.size(order.work)
+        if found is not None:
+            link.tell("measured", order.lease, found)
+        size = found or 1
     worker.at_once = max(worker.at_once, size)
     for lease, work in ((order.lease, order.work), *order.beside):
         assert work is not None
         if size == 1 or not isinstance(work, Segment):
+            crew.let_go(work)
             crew.done(lease, _do(worker, link, order, work))
         else:
             crew.join(lease, work)
@@ -174,7 +177,7 @@ def _answer(link: _Link, lease: int, outcome: Outcome, works: dict[int, Work], m
     if isinstance(outcome, HandedBack):
         link.tell("hand_back", lease)
     elif isinstance(outcome, SetAside):
-        link.tell("set_aside", lease)
+        link.tell("set_aside", lease, alone=outcome.alone)
     else:
         if isinstance(outcome, SegmentResult):
             outcome = replace(outcome, worker=me)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from method_models import MODELS, batch, load, logits, train
@@ -236,7 +237,7 @@ def test_a_machine_that_cannot_hold_the_base_says_so(base: FrozenBase, monkeypat
     class Full:
         available = 1000
 
-    monkeypatch.setattr(quantised.psutil, "virtual_memory", Full)
+    monkeypatch.setattr(psutil, "virtual_memory", Full)
     with pytest.raises(ValueError, match=r"needs 0\.0 GB as nf4, and cpu has 0\.0 GB free: take a smaller model"):
         base.template(domain(("one", "two", "three", "four")), "nf4")
 

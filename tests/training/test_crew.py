@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from test_packing import MIXED, planned
 from peftsearch.search.plan import StudyPlan
 from peftsearch.training.checkpoint import WEIGHTS, read_checkpoint, saved_steps, trial_folder
 from peftsearch.training.crew import Crew
-from peftsearch.training.segment import Failure, HandedBack, Outcome, Segment, SegmentResult, TrialPlan
+from peftsearch.training.segment import Failure, HandedBack, Outcome, Segment, SegmentResult, SetAside, TrialPlan
+from peftsearch.training.session import TrialSession
+from peftsearch.workers.dispatcher import Order
+from peftsearch.workers.slot import _begin, _Link
 
 
 @pytest.fixture
@@ -120,22 +124,61 @@ def test_whoever_fails_leaves_alone(plan: StudyPlan, tmp_path: Path) -> None:
         assert sentence in outcome.error
 
 
-def test_what_cannot_be_packed_is_trained_alone_and_said_so(plan: StudyPlan, tmp_path: Path) -> None:
+def test_a_trial_that_cannot_be_packed_is_trained_alone_and_the_others_together(
+    plan: StudyPlan, tmp_path: Path
+) -> None:
     """A change of the model that a pack does not know must not go unnoticed: here, a base that is another one."""
+    worker = new_worker(plan, tmp_path / "packed")
+    expected = {n: new_worker(plan, tmp_path / "alone").do(segments(plan, n)[0]) for n in range(3)}
+    worker.at_once = 3
+    crew = Crew(worker, silent)
+    for number in range(3):
+        crew.join(number, segments(plan, number)[0])
+    session = worker.opened(segments(plan, 1)[0])
+    assert isinstance(session, TrialSession)
+    frozen: Any = next(module for name, module in session.model.named_modules() if name.endswith("word_embeddings"))
+    frozen.weight = torch.nn.Parameter(frozen.weight.detach().clone(), requires_grad=False)
+    found = drain(crew)
+    assert found[1] == SetAside(alone=True)
+    for number in (0, 2):
+        outcome = found[number]
+        assert_alike(outcome, expected[number])
+        assert isinstance(outcome, SegmentResult)
+        assert outcome.together == 2.0
+    assert_alike(worker.do(segments(plan, 1)[0]), expected[1])
+
+
+def test_what_breaks_over_one_trial_says_nothing_of_its_kind(plan: StudyPlan, tmp_path: Path) -> None:
+    worker = new_worker(plan, tmp_path)
+    crew = Crew(worker, silent)
+    crew.join(0, segments(plan, 0)[0])
+    session = worker.opened(segments(plan, 0)[0])
+    assert isinstance(session, TrialSession)
+
+    def broken(module: torch.nn.Module, inputs: Any) -> None:
+        raise RuntimeError("this head is broken")
+
+    head = next(module for name, module in session.model.named_modules() if name.endswith("modules_to_save.default"))
+    head.register_forward_pre_hook(broken)
+    assert drain(crew) == {0: Failure("RuntimeError: this head is broken")}
+
+
+def test_a_model_that_no_pack_can_run_is_said_so(plan: StudyPlan, tmp_path: Path) -> None:
     worker = new_worker(plan, tmp_path / "packed")
     expected = {n: new_worker(plan, tmp_path / "alone").do(segments(plan, n)[0]) for n in range(2)}
     told: list[tuple[int, str]] = []
     crew = Crew(worker, lambda key, size, text: told.append((size, text)))
+    # As of a model that works on its tokens one after another, for all texts at once.
+    host: Any = crew._host(segments(plan, 0)[0]).model
+    layer = next(module for name, module in host.named_modules() if name.endswith("encoder.layer.0"))
+    layer.register_forward_hook(lambda module, args, output: output.roll(1, 0))
     for number in range(2):
         crew.join(number, segments(plan, number)[0])
-        session = worker.opened(segments(plan, number)[0])
-        frozen = next(module for name, module in session.model.named_modules() if name.endswith("word_embeddings"))
-        frozen.weight = torch.nn.Parameter(frozen.weight.detach().clone(), requires_grad=False)
     found = drain(crew)
     assert [size for size, _ in told] == [1]
     assert "one at a time" in told[0][1]
     assert_alike(found[0], expected[0])
-    assert type(found[1]).__name__ == "SetAside"
+    assert found[1] == SetAside()
     assert_alike(worker.do(segments(plan, 1)[0]), expected[1])
 
 
@@ -164,6 +207,14 @@ def test_early_stopping_is_each_trials_own(tmp_path: Path) -> None:
     for number, outcomes in found.items():
         for mine, own in zip(outcomes, expected[number], strict=True):
             assert_alike(mine, own)
+    # The same at an evaluation that is only passed by.
+    crew = Crew(new_worker(plan, tmp_path / "passing"), silent)
+    for number in left:
+        crew.join(number, segments(plan, number)[-1])
+    passed = drain(crew)
+    for number, outcomes in expected.items():
+        assert_alike(passed[number], outcomes[-1])
+    assert crew.worker.held() == []
 
 
 def test_evaluations_that_are_recorded_already_are_passed_by(plan: StudyPlan, tmp_path: Path) -> None:
@@ -176,6 +227,37 @@ def test_evaluations_that_are_recorded_already_are_passed_by(plan: StudyPlan, tm
     found = drain(crew)
     assert_alike(found[0], expected[0][2])
     assert_alike(found[1], expected[1][1])
+
+
+def test_a_trial_that_is_handed_out_twice_is_trained_once(plan: StudyPlan, tmp_path: Path) -> None:
+    """Its lease ran out while it was in training, and its slot was given it again."""
+    expected = {n: new_worker(plan, tmp_path / "alone").do(segments(plan, n)[0]) for n in range(2)}
+    crew = Crew(new_worker(plan, tmp_path / "packed"), silent)
+    for number in range(2):
+        crew.join(number, segments(plan, number)[0])
+    assert crew.advance() == {}
+    crew.join(2, segments(plan, 0)[0])
+    found = drain(crew)
+    assert found[0] == SetAside()
+    assert_alike(found[2], expected[0])
+    assert_alike(found[1], expected[1])
+    # The same where it is now to be done alone.
+    crew.join(3, segments(plan, 2)[0])
+    assert crew.advance() == {}
+    _begin(crew, crew.worker, _Link(None, 0), Order(4, segments(plan, 2)[0], at_once=1))
+    assert_alike(drain(crew)[4], new_worker(plan, tmp_path / "alone").do(segments(plan, 2)[0]))
+    assert crew.idle
+
+
+def test_trials_of_another_kind_do_not_join(plan: StudyPlan, tmp_path: Path) -> None:
+    worker = new_worker(plan, tmp_path / "packed")
+    own = worker.plan.training["adapter"].model_copy(update={"batch_size": 4})
+    worker.plan = replace(worker.plan, training={**worker.plan.training, "adapter": own})
+    crew = Crew(worker, silent)
+    crew.join(0, segments(plan, 0)[0])
+    crew.join(1, segments(plan, 1)[0])
+    assert crew.advance() == {1: SetAside()}
+    assert isinstance(drain(crew)[0], SegmentResult)
 
 
 def test_a_pack_of_one_model_does_not_change_its_base(plan: StudyPlan, tmp_path: Path) -> None:
@@ -195,8 +277,31 @@ def test_sizes_are_measured_with_copies_that_leave_nothing_behind(plan: StudyPla
     worker = new_worker(plan, tmp_path / "packed")
     crew = Crew(worker, silent)
     size = crew.size(segments(plan, 0)[0])
+    assert size is not None
     assert size >= 1
     assert size & (size - 1) == 0
     assert worker.held() == []
     assert not (tmp_path / "packed" / "trials").exists()
     assert worker.do(segments(plan, 0)[0]).loss == expected.loss
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "sentence"),
+    [
+        (0, {"targets": "elsewhere"}, "no linear layer named 'elsewhere'"),
+        (2, {"tokens": 120}, "exceed the model's 128 positions"),
+        (0, {"rank": "many"}, "TypeError"),
+    ],
+    ids=["no such layer", "a text that does not fit", "an error that nobody thought of"],
+)
+def test_what_is_wrong_with_a_trial_says_nothing_of_its_kind(
+    kind: int, changes: dict[str, Any], sentence: str, plan: StudyPlan, tmp_path: Path
+) -> None:
+    worker = new_worker(plan, tmp_path)
+    crew = Crew(worker, silent)
+    wrong = segments(plan, 0, kind=kind, **changes)[0]
+    assert crew.size(wrong) is None
+    outcome = worker.do(wrong)
+    assert isinstance(outcome, Failure)
+    assert sentence in outcome.error
+    assert crew.size(segments(plan, 1, kind=0)[0]) is not None

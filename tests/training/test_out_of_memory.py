@@ -14,7 +14,7 @@ from tiny_models import SAMPLES
 
 from peftsearch.search.plan import StudyPlan, plan_study
 from peftsearch.spec import StudyFile
-from peftsearch.training.memory import describe, out_of_memory
+from peftsearch.training.memory import describe, free_bytes, out_of_memory
 from peftsearch.training.segment import Failure, Segment, SegmentResult, TrialPlan
 
 ROOM = 400 * 2**20
@@ -68,6 +68,24 @@ def test_one_worker_that_cannot_build_its_model_tells_the_others(plan: StudyPlan
         assert "out of memory" in failure.error
         assert isinstance(result, SegmentResult)
     assert "worker 1: out of memory" in str(found.outcomes[0][0])
+
+
+def test_what_torch_holds_in_reserve_of_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver counts it as taken."""
+    for name, found in {"mem_get_info": (100, 1000), "memory_reserved": 800, "memory_allocated": 300}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+    assert free_bytes(torch.device("cuda", 0)) == 600
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_was_given_back_on_a_gpu_is_free_again() -> None:
+    device = torch.device("cuda", 0)
+    torch.cuda.empty_cache()
+    before = free_bytes(device)
+    held = torch.empty(2**30, dtype=torch.uint8, device=device)
+    assert free_bytes(device) < before - 2**29
+    del held
+    assert abs(free_bytes(device) - before) < 2**28
 
 
 def test_what_counts_as_out_of_memory() -> None:

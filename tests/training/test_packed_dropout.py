@@ -40,6 +40,20 @@ def losses_alone(session: TrialSession) -> torch.Tensor:
     return torch.stack(found).double()
 
 
+def test_gradients_are_compared_without_dropout(tmp_path: Path) -> None:
+    """A pack is checked against each member's own model, which draws other masks."""
+    trials = Trials(planned(tmp_path, "encoder", "classification"), tmp_path / "out")
+    pack = trials.pack([trials.session(number, *member, seed=number) for number, member in enumerate(MEMBERS)])
+    pack.check()
+    # In training they drop all the same.
+    rates = [session.plan.hyperparameters["dropout"] for session in pack.sessions]
+    pack.step()
+    indices = [session.order.batch(session.step) for session in pack.sessions]
+    first, second = pack._gradients(indices), pack._gradients(indices)
+    pack.close()
+    assert [mine != own for mine, own in zip(first.tolist(), second.tolist(), strict=True)] == [r > 0 for r in rates]
+
+
 @pytest.mark.parametrize("of_base", [0.0, 0.1], ids=["the trials' own", "the base's too"])
 def test_losses_of_packed_trials_are_spread_as_those_alone(of_base: float, tmp_path: Path) -> None:
     plan = planned(tmp_path, "encoder", "classification")

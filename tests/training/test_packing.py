@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 from task_data import task_domain
+from test_recompute import Kept
 from tiny_models import SAMPLES, tiny_decoder, tiny_encoder, tiny_encoder_decoder
 
 from peftsearch.methods import METHODS
@@ -19,7 +21,8 @@ from peftsearch.spec import StudyFile
 from peftsearch.training.distributed import WorkerGroup
 from peftsearch.training.packing import NotPackableError, Pack
 from peftsearch.training.packing.host import Host
-from peftsearch.training.segment import TrialPlan
+from peftsearch.training.packing_key import pack_key
+from peftsearch.training.segment import Segment, TrialPlan
 from peftsearch.training.session import TrialSession
 from peftsearch.training.worker import Worker
 
@@ -64,12 +67,15 @@ def without_dropout(folder: Path) -> Path:
     return folder
 
 
-def planned(tmp_path: Path, kind: str, task: str, **training: Any) -> StudyPlan:
+def planned(
+    tmp_path: Path, kind: str, task: str, options: Mapping[str, Any] | None = None, **training: Any
+) -> StudyPlan:
     model = without_dropout(BUILDERS[kind](tmp_path / "model"))
+    domain = task_domain(task, tmp_path)
     document = {
         "name": "packs",
         "model": str(model),
-        "domains": {"d": task_domain(task, tmp_path)},
+        "domains": {"d": domain | {"options": {**domain["options"], **(options or {})}}},
         "methods": {method: {} for method in METHODS if method != "bitfit" or kind == "encoder"},
         "training": {
             "epochs": 3,
@@ -229,6 +235,40 @@ def test_options_of_the_training_are_each_trials_own(tmp_path: Path) -> None:
     compare(Trials(planned(tmp_path, "encoder", "classification", **training), tmp_path / "study"), MIXED[:4])
 
 
+def test_activations_are_computed_twice_where_they_are_alone(tmp_path: Path) -> None:
+    folders = {wanted: tmp_path / str(wanted) for wanted in (False, True)}
+    kept = {}
+    for wanted, folder in folders.items():
+        folder.mkdir()
+        plan = planned(folder, "encoder", "classification", gradient_checkpointing=wanted)
+        trials = Trials(plan, folder / "study")
+        pack = trials.pack([trials.session(n, *MIXED[n], seed=n) for n in range(3)])
+        pack._train()
+        with Kept() as found:
+            pack._gradients([session.order.batch(session.step) for session in pack.sessions])
+        pack.close()
+        kept[wanted] = found.now
+        compare(trials, MIXED)
+    assert kept[True] < kept[False] / 1.5
+    # A host is kept from pack to pack.
+    host = Host(trials.base, trials.domain, None)
+    model: Any = host.model
+    for wanted in (True, False, True):
+        host.recompute(wanted)
+        assert model.is_activation_checkpointing is wanted
+
+
+def test_trials_of_other_settings_are_not_packed(tmp_path: Path) -> None:
+    def key(**training: Any) -> Hashable | None:
+        plan = planned(tmp_path, "encoder", "classification", **training)
+        trial = TrialPlan(0, next(iter(plan.models)), "d", "lora", SAMPLES["lora"], 0)
+        return pack_key(plan.for_workers(tmp_path, threads=1), Segment(trial, 1))
+
+    assert key(tokens_per_batch=256) is None
+    assert len({key(), key(gradient_checkpointing=True), key(batch_size=4), key(gradient_accumulation=2)}) == 4
+    assert key(weight_decay=0.2) == key()
+
+
 def test_a_trial_may_join_and_leave_between_steps(tmp_path: Path) -> None:
     trials = Trials(planned(tmp_path, "encoder", "classification"), tmp_path / "study")
     (first, second, third) = [trials.session(n, *MIXED[n], seed=n) for n in range(3)]
@@ -315,6 +355,38 @@ def test_other_methods_say_that_they_are_not_packed(method: str, tmp_path: Path)
     with pytest.raises(NotPackableError):
         trials.pack([trials.session(1, "lora", SAMPLES["lora"]), session])
     assert all(torch.equal(before[name], parameter) for name, parameter in session.parameters.items())
+
+
+def test_soft_tokens_of_a_model_without_a_head_are_trained_alone(tmp_path: Path) -> None:
+    """PEFT's own serve there, which a pack does not know."""
+
+    def key(options: dict[str, Any], method: str) -> Hashable | None:
+        folder = tmp_path / ("separate" if options else "joint")
+        folder.mkdir(exist_ok=True)
+        plan = planned(folder, "encoder", "similarity", options=options)
+        trial = TrialPlan(0, next(iter(plan.models)), "d", method, SAMPLES[method], 0)
+        return pack_key(plan.for_workers(folder, threads=1), Segment(trial, 1))
+
+    separate = {"encoding": "separate", "range": [0, 5]}
+    assert key(separate, "prompt") is None
+    assert key(separate, "lora") is not None
+    assert key({}, "prompt") is not None
+
+
+def test_trials_of_two_domains_are_not_packed(tmp_path: Path) -> None:
+    """Their labels, and so their heads, may have the same shapes."""
+    plan = planned(tmp_path, "encoder", "classification")
+    trials = Trials(plan, tmp_path / "study")
+    handed = trials.worker.plan
+    trials.worker.plan = replace(
+        handed,
+        domains={**handed.domains, (trials.model, "e"): handed.domains[trials.model, "d"]},
+        budgets={**handed.budgets, ("e", "lora"): handed.budgets["d", "lora"]},
+    )
+    other = TrialPlan(1, trials.model, "e", "lora", SAMPLES["lora"], 1)
+    sessions = [trials.session(0, "lora", SAMPLES["lora"]), trials.worker.new_session(Segment(other, 1))]
+    with pytest.raises(NotPackableError, match="several domains"):
+        trials.pack(sessions)
 
 
 def test_a_model_that_mixes_up_its_batch_is_found_out(tmp_path: Path) -> None:

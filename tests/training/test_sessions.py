@@ -247,6 +247,21 @@ def test_baselines_are_scored_on_the_test_split_where_asked_for(plan: StudyPlan,
     assert found.scores["linear_probe"] != on_validation.scores["linear_probe"]
 
 
+def test_copies_of_the_base_do_not_multiply_where_others_are_packed(plan: StudyPlan, tmp_path: Path) -> None:
+    worker = new_worker(plan, tmp_path)
+
+    def held_after(*methods: str) -> list[str]:
+        for number, method in enumerate(methods):
+            worker.opened(Segment(trial(plan, method, number), 1))
+        return worker.held()
+
+    assert held_after("full", "lora", "full") == ["00001", "00002"]
+    worker.forget(worker.held())
+    worker.at_once = 3
+    methods = ["full"] * 4 + ["lora"] * 8 + ["full"]
+    assert held_after(*methods) == [f"{number:05d}" for number in (3, *range(6, 12), 12)]
+
+
 def test_only_the_two_latest_states_of_a_trial_are_on_disk(plan: StudyPlan, tmp_path: Path) -> None:
     worker, folder = new_worker(plan, tmp_path), trial_folder(tmp_path, "00000")
     steps = plan.budgets["topics", "lora"].evaluation_steps

@@ -191,6 +191,49 @@ def test_what_a_slot_has_no_room_for_is_queued_first_and_blames_nobody() -> None
     run(scenario)
 
 
+def test_work_that_cannot_be_packed_is_handed_out_by_itself_and_the_rest_together() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(max_retries=0, sizes=Sizes(key, 4))
+        await started(dispatcher, 0)
+        tasks = await queued(dispatcher, *(segment(number) for number in range(3)))
+        order = await dispatcher.take(0, "life-0")
+        first, second, third = leases(order)
+        await dispatcher.set_aside(0, "life-0", second, alone=True)
+        await dispatcher.finish(0, "life-0", first, outcome("done"), segment(0))
+        await dispatcher.finish(0, "life-0", third, outcome("done"), segment(2))
+        tasks += await queued(dispatcher, segment(3), segment(4))
+        order = await dispatcher.take(0, "life-0")
+        assert (given(order), order.at_once) == ([segment(3), segment(4)], 4)
+        for lease, work in zip(leases(order), given(order), strict=True):
+            await dispatcher.finish(0, "life-0", lease, outcome("done"), work)
+        order = await dispatcher.take(0, "life-0")
+        assert (given(order), order.at_once) == ([segment(1)], 1)
+        assert order.lease is not None
+        await dispatcher.finish(0, "life-0", order.lease, outcome("done"), segment(1))
+        assert (await tasks[1])[1] == 0
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("first", ["noted", "measured"])
+def test_the_smallest_size_that_any_slot_found_counts(first: str) -> None:
+    async def scenario() -> None:
+        sizes = Sizes(key, "auto")
+        dispatcher = Dispatcher(max_retries=0, sizes=sizes)
+        await started(dispatcher, 0)
+        tasks = await queued(dispatcher, segment(0))
+        order = await dispatcher.take(0, "life-0")
+        for what in (first, "measured" if first == "noted" else "noted"):
+            if what == "noted":
+                await dispatcher.note(0, "life-0", "d", 2, "no room")
+            else:
+                await dispatcher.measured(0, "life-0", leases(order)[0], 8)
+        assert sizes.of("d") == 2
+        tasks[0].cancel()
+
+    run(scenario)
+
+
 def test_a_slot_that_leaves_gives_everything_back_and_gets_nothing_more() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(max_retries=0, sizes=Sizes(key, 4))
@@ -251,6 +294,28 @@ def test_what_is_being_trained_is_not_handed_out_a_second_time() -> None:
         assert given(order) == [segment(0)]
         await dispatcher.finish(0, "life-0", leases(order)[0], outcome("to the second"), segment(0))
         assert (await again)[0].details["text"] == "to the second"
+
+    run(scenario)
+
+
+def test_a_slot_whose_leases_ran_out_at_work_gets_nothing_that_is_done_alone() -> None:
+    """It was silent for too long, and lives: what it trains was queued again, each piece by itself."""
+
+    async def scenario() -> None:
+        dispatcher = Dispatcher(max_retries=1, lease_seconds=0.2, sizes=Sizes(key, 4))
+        await started(dispatcher, 0)
+        tasks = await queued(dispatcher, segment(0), segment(1))
+        order = await dispatcher.take(0, "life-0")
+        while not (await dispatcher.status())["queued"]:
+            await asyncio.sleep(0.01)
+        more = asyncio.create_task(dispatcher.take(0, "life-0", at_work=True))
+        await asyncio.sleep(0.05)
+        assert not more.done()
+        # Its answers count, as nobody else has the work.
+        for number, lease in enumerate(leases(order)):
+            await dispatcher.finish(0, "life-0", lease, outcome(str(number)), segment(number))
+            assert (await tasks[number])[0].details["text"] == str(number)
+        more.cancel()
 
     run(scenario)
 

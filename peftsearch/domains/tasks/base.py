@@ -59,6 +59,11 @@ class Head:
     auto_model: str
     peft_task_type: str | None
 
+    @property
+    def bare(self) -> bool:
+        """Whether there is none: the task reads the base's own output."""
+        return self.peft_task_type == "FEATURE_EXTRACTION"
+
 
 class TaskOptions(BaseModel):
     """The settings that a task takes from a domain's ``options``; by default none."""

@@ -19,6 +19,7 @@ from peftsearch.training.packing.layers import Change, PackedBottleneck, PackedL
 from peftsearch.training.packing.layout import Layout
 from peftsearch.training.packing.parts import Bottleneck, LowRank, NotPackableError, Parts
 from peftsearch.training.packing.prompts import PackedPrompts
+from peftsearch.training.recompute import enable
 
 if TYPE_CHECKING:
     from peftsearch.domains import PreparedDomain
@@ -45,6 +46,7 @@ class Host:
             use_fast_dropout(self.model)
         self._frozen = dict(self.model.named_parameters(remove_duplicate=False))
         self._handles: list[Any] = []
+        self._recomputes = False
         self._begins: dict[str, str] = {}
         """Where feed-forward sublayers begin, by their ends; seeking them takes milliseconds each."""
 
@@ -86,6 +88,15 @@ class Host:
         for path, modules in self.own.items():
             modules.of(layout, [own.own[path] for own in parts])
         return found
+
+    def recompute(self, wanted: bool) -> None:
+        """Compute activations twice, or once, in what is trained from now on."""
+        model: Any = self.model
+        if wanted and not self._recomputes:
+            enable(model)
+        elif self._recomputes and not wanted:
+            model.activation_checkpointing_disable()
+        self._recomputes = wanted
 
     def detach(self) -> None:
         """Undo `attach`."""

@@ -50,9 +50,9 @@ class Dropout:
         self.rates = tuple(rates)
         self._kept = 1.0 - torch.tensor(self.rates, device=device)[:, None, None]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, layout: Layout, x: Tensor) -> Tensor:
         """Of shape (members, ..., width)."""
-        if not any(self.rates):
+        if not layout.drops or not any(self.rates):
             return x
         if len(set(self.rates)) == 1:
             return F.dropout(x, self.rates[0])
@@ -83,7 +83,7 @@ class PackedLowRank:
         """See `Change`; ``x`` of shape (rows, ..., in) and ``y`` of shape (rows, ..., out)."""
         before = layout.sliced(y)
         now = self.among.of(before)
-        hidden = self._dropout(_in_format(self.among.of(layout.sliced(x)), self.down))
+        hidden = self._dropout(layout, _in_format(self.among.of(layout.sliced(x)), self.down))
         hidden = torch.bmm(hidden, self.down.transpose(1, 2))
         hidden = hidden * self._scales.to(hidden.dtype)
         if _computes_in(self.up) == now.dtype:
@@ -142,7 +142,7 @@ class PackedBottleneck:
             assert self._input is not None
             source, self._input = self.among.of(layout.sliced(self._input)), None
         weight, bias = self.down
-        hidden = self._dropout(_in_format(source, weight))
+        hidden = self._dropout(layout, _in_format(source, weight))
         hidden = torch.baddbmm(bias, hidden, weight.transpose(1, 2))
         active = [ACTIVATIONS[name](hidden[first:last]) for first, last, name in self._runs]
         weight, bias = self.up

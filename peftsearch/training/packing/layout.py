@@ -24,6 +24,8 @@ class Layout:
     widths: dict[str, list[int]] = field(default_factory=dict)
     encoder_mask: Tensor | None = None
     """Mask of the encoder's output where soft tokens have made it longer than its input."""
+    drops: bool = True
+    """Whether the members' changes drop what they read, at their rates, as in training."""
 
     def widths_of(self, source: str) -> list[int]:
         """How wide each member's texts are; a decoder that is given none reads its encoder's."""

@@ -16,7 +16,7 @@ from peftsearch.training.optimizer import learning_rate_factor
 from peftsearch.training.packing.banks import Banks
 from peftsearch.training.packing.host import Host, placed_of
 from peftsearch.training.packing.layout import Layout, filled
-from peftsearch.training.packing.parts import NotPackableError, read_parts
+from peftsearch.training.packing.parts import NotPackableError, Parts, read_parts
 from peftsearch.training.precision import training_autocast
 from peftsearch.training.session import TrialSession
 
@@ -52,7 +52,7 @@ class Pack:
         host: What they run on.
 
     Raises:
-        NotPackableError: They cannot be trained together.
+        NotPackableError: They cannot be trained together; it names the member that is in the way, where one is.
     """
 
     def __init__(self, sessions: Sequence[TrialSession], host: Host) -> None:
@@ -63,11 +63,13 @@ class Pack:
         self.domain, self.device = first.domain, first.group.device
         self._precision = first.training.precision
         self._accumulation = first.training.gradient_accumulation
-        parts = [read_parts(session.model) for session in self.sessions]
-        for own in parts:
-            host.check(own)
+        if len({(session.plan.model, session.plan.domain) for session in self.sessions}) > 1:
+            raise NotPackableError("trials of several domains or models are not trained together")
+        parts = [_parts(session, host) for session in self.sessions]
         self.layout = Layout(len(self.sessions))
         self.banks = Banks(self.sessions, [placed_of(own) for own in parts])
+        # What one of them needs alone, all need together.
+        host.recompute(any(session.recomputes for session in self.sessions))
         try:
             self._prompts = host.attach(self.layout, parts, self.banks)
         except BaseException:
@@ -129,7 +131,11 @@ class Pack:
         """
         self.host.model.eval()
         indices = [session.order.batch(session.step) for session in self.sessions]
-        self._gradients(indices, autocast=False)
+        self.layout.drops = False
+        try:
+            self._gradients(indices, autocast=False)
+        finally:
+            self.layout.drops = True
         for row, session in enumerate(self.sessions):
             session.model.eval()
             difference, size = self.banks.difference(row, self._own_loss(session, indices[row]))
@@ -243,6 +249,16 @@ class Pack:
                     value = value[:, : layout.widths[source][member]]
             own[name] = value
         return type(output)(**own)
+
+
+def _parts(session: TrialSession, host: Host) -> Parts:
+    try:
+        parts = read_parts(session.model)
+        host.check(parts)
+    except NotPackableError as error:
+        error.session = session
+        raise
+    return parts
 
 
 def _seed(sessions: Sequence[TrialSession]) -> int:

@@ -16,12 +16,20 @@ from peftsearch.methods.soft_prompt.layer import SoftPromptLayer
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from peftsearch.training.session import TrialSession
+
 ADAPTER = "default"
 """Name that PEFT gives to the only adapter of a model."""
 
 
 class NotPackableError(RuntimeError):
-    """A trial, or these trials together, can only be trained alone; nothing is wrong with them."""
+    """A trial, or these trials together, can only be trained alone; nothing is wrong with them.
+
+    Attributes:
+        session: The trial that does not go with any others; None where it is not for one of them.
+    """
+
+    session: TrialSession | None = None
 
 
 @dataclass(frozen=True)
