@@ -96,7 +96,8 @@ class Pages:
         listed = self._once("", _statuses)
         if isinstance(listed, _Refused):
             return listed.answer()
-        page = studies_html(*listed, str(storage_folder()), pages=f"{PREFIX}/studies/", mlflow="/")
+        studies, unreadable = listed
+        page = studies_html(studies, unreadable, str(storage_folder()), pages=f"{PREFIX}/studies/", mlflow="/")
         return HTMLResponse(page, headers=_HEADERS)
 
     def page(self, request: Request) -> Response:
