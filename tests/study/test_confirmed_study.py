@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import yaml
 from study_runs import command, ledger, run
 
+from peftsearch.domains.prepare import MANIFEST, _described
 from peftsearch.spec import Baseline, Confirmed, Reading, TrialState
 from peftsearch.study import Study
 
@@ -197,9 +199,16 @@ def test_a_retraining_that_cannot_go_on_is_recorded_and_the_study_ends(
 ) -> None:
     path = write_study("doomed", methods={"lora": {"rank": 2}}, search={"trials": 1}, confirm={"seeds": 2})
     run(path, tmp_path, "--set", "confirm.seeds=0")
-    # A damaged test split is an error of whoever reads it.
-    for file in (tmp_path / "cache").rglob("test/*.arrow"):
-        file.write_bytes(b"?" * file.stat().st_size)
+    # A damaged test split is an error of whoever reads it; with a wrong checksum it would be made anew.
+    for manifest in (tmp_path / "cache").rglob(MANIFEST):
+        facts = json.loads(manifest.read_text(encoding="utf-8"))
+        for file in manifest.parent.glob("test/*.arrow"):
+            damaged = b"?" * file.stat().st_size
+            file.write_bytes(damaged)
+            facts["files"][f"test/{file.name}"] = [len(damaged), zlib.crc32(damaged)]
+        del facts["checksum"]
+        facts["checksum"] = _described(facts)
+        manifest.write_text(json.dumps(facts), encoding="utf-8")
     done = command("run", path, "--storage", tmp_path, "--set", "resources.max_retries=0")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "could not be confirmed with seed 1" in done.stderr

@@ -112,7 +112,8 @@ def test_a_killed_driver_is_followed_from_another_machine_that_mounts_the_storag
     _, stderr = second.communicate(timeout=480)
     assert second.returncode == 0, stderr[-3000:]
     assert ledger("tiny", after) == ledger("tiny", storage)
-    assert not before.exists()
+    # A worker of the first driver may have written a last state there; the second one knows of no such place.
+    assert not [*before.rglob("*.db"), *before.rglob("*.json")]
     status = Study.open("tiny", after).status()
     assert status["state"] == "finished"
     assert status["driver"]["host"] == "far"
