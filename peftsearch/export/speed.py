@@ -87,14 +87,16 @@ def measure_speed(model: nn.Module, domain: PreparedDomain, split: str, batch_si
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    chosen = order[np.unique(np.linspace(0, len(order) - 1, min(EXAMPLES, len(order))).astype(int))].tolist()
-    # Short and long texts in turn, should time run out.
-    chosen = chosen[::2] + chosen[1::2]
+    spread = order[np.unique(np.linspace(0, len(order) - 1, min(EXAMPLES, len(order))).astype(int))]
     batches = [order[start : start + batch_size].tolist() for start in range(0, len(order), batch_size)]
+    # Should time run out, what was timed is short and long texts alike.
+    shuffled = np.random.default_rng(0)
+    chosen = shuffled.permutation(spread).tolist()
+    batches = [batches[number] for number in shuffled.permutation(len(batches))]
     with torch.no_grad():
         predict(chosen[:1])
         single = _timed(predict, [[row] for row in chosen])
-        predict(batches[len(batches) // 2])
+        predict(batches[0])
         batched = _timed(predict, batches)
     done = sum(len(rows) for rows in batches[: len(batched)])
     return Speed(
