@@ -107,6 +107,8 @@ class Predictor:
         Returns:
             For each example its answer (see `columns`), or why there is none.
         """
+        if not examples:
+            return []
         try:
             data = self._tokenized(examples)
         except ValueError as error:
@@ -274,8 +276,8 @@ def predict_file(
         done: Told how many more rows are done, again and again.
 
     Raises:
-        StudyError: The folder is no adapter, the file has no such column or is damaged, or the output exists or cannot
-            be written.
+        StudyError: The folder is no adapter, the file has no such column or is damaged, or the output exists, cannot
+            be written, or cannot hold what is in the file.
     """
     source, output = Path(source).expanduser(), Path(output).expanduser()
     if batch_size < 1:
@@ -320,8 +322,9 @@ def predict_file(
                 write(part)
                 if done is not None:
                     done(len(part))
-    except OSError as error:
-        raise StudyError(f"cannot write {str(output)!r}: {error.strerror or error}") from None
+    except (OSError, pa.ArrowException, UnicodeEncodeError) as error:
+        reason = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise StudyError(f"cannot write {str(output)!r}: {reason}") from None
     return Predicted(
         output,
         row,

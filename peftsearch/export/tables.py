@@ -75,7 +75,7 @@ class TableFile(ABC):
         """The columns as Parquet would hold them.
 
         Raises:
-            StudyError: A column mixes kinds of values.
+            StudyError: A column mixes kinds of values, or holds broken Unicode.
         """
 
     @abstractmethod
@@ -162,6 +162,12 @@ class _JsonLines(TableFile):
                     record = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise StudyError(f"{self.path.name}, line {number}: not valid JSON: {error.msg}") from None
+                except ValueError:
+                    # Python's own limit, whose error is no JSONDecodeError.
+                    raise StudyError(
+                        f"{self.path.name}, line {number}: an integer of more than {sys.get_int_max_str_digits()} "
+                        "digits: write it as a text"
+                    ) from None
                 if not isinstance(record, dict):
                     raise StudyError(f"{self.path.name}, line {number}: not an object with columns")
                 yield record
@@ -182,7 +188,12 @@ class _JsonLines(TableFile):
             found = pa.array(values).type
             fields = [pa.schema([(name, kind)]) for kind in (known, found)]
             return pa.unify_schemas(fields, promote_options="permissive").field(name).type
-        except (pa.ArrowException, UnicodeEncodeError, OverflowError, TypeError, ValueError):
+        except UnicodeEncodeError:
+            raise StudyError(
+                f"the column {name!r} of {self.path.name} holds broken Unicode (half of a surrogate pair), which "
+                "Parquet cannot hold: write --output as .jsonl"
+            ) from None
+        except (pa.ArrowException, OverflowError, TypeError, ValueError):
             raise StudyError(
                 f"the column {name!r} of {self.path.name} mixes kinds of values, which Parquet cannot hold: write "
                 "--output as .jsonl"
@@ -230,11 +241,14 @@ def writing_rows(path: Path, kind: str, table: TableFile, added: Mapping[str, pa
         path: The file; replaced where it exists.
         kind: ``csv``, ``jsonl`` or ``parquet``.
         table: The table whose columns it has, in their order.
-        added: What comes after them. CSV has lists and objects as JSON.
+        added: What comes after them. CSV has lists and objects as JSON, and a question mark for half of a surrogate
+            pair.
 
     Raises:
         StudyError: As `TableFile.schema`.
         OSError: It cannot be written.
+        pyarrow.ArrowException: Parquet does not hold such values.
+        UnicodeEncodeError: It does not hold such a name.
     """
     if kind == "parquet":
         import pyarrow.parquet as pq
@@ -251,7 +265,7 @@ def writing_rows(path: Path, kind: str, table: TableFile, added: Mapping[str, pa
             yield lambda rows: file.writelines(f"{_json(row)}\n" for row in rows)
             return
         lines = csv.writer(file, lineterminator="\n")
-        lines.writerow(names)
+        lines.writerow(map(_encodable, names))
         yield lambda rows: lines.writerows(_fields(row, names) for row in rows)
 
 
@@ -267,4 +281,8 @@ def _json(value: Any) -> str:
 
 def _fields(row: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
     values = [row.get(name) for name in names]
-    return [_json(value) if isinstance(value, list | dict) else value for value in values]
+    return [_json(value) if isinstance(value, list | dict) else _encodable(value) for value in values]
+
+
+def _encodable(value: Any) -> Any:
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value

@@ -269,6 +269,10 @@ def test_rows_without_a_text_are_reported_and_kept(exported: dict[str, ExportedA
     assert [row.get("text") for row in written] == [row.get("text") for row in [*rows, {"text": "fever"}]]
 
 
+def test_no_examples_have_no_predictions(exported: dict[str, ExportedAdapter]) -> None:
+    assert Predictor.load(exported["classification"].folder).predict([]) == []
+
+
 def test_a_text_without_tokens_keeps_no_other_from_its_prediction(
     exported: dict[str, ExportedAdapter], tmp_path: Path
 ) -> None:
@@ -334,6 +338,10 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     (tmp_path / "latin.csv").write_bytes(b"text\nf\xfcr\n")
     (tmp_path / "taken.csv").write_text("text,prediction\na,b\n")
     (tmp_path / "there.csv").touch()
+    (tmp_path / "digits.jsonl").write_text('{"text": "a"}\n{"text": "a", "n": ' + "1" * 5000 + "}\n")
+    (tmp_path / "hollow.jsonl").write_text('{"text": "a", "tree": {}}\n')
+    (tmp_path / "half.jsonl").write_text('{"text": "a", "who": "\\ud83d"}\n')
+    parquet = tmp_path / "results" / "out.parquet"
     bare = Path(shutil.copytree(folder, tmp_path / "bare"))
     (bare / "adapter_model.safetensors").unlink()
     lost = Path(shutil.copytree(folder, tmp_path / "lost"))
@@ -354,6 +362,9 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
         ([folder, "--input", clauses, "--output", tmp_path / "there.csv"], "exists: name another file"),
         ([folder, "--input", clauses, "--output", tmp_path / "there.csv" / "x.csv"], "cannot write"),
         ([folder, "--input", clauses, "--batch-size", 0], "batch-size"),
+        ([folder, "--input", tmp_path / "digits.jsonl"], "line 2: an integer of more than 4300 digits"),
+        ([folder, "--input", tmp_path / "hollow.jsonl", "--output", parquet], "out.parquet': Cannot write struct type"),
+        ([folder, "--input", tmp_path / "half.jsonl", "--output", parquet], "column 'who' of half.jsonl holds broken"),
         ([tmp_path / "nowhere", "--input", clauses], "no adapter folder"),
         ([bare, "--input", clauses], "holds no adapter_model.safetensors"),
         ([lost, "--input", clauses], "holds no provenance.json"),

@@ -1,0 +1,54 @@
+"""Files of people, read and written with further columns: what is written reads back the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from peftsearch.export.tables import open_table, writing_rows
+from peftsearch.spec import StudyError
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [row for part in open_table(path).parts(2) for row in part]
+
+
+def written_jsonl(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    path = folder / "in.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def copied(source: Path, output: Path) -> list[dict[str, Any]]:
+    """The rows of a file, written into another with a column ``seen`` and read again."""
+    table = open_table(source)
+    with writing_rows(output, output.suffix[1:], table, {"seen": pa.string()}) as write:
+        for part in table.parts(2):
+            write([{**row, "seen": "yes"} for row in part])
+    return rows_of(output)
+
+
+def test_half_of_a_surrogate_pair_in_any_column_loses_no_row_of_a_csv(tmp_path: Path) -> None:
+    rows = [{"a\ud83d": "x\ud83dy", "tree": {"b": ["\ud83d"]}}, {"a\ud83d": "z", "tree": {}}]
+    assert copied(written_jsonl(tmp_path, rows), tmp_path / "out.csv") == [
+        {"a?": "x?y", "tree": '{"b": ["\\ud83d"]}', "seen": "yes"},
+        {"a?": "z", "tree": "{}", "seen": "yes"},
+    ]
+
+
+def test_half_of_a_surrogate_pair_is_named_where_parquet_cannot_hold_it(tmp_path: Path) -> None:
+    for row in ({"who": "\ud83d"}, {"who": {"b": ["\ud83d"]}}, {"who": {"\ud83d": 1}}):
+        with pytest.raises(StudyError, match=r"the column 'who' of in\.jsonl holds broken Unicode \(half"):
+            copied(written_jsonl(tmp_path, [row]), tmp_path / "out.parquet")
+
+
+def test_a_number_that_python_does_not_read_is_named_by_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text(f'{{"n": 1}}\n\n{{"n": {"1" * 4301}}}\n')
+    with pytest.raises(StudyError, match=r"^in\.jsonl, line 3: an integer of more than 4300 digits"):
+        open_table(path)
