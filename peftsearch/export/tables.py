@@ -264,9 +264,25 @@ def writing_rows(path: Path, kind: str, table: TableFile, added: Mapping[str, pa
         if kind == "jsonl":
             yield lambda rows: file.writelines(f"{_json(row)}\n" for row in rows)
             return
-        lines = csv.writer(file, lineterminator="\n")
+        lines = csv.writer(_Lines(file), lineterminator=_Lines.END)
         lines.writerow(map(_encodable, names))
         yield lambda rows: lines.writerows(_fields(row, names) for row in rows)
+
+
+class _Lines:
+    """Takes the lines of a `csv.writer`, and ends them as Unix does.
+
+    Before CPython 3.11.9 the writer puts a lone carriage return into quotes only if lines end with one, and every
+    reader takes it for the end of a row (https://github.com/python/cpython/issues/67044).
+    """
+
+    END = "\r\n"
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+
+    def write(self, line: str) -> None:
+        self.file.write(f"{line.removesuffix(self.END)}\n")
 
 
 def _json(value: Any) -> str:

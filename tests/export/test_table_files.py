@@ -52,3 +52,12 @@ def test_a_number_that_python_does_not_read_is_named_by_its_line(tmp_path: Path)
     path.write_text(f'{{"n": 1}}\n\n{{"n": {"1" * 4301}}}\n')
     with pytest.raises(StudyError, match=r"^in\.jsonl, line 3: an integer of more than 4300 digits"):
         open_table(path)
+
+
+@pytest.mark.parametrize("text", ["a\rb", "\r", "a\nb", "a\r\n", 'a "b", c', "", " a ", "\x00", "\x85\u2028"])
+def test_a_text_reads_back_from_csv_as_it_was(text: str, tmp_path: Path) -> None:
+    output = tmp_path / "out.csv"
+    rows = [{"id": "1", f"name{text}": text}, {"id": "2", f"name{text}": "x"}]
+    assert copied(written_jsonl(tmp_path, rows), output) == [{**row, "seen": "yes"} for row in rows]
+    # Lines end as they do everywhere else here.
+    assert output.read_bytes().endswith(b",x,yes\n")
