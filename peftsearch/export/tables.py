@@ -125,11 +125,12 @@ class _Csv(TableFile):
         # Fields may be whole documents; the default limit is 128 KiB.
         csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
         reader = csv.reader(file, strict=True)
-        begin = 1
+        begin, columns = 1, 0
         try:
             for fields in reader:
-                # A blank line is no row, except where there is one column, whose value it is.
-                if fields or (len(self.names) == 1 and self.names):
+                # A blank line is no row, except below the header of one column, whose value it is.
+                if fields or columns == 1:
+                    columns = columns or len(fields)
                     yield begin, fields or [""]
                 begin = reader.line_num + 1
         except csv.Error as error:

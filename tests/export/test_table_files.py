@@ -61,3 +61,11 @@ def test_a_text_reads_back_from_csv_as_it_was(text: str, tmp_path: Path) -> None
     assert copied(written_jsonl(tmp_path, rows), output) == [{**row, "seen": "yes"} for row in rows]
     # Lines end as they do everywhere else here.
     assert output.read_bytes().endswith(b",x,yes\n")
+
+
+@pytest.mark.parametrize("before", ["", "\n", "\r\n\n"])
+def test_blank_lines_before_the_header_of_one_column_are_no_header(before: str, tmp_path: Path) -> None:
+    path = tmp_path / "in.csv"
+    path.write_bytes(f"{before}text\na\n\nb\n".encode())
+    assert rows_of(path) == [{"text": "a"}, {"text": ""}, {"text": "b"}]
+    assert open_table(path).rows == 3
