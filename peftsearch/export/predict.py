@@ -8,10 +8,13 @@ Examples:
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -404,14 +407,11 @@ def _choices(value: Any, where: str) -> list[str] | Problem:
 
 def _texts(value: Any, where: str, split: Callable[[str], list[str]]) -> list[str] | Problem:
     if isinstance(value, str):
-        listed = None
-        if value.lstrip().startswith("["):
-            try:
-                # As this module writes lists into a CSV file.
-                listed = json.loads(value)
-            except ValueError:
-                listed = None
-        value = listed if isinstance(listed, list) else split(value)
+        value = value.strip()
+        listed = _listed(value) if value.startswith("[") else None
+        if listed is None and value.startswith("[") and (value.endswith("]") or _QUOTED.match(value)):
+            return Problem(f'{where} looks like a list and is none: write it as ["one", "two"]')
+        value = split(value) if listed is None else listed
     if not value:
         return Problem(f"{where} is empty")
     if not isinstance(value, list):
@@ -422,5 +422,22 @@ def _texts(value: Any, where: str, split: Callable[[str], list[str]]) -> list[st
             return Problem(f"{where} holds an empty or unusable text")
     return list(value)
 
+
+def _listed(text: str) -> list[Any] | None:
+    """The list that a text spells: in JSON, as this module writes lists into a CSV file, or in Python, as pandas does.
+
+    NumPy leaves the commas out, and Python would make one word of all.
+    """
+    readers = (json.loads,) if _NUMPY.search(text) else (json.loads, ast.literal_eval)
+    for read in readers:
+        # ValueError and SyntaxError say that it is no list, the others that it is too deep a one.
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            found = read(text)
+            return found if isinstance(found, list) else None
+    return None
+
+
+_QUOTED = re.compile(r"\[\s*['\"]")
+_NUMPY = re.compile(r"['\"]\s+['\"]")
 
 _READERS: dict[str, Callable[[Any, str], Any]] = {"tokens": _words, "choices": _choices}

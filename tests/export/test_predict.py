@@ -273,6 +273,30 @@ def test_no_examples_have_no_predictions(exported: dict[str, ExportedAdapter]) -
     assert Predictor.load(exported["classification"].folder).predict([]) == []
 
 
+def test_words_are_read_from_every_spelling_of_a_list(exported: dict[str, ExportedAdapter], tmp_path: Path) -> None:
+    spelled = {
+        '["the", "court\'s"]': 2,
+        "['the', \"court's\"]": 2,
+        "the court": 2,
+        "[1] the court": 3,
+        "['the' 'court']": None,
+        "['the'\n 'court']": None,
+        "['the', court]": None,
+        "[the, court]": None,
+        "['the', 'cou": None,
+        "[" * 100_000 + "]" * 100_000: None,
+    }
+    source = tmp_path / "in.csv"
+    with source.open("w", newline="") as file:
+        csv.writer(file).writerows([["tokens"], *([text] for text in spelled)])
+    found = predict_file(exported["token_classification"].folder, source, tmp_path / "out.jsonl")
+    written = [json.loads(line)["prediction"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [tags and len(tags) for tags in written] == list(spelled.values())
+    assert set(found.problems.values()) == {
+        'the column \'tokens\' looks like a list and is none: write it as ["one", "two"]'
+    }
+
+
 def test_a_text_without_tokens_keeps_no_other_from_its_prediction(
     exported: dict[str, ExportedAdapter], tmp_path: Path
 ) -> None:
