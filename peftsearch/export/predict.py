@@ -294,13 +294,14 @@ def predict_file(
     table = open_table(source)
     mapped = purpose.chosen(columns, table.names)
     _check_columns(mapped, table.names, source.name)
-    predictor = Predictor.load(adapter, device=device, trust_remote_code=trust_remote_code)
-    added = {f"{name}_{part}" if part else name: kind_ for part, kind_ in predictor.columns.items()}
+    parts = answers_of(purpose.task).columns
+    added = {f"{name}_{part}" if part else name: type_ for part, type_ in parts.items()}
     for column in added:
         if column in table.names:
             raise StudyError(
                 f"{source.name} has a column {column!r} already: call the predictions otherwise with --name"
             )
+    predictor = Predictor.load(adapter, device=device, trust_remote_code=trust_remote_code)
     if begun is not None:
         begun(table.rows)
     problems: dict[int, str] = {}
@@ -308,11 +309,11 @@ def predict_file(
     start = time.perf_counter()
     try:
         with writing(output) as temporary, writing_rows(temporary, kind, table, added) as write:
-            for part in table.parts(PART):
-                examples = [_example(purpose, record, mapped) for record in part]
+            for records in table.parts(PART):
+                examples = [_example(purpose, record, mapped) for record in records]
                 good = [example for example in examples if not isinstance(example, Problem)]
                 answers = iter(predictor.predict(good, batch_size=batch_size) if good else [])
-                for record, example in zip(part, examples, strict=True):
+                for record, example in zip(records, examples, strict=True):
                     row += 1
                     answer = example if isinstance(example, Problem) else next(answers)
                     if isinstance(answer, Problem):
@@ -320,11 +321,11 @@ def predict_file(
                         if len(problems) < 1000:
                             problems[row] = str(answer)
                         answer = {}
-                    for suffix, column in zip(predictor.columns, added, strict=True):
+                    for suffix, column in zip(parts, added, strict=True):
                         record[column] = answer.get(suffix)
-                write(part)
+                write(records)
                 if done is not None:
-                    done(len(part))
+                    done(len(records))
     except (OSError, pa.ArrowException, UnicodeEncodeError) as error:
         reason = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise StudyError(f"cannot write {str(output)!r}: {reason}") from None

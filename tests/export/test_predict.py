@@ -368,6 +368,8 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     parquet = tmp_path / "results" / "out.parquet"
     bare = Path(shutil.copytree(folder, tmp_path / "bare"))
     (bare / "adapter_model.safetensors").unlink()
+    damaged = Path(shutil.copytree(folder, tmp_path / "damaged"))
+    (damaged / "adapter_model.safetensors").write_bytes(b"x")
     lost = Path(shutil.copytree(folder, tmp_path / "lost"))
     (lost / "provenance.json").unlink()
     cases: list[tuple[list[object], str]] = [
@@ -392,6 +394,9 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
         ([tmp_path / "nowhere", "--input", clauses], "no adapter folder"),
         ([bare, "--input", clauses], "holds no adapter_model.safetensors"),
         ([lost, "--input", clauses], "holds no provenance.json"),
+        ([damaged, "--input", clauses], "cannot load the model"),
+        # What is wrong with the file is said before a model is loaded.
+        ([damaged, "--input", tmp_path / "taken.csv"], "has a column 'prediction' already"),
     ]
     for arguments, message in cases:
         given = arguments if "--output" in arguments else [*arguments, "--output", output]
