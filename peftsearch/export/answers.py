@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from peftsearch.domains.iob import entities
 from peftsearch.domains.tasks.base import Prediction, Task
+from peftsearch.frontier.tables import csv_cell
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,16 +35,33 @@ class Answers:
         columns: The type of each column, by what is added to the prediction's name.
         of_rows: From model, output and batch to one value for each row of the batch.
         of_example: From an example and the values of its rows (windows) to the answer; None where there is none.
+        free: Whether its texts may be anything, rather than a label or a choice.
     """
 
     columns: Mapping[str, pa.DataType]
     of_rows: Callable[[Task, nn.Module, Any, Mapping[str, Any], Prediction], list[Any]]
     of_example: Callable[[Task, Example, list[Any], Sequence[str]], Answer]
+    free: bool = False
 
 
 def answers_of(task: Task) -> Answers:
     """How a task's predictions are shown."""
     return _ANSWERS[task.name]
+
+
+def csv_value(task: Task, value: Any) -> Any:
+    """A value of an answer as a CSV file holds it: what a model wrote or cut out is no formula (see `csv_cell`).
+
+    Labels and choices stay as they are, so that they can be compared with those of the data; so do numbers.
+    """
+    closed = getattr(task.options, "labels", None) or ()
+    if not answers_of(task).free or not isinstance(value, str) or value in closed:
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return csv_cell(value)
+    return value
 
 
 def _predicted(task: Task, model: nn.Module, output: Any, batch: Mapping[str, Any], how: Prediction) -> list[Any]:
@@ -133,7 +151,7 @@ def _perplexity(task: Task, example: Example, values: list[Any], labels: Sequenc
 
 
 _CLASSIFICATION = Answers({"": pa.string(), "probability": pa.float64()}, _with_probabilities, _label)
-_WRITING = Answers({"": pa.string()}, _predicted, _text)
+_WRITING = Answers({"": pa.string()}, _predicted, _text, free=True)
 
 _ANSWERS: dict[str, Answers] = {
     "classification": _CLASSIFICATION,
@@ -143,7 +161,7 @@ _ANSWERS: dict[str, Answers] = {
     ),
     "token_classification": Answers({"": pa.list_(pa.string()), "entities": pa.list_(ENTITY)}, _predicted, _tags),
     "similarity": Answers({"": pa.float64()}, _predicted, _number),
-    "question_answering": Answers({"": pa.string(), "start": pa.int64()}, _with_passages, _span),
+    "question_answering": Answers({"": pa.string(), "start": pa.int64()}, _with_passages, _span, free=True),
     "multiple_choice": Answers(
         {"": pa.string(), "number": pa.int64(), "probability": pa.float64()}, _choices_with_probabilities, _choice
     ),

@@ -25,7 +25,7 @@ import pyarrow as pa
 from peftsearch.domains.tasks import Tokenization
 from peftsearch.domains.tasks.base import EXAMPLE, Prediction
 from peftsearch.domains.tasks.question_answering import ANSWERS
-from peftsearch.export.answers import Answer, answers_of
+from peftsearch.export.answers import Answer, answers_of, csv_value
 from peftsearch.export.contents import load_tokenizer
 from peftsearch.export.folder import ExportedFolder
 from peftsearch.export.purpose import Purpose
@@ -322,7 +322,8 @@ def predict_file(
                             problems[row] = str(answer)
                         answer = {}
                     for suffix, column in zip(parts, added, strict=True):
-                        record[column] = answer.get(suffix)
+                        value = answer.get(suffix)
+                        record[column] = csv_value(purpose.task, value) if kind == "csv" else value
                 write(records)
                 if done is not None:
                     done(len(records))

@@ -23,7 +23,9 @@ from trained_study import train_study
 
 from peftsearch.cli.app import run_app
 from peftsearch.domains import TASKS
+from peftsearch.domains.tasks import get_task
 from peftsearch.export import ExportedAdapter, Predictor, predict_file
+from peftsearch.export.answers import csv_value
 from peftsearch.study import Study
 
 pytestmark = pytest.mark.slow
@@ -230,6 +232,31 @@ def test_a_file_keeps_its_columns_and_rows(
     assert list(found[0]) == [*rows[0], "topic", "topic_probability"]
     assert [{name: row[name] for name in rows[0]} for row in found] == rows
     assert {row["topic"] for row in found} <= {"finance", "law", "medicine"}
+
+
+def test_what_a_model_wrote_is_no_formula_in_a_csv(
+    exported: dict[str, ExportedAdapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["=1+1", "@x", "- the", "-5", "the - court"]
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    # No tiny model can be made to write these.
+    monkeypatch.setattr(
+        Predictor, "predict", lambda self, examples, **_: [{"": example["text"]} for example in examples]
+    )
+
+    def written(task: str, kind: str) -> list[dict[str, Any]]:
+        output = tmp_path / f"{task}.{kind}"
+        predict_file(exported[task].folder, source, output)
+        return read_csv(output) if kind == "csv" else [json.loads(line) for line in output.read_text().splitlines()]
+
+    summaries = written("summarization", "csv")
+    assert [row["prediction"] for row in summaries] == ["'=1+1", "'@x", "'- the", "-5", "the - court"]
+    assert [row["text"] for row in summaries] == texts
+    assert [row["prediction"] for row in written("summarization", "jsonl")] == texts
+    # Labels are compared with those of the data.
+    assert [row["prediction"] for row in written("classification", "csv")] == texts
+    assert csv_value(get_task("instruction", options={"labels": ["+ good", "- bad"]}), "+ good") == "+ good"
 
 
 def test_a_file_is_read_in_parts(
