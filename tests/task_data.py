@@ -103,7 +103,7 @@ _ROWS = {
     "instruction": _summarization,
 }
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "relation": {"negative": "none"},
+    "relation": {"negative": "none", "markers": ["drug"]},
     "summarization": {"target_length": 8},
     "instruction": {"target_length": 8},
 }

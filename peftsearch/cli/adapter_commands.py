@@ -62,7 +62,8 @@ def export(
 
     Example: `peftsearch export quickstart --to adapters --domain legal --pick knee`
     """
-    from peftsearch.export.purpose import columns_read
+    from peftsearch.domains.tasks import get_task
+    from peftsearch.export.purpose import columns_read, markers_of, marking
     from peftsearch.study import Study
 
     if merge and as_lora:
@@ -93,11 +94,16 @@ def export(
         command = shlex.join(
             ["peftsearch", "predict", str(folder), "--input", "YOURS.csv", "--output", "predicted.csv"]
         )
-        read = columns_read(chosen.spec.domains[exported[0].record.domain])
+        of = chosen.spec.domains[exported[0].record.domain]
+        read = columns_read(of)
         # Where the choices of a question are a column each, there are several names for one role.
         names = [name for of_role in read.values() for name in ([of_role] if isinstance(of_role, str) else of_role)]
         columns = f"column{'s' if len(names) > 1 else ''} {', '.join(map(repr, names))}"
-        err.print(f"Predict your own file; it reads the {columns}, or what --column names:\n  {command}", markup=False)
+        markers = markers_of(get_task(of.task, options=of.options))
+        marked = f"; its texts must hold {marking(markers)}" if markers else ""
+        err.print(
+            f"Predict your own file; it reads the {columns}, or what --column names{marked}:\n  {command}", markup=False
+        )
 
 
 def evaluate(

@@ -28,7 +28,7 @@ from peftsearch.domains.tasks.question_answering import ANSWERS
 from peftsearch.export.answers import Answer, answers_of, csv_value
 from peftsearch.export.contents import load_tokenizer
 from peftsearch.export.folder import ExportedFolder
-from peftsearch.export.purpose import Purpose
+from peftsearch.export.purpose import Purpose, markers_of, marking
 from peftsearch.export.tables import format_of, open_table, writing_rows
 from peftsearch.files import writing
 from peftsearch.spec import StudyError, suggest
@@ -219,6 +219,8 @@ class Predicted:
         columns: Names of the columns that were added.
         seconds: What predicting took, loading not included.
         device: Where it was done.
+        markers: What marks the two things in the texts of a relation that the adapter was trained on.
+        unmarked: How many texts that have a prediction lack one of them.
     """
 
     output: Path
@@ -230,6 +232,8 @@ class Predicted:
     columns: tuple[str, ...]
     seconds: float
     device: str
+    markers: tuple[str, ...] = ()
+    unmarked: int = 0
 
     def sentences(self) -> list[str]:
         """What somebody who waits for the predictions should know."""
@@ -242,6 +246,11 @@ class Predicted:
             found.append(
                 f"{self.full:,} of {self.rows:,} texts fill all {self.max_length} tokens that the adapter sees: "
                 "their ends may be cut off"
+            )
+        if self.unmarked:
+            found.append(
+                f"{self.unmarked:,} of {self.rows:,} texts do not hold {marking(self.markers)} in the texts that the "
+                "adapter was trained on: their predictions say little"
             )
         return found
 
@@ -305,7 +314,8 @@ def predict_file(
     if begun is not None:
         begun(table.rows)
     problems: dict[int, str] = {}
-    unpredicted = row = 0
+    unpredicted = unmarked = row = 0
+    markers = markers_of(purpose.task)
     start = time.perf_counter()
     try:
         with writing(output) as temporary, writing_rows(temporary, kind, table, added) as write:
@@ -321,6 +331,8 @@ def predict_file(
                         if len(problems) < 1000:
                             problems[row] = str(answer)
                         answer = {}
+                    elif not isinstance(example, Problem) and any(marker not in example["text"] for marker in markers):
+                        unmarked += 1
                     for suffix, column in zip(parts, added, strict=True):
                         value = answer.get(suffix)
                         record[column] = csv_value(purpose.task, value) if kind == "csv" else value
@@ -340,6 +352,8 @@ def predict_file(
         tuple(added),
         time.perf_counter() - start,
         str(predictor.device),
+        markers,
+        unmarked,
     )
 
 

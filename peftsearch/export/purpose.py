@@ -143,6 +143,17 @@ def columns_read(domain: DomainSpec) -> dict[str, str | tuple[str, ...]]:
     return _mapped(domain.task, (parts[0] if parts else domain.data).columns)
 
 
+def markers_of(task: Task) -> tuple[str, ...]:
+    """What marks the two things in the texts of a relation, where the study file says so; () for other tasks."""
+    markers: tuple[str, ...] = task.options.markers if task.name == "relation" else ()
+    return markers
+
+
+def marking(markers: Sequence[str]) -> str:
+    """Words for `markers_of`."""
+    return f"{' and '.join(map(repr, markers))}, which mark{'s' if len(markers) == 1 else ''} the two things"
+
+
 def _mapped(task: str, columns: ColumnsSpec) -> dict[str, str | tuple[str, ...]]:
     found: dict[str, str | tuple[str, ...]] = {}
     for role in ROLES[task]:

@@ -9,6 +9,7 @@ from typing import Any
 from peftsearch.domains import Task
 from peftsearch.domains.models import Architecture
 from peftsearch.domains.tasks import Tokenization
+from peftsearch.export.purpose import markers_of, marking
 from peftsearch.spec import DomainFacts
 
 
@@ -49,6 +50,12 @@ def _logits(use: Use) -> list[str]:
 def _about_texts(use: Use, name: str, result: str, before: Sequence[str] = ()) -> list[str]:
     texts = "texts, other_texts" if use.pair else "texts"
     example = '["A first text."], ["What goes with it."]' if use.pair else '["A first text.", "Another one."]'
+    about: list[str] = []
+    markers = markers_of(use.task)
+    if markers:
+        marked = repr(f"A text with {' and '.join(markers)}.")
+        example = f'[{marked}], ["What goes with it."]' if use.pair else f"[{marked}]"
+        about = [f"# Texts hold {marking(markers)}."]
     return [
         f"def {name}({texts}):",
         *_logits(use),
@@ -56,6 +63,7 @@ def _about_texts(use: Use, name: str, result: str, before: Sequence[str] = ()) -
         f"    return {result}",
         "",
         "",
+        *about,
         f"print({name}({example}))",
     ]
 

@@ -26,6 +26,8 @@ from peftsearch.domains import TASKS
 from peftsearch.domains.tasks import get_task
 from peftsearch.export import ExportedAdapter, Predictor, predict_file
 from peftsearch.export.answers import csv_value
+from peftsearch.export.usage import Use, usage
+from peftsearch.spec import DomainFacts
 from peftsearch.study import Study
 
 pytestmark = pytest.mark.slow
@@ -340,6 +342,44 @@ def test_texts_that_are_too_long_are_counted(exported: dict[str, ExportedAdapter
     source.write_text(json.dumps({"text": "court " * 200}) + "\n" + json.dumps({"text": "court"}) + "\n")
     found = predict_file(exported["classification"].folder, source, tmp_path / "out.jsonl")
     assert found.sentences() == ["1 of 2 texts fill all 48 tokens that the adapter sees: their ends may be cut off"]
+
+
+def test_texts_without_a_relations_markers_are_counted(exported: dict[str, ExportedAdapter], tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    texts = ["drug with fever", "the fever", "", "fever and lesion"]
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    found = predict_file(exported["relation"].folder, source, tmp_path / "out.jsonl")
+    assert (found.markers, found.unmarked, found.unpredicted) == (("drug",), 2, 1)
+    assert found.sentences()[1:] == [
+        "2 of 4 texts do not hold 'drug', which marks the two things in the texts that the adapter was trained on: "
+        "their predictions say little"
+    ]
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["prediction"] is not None for row in written] == [True, True, False, True]
+    assert predict_file(exported["classification"].folder, source, tmp_path / "topics.jsonl").unmarked == 0
+
+
+def test_export_says_what_marks_the_two_things_of_a_relation(
+    studies: list[tuple[Study, Path]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    storage = str(studies[0][0].folder.storage)
+    command = ["export", "tasks", "--storage", storage, "--to", str(tmp_path / "out"), "--domain", "relation"]
+    assert run_app(command) == 0
+    told = " ".join(capfd.readouterr().err.split())
+    assert "or what --column names; its texts must hold 'drug', which marks the two things: peftsearch predict" in told
+    card = next((tmp_path / "out" / "relation").glob("*/README.md")).read_text()
+    assert "# Texts hold 'drug', which marks the two things.\nprint(classify(['A text with drug.']))" in card
+
+
+def test_a_card_shows_both_markers_of_a_relation() -> None:
+    task = get_task("relation", options={"markers": ["@DRUG1$", "@DRUG2$"]})
+    rows = {"train": 1, "validation": 1}
+    facts = DomainFacts(
+        task="relation", metric="micro_f1", direction="maximize", rows=rows, max_length=8, fingerprint="f", source="s"
+    )
+    shown = "\n".join(usage(Use(task, facts, "encoder", False)))
+    assert "# Texts hold '@DRUG1$' and '@DRUG2$', which mark the two things.\n" in shown
+    assert shown.endswith("print(classify(['A text with @DRUG1$ and @DRUG2$.']))")
 
 
 # --- the command ---
