@@ -140,7 +140,8 @@ def run(
                         if not hurried:
                             # The last runs' ids first: the reports hold them.
                             tracker.flush(patience / 2)
-                            write_reports(tracker, ledger.records, facts)
+                            for sentence in write_reports(tracker, ledger.records, facts):
+                                events.warning(sentence)
                         if not tracker.close(timeout=patience):
                             events.warning(
                                 f"MLflow at {study.public_tracking_uri} could not be brought up to date; "

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from peftsearch.handle import StudyHandle
 from peftsearch.holder import hold
-from peftsearch.spec import StudyError, StudyFacts, TrialRecord
+from peftsearch.spec import StudyError, StudyFacts, TrialRecord, hide_secrets
 from peftsearch.study_ledger import open_ledger
 from peftsearch.tracking.ledger import Ledger
 
@@ -30,19 +30,32 @@ def artifact_location(study: StudyHandle) -> str | None:
     return default_artifacts(study.folder.mlflow_folder) if study.spec.tracking.mlflow == "auto" else None
 
 
-def write_reports(tracker: MlflowTracker, records: list[TrialRecord], facts: StudyFacts) -> None:
-    """Write the report of each domain to its run in MLflow."""
+def write_reports(tracker: MlflowTracker, records: list[TrialRecord], facts: StudyFacts) -> list[str]:
+    """Write the report of each domain to its run in MLflow.
+
+    Returns:
+        A sentence for each domain whose report could not be made; the others are written all the same.
+    """
     from peftsearch.frontier import domain_report
 
+    failed = []
     for name in facts.domains:
-        tracker.report(name, domain_report(records, facts, name))
+        try:
+            report = domain_report(records, facts, name)
+        except Exception as error:  # a picture of what is in the ledger: no reason to lose anything else
+            why = (str(error).strip().splitlines() or [""])[0]
+            why = f"{type(error).__name__}: {why}"
+            failed.append(hide_secrets(f"the report of {name!r} for MLflow cannot be made: {why}"))
+            continue
+        tracker.report(name, report)
+    return failed
 
 
 def sync(study: StudyHandle) -> int:
     """Bring MLflow up to date from the ledger; returns the number of trials.
 
     Raises:
-        StudyError: Tracking is off, or the server cannot be reached.
+        StudyError: Tracking is off, the server cannot be reached, or a report cannot be made.
     """
     from peftsearch.tracking.mlflow_tracker import sync as check_server
 
@@ -59,9 +72,11 @@ def sync(study: StudyHandle) -> int:
         for record in ledger.records:
             tracker.update(record)
         tracker.flush(60.0)
-        write_reports(tracker, ledger.records, facts)
+        failed = write_reports(tracker, ledger.records, facts)
         if not tracker.close(timeout=600.0):
             raise StudyError(f"MLflow at {study.public_tracking_uri} could not be reached: try again when it is up")
+        if failed:
+            raise StudyError("; ".join(failed))
         return len(ledger.records)
 
 

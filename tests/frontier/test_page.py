@@ -126,19 +126,20 @@ def test_each_export_command_exports_its_trial(facts: StudyFacts) -> None:
     assert seen == {"--domain", "--storage", "--pick", "--max-parameters", "--min-metric"}
 
 
-def test_export_commands_where_less_is_better(facts: StudyFacts) -> None:
+@pytest.mark.parametrize("values", [(31.75, 12.0004, 12.0001, 11.5), (3e300, 2.5e300, 1.5e25, 1.25e9, 123456789.5)])
+def test_export_commands_where_less_is_better(values: tuple[float, ...], facts: StudyFacts) -> None:
     clinical = facts.domains["clinical"].model_copy(update={"metric": "perplexity", "direction": "minimize"})
     facts = facts.model_copy(update={"domains": {"clinical": clinical}})
-    values = (31.75, 12.0004, 12.0001, 11.5)
     records = [make_record(number, value, 10 ** (number + 2)) for number, value in enumerate(values)]
     front = domain_fronts(records, facts)["clinical"].front
+    assert len(front) == len(values)
     (found,) = page_data(records, facts)["domains"]
     for record in front:
         words = shlex.split(found["commands"][str(record.number)])
         options = dict(zip(words[5::2], words[6::2], strict=True))
         limits = {
             "max_parameters": int(options.get("--max-parameters", 10**9)),
-            "min_metric": float(options.get("--min-metric", 10**9)),
+            "min_metric": float(options.get("--min-metric", "inf")),
         }
         assert pick(front, options.get("--pick", "frontier"), "minimize", **limits) == [record]
 

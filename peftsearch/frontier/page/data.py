@@ -96,7 +96,8 @@ def _selection(front: DomainFront, record: TrialRecord) -> list[str]:
     assert record.value is not None
     rounding = ROUND_FLOOR if direction == "maximize" else ROUND_CEILING
     text = repr(record.value)
-    for digits in range(3, 17):
+    # Of a diverged trial's perplexity no digits are left to cut, and Decimal has 28.
+    for digits in range(3, 17) if abs(record.value) < 1e9 else ():
         limit = str(Decimal(record.value).quantize(Decimal(1).scaleb(-digits), rounding))
         left = pick(
             front.front,
