@@ -17,7 +17,7 @@ from frontier_study import confirm_best, make_facts, make_record, make_study
 from peftsearch.frontier import domain_fronts, front_html, hypervolume, pick
 from peftsearch.frontier.history import hypervolume_history, seconds_spent
 from peftsearch.frontier.page import page_data, policy
-from peftsearch.frontier.page.data import latency
+from peftsearch.frontier.page.data import batch_milliseconds
 from peftsearch.frontier.page.document import script_json
 from peftsearch.frontier.plots import method_colour
 from peftsearch.spec import StudyError, StudyFacts, TrialRecord, TrialState
@@ -179,11 +179,16 @@ def test_time_is_what_the_ended_trials_took_in_the_order_of_their_ends() -> None
     assert seconds_spent([], [0]) == [0.0]
 
 
-def test_latency_is_that_of_the_readings(facts: StudyFacts, records: list[TrialRecord], tmp_path: Path) -> None:
+def test_time_per_example_in_batches_is_that_of_the_readings(
+    facts: StudyFacts, records: list[TrialRecord], tmp_path: Path
+) -> None:
     confirmed = confirm_best(records, facts, tmp_path)
     found = next(record for record in confirmed if record.confirmed)
-    assert latency(found) == pytest.approx(sum(1000 / (410 + seed) for seed in (1, 2, 3)) / 3)
-    assert latency(records[0]) is None
+    assert batch_milliseconds(found) == pytest.approx(sum(1000 / (410 + seed) for seed in (1, 2, 3)) / 3)
+    assert batch_milliseconds(records[0]) is None
+    page = front_html(confirmed, facts)
+    assert "time per example, in batches (ms)" in page
+    assert "latency" not in page
 
 
 @pytest.mark.parametrize("kind", ["none", "running", "pruned", "one", "nan", "nothing to compare"])

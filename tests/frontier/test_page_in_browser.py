@@ -194,6 +194,7 @@ def test_a_trial_is_fixed_by_a_click_and_says_all_about_itself(
     assert f"Trial {record.number} {record.method}" in text
     assert f"{record.confirmed.mean:.3f} ± {record.confirmed.std:.3f}" in text
     assert f"{record.confirmed.test_mean:.3f} ± {record.confirmed.test_std:.3f}" in text
+    assert "time per example, in batches (ms)" in text
     assert f"{record.trainable_parameters:,}" in text
     assert browser.evaluate("document.querySelector('[data-fixed]').dataset.fixed") == str(record.number)
     assert browser.evaluate("document.querySelector('#settings').innerText").split("\n")[::2] == list(
@@ -270,7 +271,7 @@ def test_other_axes_have_fronts_of_their_own(
     ]
     show(browser, tmp_path, (records, study[1]))
     options = browser.evaluate("[...document.querySelectorAll('#axis option')].map(o => o.value)")
-    assert options == ["trainable_parameters", "exported_parameters", "train_seconds", "latency"]
+    assert options == ["trainable_parameters", "exported_parameters", "train_seconds", "batch_milliseconds"]
     browser.evaluate(
         "(() => { const e = document.querySelector('#axis'); e.value = 'train_seconds';"
         "e.dispatchEvent(new Event('change')); })()"

@@ -112,8 +112,11 @@ def _selection(front: DomainFront, record: TrialRecord) -> list[str]:
     return ["--max-parameters", str(record.trainable_parameters), "--min-metric", text]
 
 
-def latency(record: TrialRecord) -> float | None:
-    """Milliseconds per example, from the readings of the test split; None for a trial that was not confirmed."""
+def batch_milliseconds(record: TrialRecord) -> float | None:
+    """Milliseconds per example, in batches, from the readings of the test split; None where none was made.
+
+    Of one example by itself, which ``export --max-latency`` asks for, the ledger knows nothing.
+    """
     speeds = [reading.examples_per_second for reading in record.confirmed.readings] if record.confirmed else []
     known = [1000 / speed for speed in speeds if speed]
     return fmean(known) if known else None
@@ -204,7 +207,7 @@ def _trials(fronts: Sequence[DomainFront], methods: Sequence[str], models: Seque
         "exported_parameters": [record.exported_parameters for record in records],
         "train_seconds": [_rounded(record.train_seconds) for record in records],
         "peak_memory_bytes": [record.peak_memory_bytes for record in records],
-        "latency": [_rounded(latency(record)) for record in records],
+        "batch_milliseconds": [_rounded(batch_milliseconds(record)) for record in records],
         "steps": [record.total_steps for record in records],
         "seed": [record.seed for record in records],
         "names": [list(found) for found in names],

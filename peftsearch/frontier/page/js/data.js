@@ -5,7 +5,7 @@ const AXES = {
   exported_parameters: {title: 'exported size (parameters)', text: whole, tick: si, log: true},
   train_seconds: {title: 'training time', text: timeText, tick: value => `${Number(value.toPrecision(3))} s`},
   peak_memory_bytes: {title: 'peak memory', text: sizeText, tick: value => `${Number((value / 2 ** 20).toPrecision(3))} MiB`},
-  latency: {title: 'latency (ms per example)', text: value => `${value.toPrecision(3)} ms`, tick: si},
+  batch_milliseconds: {title: 'time per example, in batches (ms)', text: value => `${value.toPrecision(3)} ms`, tick: si},
 };
 
 function decode(data) {
@@ -28,7 +28,7 @@ function decode(data) {
       exported_parameters: columns.exported_parameters[index],
       train_seconds: columns.train_seconds[index] || null,
       peak_memory_bytes: columns.peak_memory_bytes[index],
-      latency: columns.latency[index],
+      batch_milliseconds: columns.batch_milliseconds[index],
       steps: columns.steps[index],
       seed: columns.seed[index],
       error: columns.error[index],

@@ -203,7 +203,7 @@ function sentence(shown) {
   if (!front.length) return '';
   const text = `${front.length} trial${front.length === 1 ? '' : 's'} on this front: no other shown here has a ${more} ${domain.title} without more ${
     {trainable_parameters: 'trainable parameters', exported_parameters: 'exported parameters', train_seconds: 'training time',
-      peak_memory_bytes: 'memory', latency: 'latency'}[axis]}.`;
+      peak_memory_bytes: 'memory', batch_milliseconds: 'time per example, in batches'}[axis]}.`;
   return axis === 'trainable_parameters' && ofStudy === domain.front.length && front.length === ofStudy ? text
     : `${text} Of the ${domain.front.length} on the domain’s front by trainable parameters, ${ofStudy} ${ofStudy === 1 ? 'is' : 'are'} among them.`;
 }

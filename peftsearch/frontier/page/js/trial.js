@@ -16,7 +16,8 @@ function numbersOf(trial, domain, study, live) {
   if (trial.exported_parameters !== null) rows.push(['exported parameters', whole(trial.exported_parameters)]);
   if (trial.train_seconds !== null) rows.push(['training time', timeText(trial.train_seconds)]);
   if (trial.peak_memory_bytes !== null) rows.push(['peak memory', sizeText(trial.peak_memory_bytes)]);
-  if (trial.latency !== null) rows.push(['latency per example', AXES.latency.text(trial.latency)]);
+  const batch = AXES.batch_milliseconds;
+  if (trial.batch_milliseconds !== null) rows.push([batch.title, batch.text(trial.batch_milliseconds)]);
   if (study.models.length > 1) rows.push(['model', model.name]);
   if (trial.state === 'RUNNING' && trial.steps) {
     rows.push(['steps', `${whole(trial.rungs.at(-1)?.step ?? 0)} of ${whole(trial.steps)}`]);
