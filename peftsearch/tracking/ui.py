@@ -111,15 +111,13 @@ def serve_ui(
         extra: Further options of ``mlflow server``.
 
     Raises:
-        StudyError: The storage holds no MLflow store yet, or the port is in use, or peftsearch was installed before it
-            had pages.
+        StudyError: The storage holds neither an MLflow store nor a study yet, or the port is in use, or peftsearch was
+            installed before it had pages.
     """
     store = Path(default_tracking_uri(storage).removeprefix("sqlite:///"))
-    if not store.is_file():
-        raise StudyError(
-            f"no study in {str(storage)!r} has been recorded in MLflow yet: "
-            "run one, or name another folder with --storage"
-        )
+    # Studies that track elsewhere, or not at all, have their pages here all the same.
+    if not store.is_file() and not any((storage.expanduser() / "studies").glob("*/study.json")):
+        raise StudyError(f"there is no study in {str(storage)!r} yet: run one, or name another folder with --storage")
     _check_names(names)
     if PLUGIN not in entry_points(group="mlflow.app").names:
         raise StudyError("the installed peftsearch is older than this code: install it again (pip install -e .)")

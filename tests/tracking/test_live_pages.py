@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -32,7 +33,7 @@ from peftsearch.tracking.ui import serve_ui
 CELL = LedgerCell("clinical/lora", MODEL, "clinical", "lora", "accuracy", "maximize")
 
 
-def begin(storage: Path, name: str = "made-up") -> Study:
+def begin(storage: Path, name: str = "made-up", mlflow: str = "auto") -> Study:
     """A study in a storage that has trained nothing yet."""
     from mlflow import MlflowClient
 
@@ -44,6 +45,7 @@ def begin(storage: Path, name: str = "made-up") -> Study:
             "domains": {key: {"metric": "accuracy", "data": {"source": "x.csv"}} for key in facts.domains},
             "methods": {"lora": {}, "prompt": {}},
             "search": {"trials": 4},
+            "tracking": {"mlflow": mlflow},
         }
     )
     folder = StudyFolder(storage, name)
@@ -52,7 +54,8 @@ def begin(storage: Path, name: str = "made-up") -> Study:
     write_json(folder.facts, facts.model_dump(mode="json"))
     study = Study.open(name, storage)
     Ledger(study.ledger_url, name, [CELL]).close()
-    MlflowClient(tracking_uri=default_tracking_uri(storage)).create_experiment(name)
+    if mlflow == "auto":
+        MlflowClient(tracking_uri=default_tracking_uri(storage)).create_experiment(name)
     return study
 
 
@@ -168,6 +171,27 @@ def test_an_installation_without_pages_is_told(study: Study, monkeypatch: pytest
     monkeypatch.setattr(ui, "PLUGIN", "nobody")
     with pytest.raises(StudyError, match="install it again"):
         serve_ui(Path(str(study.folder.storage)), port=1)
+
+
+def test_a_storage_is_refused_where_it_holds_no_study_at_all(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(StudyError, match="there is no study in"):
+            serve_ui(tmp_path, port=port)
+        begin(tmp_path, mlflow="off")
+        with pytest.raises(StudyError, match="cannot listen"):
+            serve_ui(tmp_path, port=port)
+
+
+@pytest.mark.slow
+def test_a_study_that_tracks_elsewhere_has_its_page(tmp_path: Path) -> None:
+    from test_ui_hosts import ui
+
+    study = begin(tmp_path, mlflow="off")
+    with ui(tmp_path) as (port, _):
+        assert get(f"http://127.0.0.1:{port}/peftsearch/studies/{study.name}")[0] == 200
 
 
 def test_mlflow_finds_the_pages() -> None:
