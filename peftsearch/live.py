@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -15,14 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from peftsearch.spec import StudyError
-from peftsearch.storage import list_studies, storage_folder
+from peftsearch.spec import StudyError, hide_secrets
+from peftsearch.storage import list_studies, storage_folder, study_folder
 from peftsearch.study import Study
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.requests import Request
     from starlette.responses import Response
+
+log = logging.getLogger(__name__)
 
 PREFIX = "/peftsearch"
 """Where the pages are; MLflow has all other paths."""
@@ -48,6 +51,28 @@ def app() -> FastAPI:
 
 
 @dataclass(frozen=True)
+class _Shown:
+    """A study's data as it is sent, its name in HTTP's caches, and where its runs are."""
+
+    body: bytes
+    tag: str
+    mlflow: str | None
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """Why there is nothing to show: as long as it is known, nobody is made to find out again."""
+
+    status: int
+    sentence: str
+
+    def answer(self) -> Response:
+        from starlette.responses import PlainTextResponse
+
+        return PlainTextResponse(f"{self.sentence}\n", status_code=self.status, headers=_HEADERS)
+
+
+@dataclass(frozen=True)
 class _Known:
     value: Any
     until: float
@@ -59,6 +84,8 @@ class Pages:
     def __init__(self) -> None:
         self._known: dict[str, _Known] = {}
         self._locks: dict[str, threading.Lock] = {}
+        # Of the two above; held for moments only.
+        self._lock = threading.Lock()
 
     def studies(self, request: Request) -> Response:
         """The list of studies."""
@@ -66,8 +93,10 @@ class Pages:
 
         from peftsearch.frontier.page import studies_html
 
-        found, unreadable = self._once("", _statuses)
-        page = studies_html(found, unreadable, str(storage_folder()), pages=f"{PREFIX}/studies/", mlflow="/")
+        listed = self._once("", _statuses)
+        if isinstance(listed, _Refused):
+            return listed.answer()
+        page = studies_html(*listed, str(storage_folder()), pages=f"{PREFIX}/studies/", mlflow="/")
         return HTMLResponse(page, headers=_HEADERS)
 
     def page(self, request: Request) -> Response:
@@ -77,52 +106,71 @@ class Pages:
         from peftsearch.frontier.page import document, policy
 
         name = request.path_params["name"]
-        try:
-            data, mlflow = self._study(name)
-        except StudyError as error:
-            return _refusal(error)
+        found = self._study(name)
+        if isinstance(found, _Refused):
+            return found.answer()
         live = {
             "data": f"{PREFIX}/studies/{quote(name, safe='')}/data.json",
             "studies": f"{PREFIX}/",
-            **({"mlflow": mlflow} if mlflow else {}),
+            **({"mlflow": found.mlflow} if found.mlflow else {}),
         }
         rule = f"{policy(live=True)}; frame-ancestors 'self'"
-        return HTMLResponse(document(data, live=live), headers={**_HEADERS, "Content-Security-Policy": rule})
+        page = document(json.loads(found.body), live=live)
+        return HTMLResponse(page, headers={**_HEADERS, "Content-Security-Policy": rule})
 
     def data(self, request: Request) -> Response:
         """A study's data as JSON; 304 where the asker has it already."""
         from starlette.responses import Response
 
-        try:
-            data, _ = self._study(request.path_params["name"])
-        except StudyError as error:
-            return _refusal(error)
-        body = json.dumps(data, separators=(",", ":"), allow_nan=False).encode()
-        tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
-        headers = {**_HEADERS, "ETag": tag}
-        if request.headers.get("if-none-match") == tag:
+        found = self._study(request.path_params["name"])
+        if isinstance(found, _Refused):
+            return found.answer()
+        headers = {**_HEADERS, "ETag": found.tag}
+        if request.headers.get("if-none-match") == found.tag:
             return Response(status_code=304, headers=headers)
-        return Response(body, media_type="application/json", headers=headers)
+        return Response(found.body, media_type="application/json", headers=headers)
 
-    def _study(self, name: str) -> tuple[dict[str, Any], str | None]:
-        found: tuple[dict[str, Any], str | None] = self._once(f"study {name}", lambda: _read(name))
+    def _study(self, name: str) -> _Shown | _Refused:
+        try:
+            # Whoever asks for what is not there leaves nothing behind.
+            study_folder(name).require()
+        except StudyError as error:
+            return _Refused(404, str(error))
+        found: _Shown | _Refused = self._once(f"study {name}", lambda: _read(name))
         return found
 
     def _once(self, key: str, read: Callable[[], Any]) -> Any:
-        with self._locks.setdefault(key, threading.Lock()):
+        with self._lock:
+            now = time.monotonic()
+            self._known = {other: known for other, known in self._known.items() if now <= known.until}
+            lock = self._locks.setdefault(key, threading.Lock())
+        with lock:
             known = self._known.get(key)
             if known is None or time.monotonic() > known.until:
                 began = time.monotonic()
-                value = read()
+                value = _attempt(read)
                 taken = time.monotonic() - began
-                known = self._known[key] = _Known(value, time.monotonic() + max(FRESH, 4 * taken))
+                known = _Known(value, time.monotonic() + max(FRESH, 4 * taken))
+                with self._lock:
+                    self._known[key] = known
             return known.value
 
 
 _HEADERS = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
 
 
-def _read(name: str) -> tuple[dict[str, Any], str | None]:
+def _attempt(read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except StudyError as error:
+        return _Refused(404, str(error))
+    except Exception as error:  # a database that is away, a file in the middle of being written: the next one may do
+        log.warning("a page's data could not be read", exc_info=True)
+        why = (hide_secrets(str(error)).strip().splitlines() or [""])[0]
+        return _Refused(503, f"this cannot be read now: {type(error).__name__}: {why}")
+
+
+def _read(name: str) -> _Shown:
     from peftsearch.frontier.page import page_data
 
     study = Study.open(name)
@@ -139,7 +187,9 @@ def _read(name: str) -> tuple[dict[str, Any], str | None]:
     # A study that writes to another server has no runs in this one.
     uri = study.public_tracking_uri or ""
     mlflow = "/" if wanted == "auto" else f"{uri.rstrip('/')}/" if uri.startswith(("http://", "https://")) else None
-    return data, mlflow
+    # As bytes: one study's trials as Python objects take many times that, and each that asks gets these very bytes.
+    body = json.dumps(data, separators=(",", ":"), allow_nan=False).encode()
+    return _Shown(body, f'"{hashlib.sha256(body).hexdigest()[:32]}"', mlflow)
 
 
 def _statuses() -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -150,9 +200,3 @@ def _statuses() -> tuple[list[dict[str, Any]], dict[str, str]]:
         except Exception as error:  # whatever is wrong with one study, the others are still there
             unreadable[name] = (str(error).splitlines() or [type(error).__name__])[0]
     return statuses, unreadable
-
-
-def _refusal(error: StudyError) -> Response:
-    from starlette.responses import PlainTextResponse
-
-    return PlainTextResponse(f"{error}\n", status_code=404, headers=_HEADERS)
