@@ -57,7 +57,7 @@ from peftsearch.tracking.mlflow_runs import (
     trial_params,
 )
 from peftsearch.tracking.mlflow_store import prepare_sqlite, relocate_artifacts
-from peftsearch.tracking.mlflow_views import saved_views, view_links
+from peftsearch.tracking.mlflow_views import saved_views, unless_a_readers, view_links
 from peftsearch.tracking.names import confirmation_name, description_note, mlflow_names, run_name, shorten
 
 if TYPE_CHECKING:
@@ -153,13 +153,13 @@ class Mirror:
         # MLflow shows the first line above the run table, and the rest when it is asked to.
         paragraphs = [description_note(facts.description)] if facts.description else []
         note = "\n\n".join([view_links(experiment, facts.study), *paragraphs])
-        tags = {STUDY: facts.study, NOTE: note}
+        tags = {STUDY: facts.study}
         have = {} if found is None else found.tags
         if KIND not in have:
             # Else the UI guesses whether the experiment is about training or about chats.
             tags[KIND] = "custom_model_development"
-        # A view that readers have changed stays as they like it.
-        tags |= {key: value for key, value in saved_views(facts).items() if key not in have}
+        for key, value in {NOTE: note, **saved_views(facts)}.items():
+            tags |= unless_a_readers(key, value, have)
         for key, value in tags.items():
             if have.get(key) != value:
                 client.set_experiment_tag(experiment, key, value)

@@ -7,6 +7,7 @@ moments, and the table's state as JSON (read in MLflow 3.17's UI; opened by ``?v
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,8 @@ from peftsearch.tracking.mlflow_runs import page_path
 
 VIEW = "mlflow.sharedViewState."
 """Tags of an experiment that begin so are its saved views."""
+WRITTEN = "peftsearch.written."
+"""Before the name of a tag of an experiment: the digest of what we wrote there last."""
 TRIALS, FRONT, METHODS = "peftsearch-trials", "peftsearch-front", "peftsearch-methods"
 _SECTION = "peftsearch-methods"
 # Scores of single classes: a chart for each would bury the others.
@@ -83,6 +86,23 @@ def saved_views(facts: StudyFacts) -> dict[str, str]:
     }
     views = {TRIALS: ("Trials", trials), FRONT: ("Front", front), METHODS: ("Methods", methods)}
     return {f"{VIEW}{key}": _saved(name, state) for key, (name, state) in views.items()}
+
+
+def unless_a_readers(key: str, value: str, have: Mapping[str, str]) -> dict[str, str]:
+    """Tags that bring a description or a view up to date; none where a reader has changed it: it stays as they like it.
+
+    Args:
+        key: The tag's name.
+        value: What it should be.
+        have: The experiment's tags.
+    """
+    present, written = have.get(key), f"{WRITTEN}{key}"
+    ours = present is None or present == value or have.get(written) == _digest(present)
+    return {key: value, written: _digest(value)} if ours else {}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def view_links(experiment: str, study: str) -> str:

@@ -15,11 +15,13 @@ from peftsearch.export.folder import PROVENANCE
 from peftsearch.export.registry import Registry, register
 from peftsearch.frontier import domain_report
 from peftsearch.spec import Confirmed, Reading, StudyFacts, TrialRecord, TrialState
+from peftsearch.tracking.mlflow_runs import NOTE
 from peftsearch.tracking.mlflow_tracker import default_artifacts, default_tracking_uri, sync
 from peftsearch.tracking.mlflow_views import FRONT, METHODS, TRIALS, VIEW, saved_views
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Experiment
 
 README = Path(__file__).parents[2] / "dashboards" / "README.md"
 CODE = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
@@ -139,3 +141,32 @@ def test_a_view_that_a_reader_has_changed_stays(client: MlflowClient) -> None:
     assert again is not None
     assert again.tags[f"{VIEW}{FRONT}"] == "mine"
     assert again.tags[f"{VIEW}{TRIALS}"] == saved_views(study_facts(STUDY))[f"{VIEW}{TRIALS}"]
+
+
+def test_description_and_views_follow_a_study_that_grows_until_a_reader_changes_them(client: MlflowClient) -> None:
+    def written(facts: StudyFacts) -> Experiment:
+        sync(client.tracking_uri, [], facts)
+        found = client.get_experiment_by_name("grown")
+        assert found is not None
+        return found
+
+    whole = study_facts("grown", description="Two domains")
+    one = {"legal": whole.domains["legal"]}
+    before = written(whole.model_copy(update={"description": "One domain", "domains": one}))
+    assert "One domain" in before.tags[NOTE]
+    client.set_experiment_tag(before.experiment_id, f"{VIEW}{FRONT}", "mine")
+    after = written(whole)
+    assert "Two domains" in after.tags[NOTE]
+    assert after.tags[f"{VIEW}{TRIALS}"] == saved_views(whole)[f"{VIEW}{TRIALS}"] != before.tags[f"{VIEW}{TRIALS}"]
+    assert after.tags[f"{VIEW}{FRONT}"] == "mine"
+    client.set_experiment_tag(after.experiment_id, NOTE, "What we found")
+    assert written(whole.model_copy(update={"description": "Three"})).tags[NOTE] == "What we found"
+
+
+def test_a_description_that_somebody_wrote_before_the_study_stays(client: MlflowClient) -> None:
+    client.set_experiment_tag(client.create_experiment("prepared"), NOTE, "Our plan")
+    sync(client.tracking_uri, [], study_facts("prepared"))
+    found = client.get_experiment_by_name("prepared")
+    assert found is not None
+    assert found.tags[NOTE] == "Our plan"
+    assert f"{VIEW}{TRIALS}" in found.tags
