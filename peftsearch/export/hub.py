@@ -6,15 +6,25 @@ The token comes from the environment (``HF_TOKEN``, or what ``hf auth login`` le
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from peftsearch.domains.hub import out_of_reach
-from peftsearch.export.folder import PROVENANCE
+from peftsearch.export.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, COMPLETE_CONFIG, PROVENANCE
+from peftsearch.export.published import PUSHED, digest
 from peftsearch.spec import StudyError, hide_secrets
+
+_MODELS = (
+    *(ADAPTER_CONFIG, ADAPTER_WEIGHTS, COMPLETE_CONFIG, "generation_config.json"),
+    *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"),
+)
+"""What our formats call a model's files: those of an earlier push that did not list them yet."""
+_OF_THE_HUB = ".gitattributes"
+"""The file that the Hub puts into every repository."""
 
 
 @dataclass(frozen=True)
@@ -39,36 +49,46 @@ class HubRepo:
 def check_repo(repo: HubRepo, study: str, domain: str) -> None:
     """See that a repository may be written: it is new, empty, or holds an earlier export of the study's domain.
 
+    A card is somebody's work: one that is not as we pushed it is not replaced.
+
     Raises:
         StudyError: The name is no repository's or is taken, or the Hub cannot be reached or refuses.
     """
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     if "/" not in repo.id:
         raise StudyError(f"--push {repo.id!r} does not say whose repository it is: write OWNER/{repo.id}")
     with _answering(repo):
         api = HfApi(library_name="peftsearch")
         try:
-            there = set(api.list_repo_files(repo.id))
+            there = set(api.list_repo_files(repo.id)) - {_OF_THE_HUB}
         except RepositoryNotFoundError:
             return
         except HFValidationError:
             raise StudyError(f"--push {repo.id!r} is no name of a repository: write OWNER/NAME") from None
-        if not there - {".gitattributes", "README.md"}:
+        if not there:
             return
+        known = _provenance(repo) if PROVENANCE in there else {}
         try:
-            known: Any = json.loads(Path(hf_hub_download(repo.id, PROVENANCE)).read_text(encoding="utf-8"))
             found = (known["study"], known["domain"]["name"])
-        except (EntryNotFoundError, ValueError, KeyError, TypeError):
+        except (KeyError, TypeError):
             found = None
+        card = _listed(known).get("card")
+        changed = card is not None and CARD in there and digest(_read(repo, CARD)) != card
     if found != (study, domain):
         what = f"an adapter of the study {found[0]!r} for {found[1]!r}" if found else "something else"
         raise StudyError(f"the repository {repo.id!r} is taken: it holds {what}; choose another name with --push")
+    if changed:
+        raise StudyError(
+            f"the {CARD} of {repo.id!r} was changed since it was pushed, and would be replaced: keep a copy and delete "
+            "it there, or choose another name with --push"
+        )
 
 
 def push_folder(folder: Path, repo: HubRepo, *, private: bool, message: str) -> str:
-    """Upload a folder as one commit; the repository is made where it is new. Files of an earlier export go.
+    """Upload a folder as one commit; the repository is made where it is new. The files of an earlier export that are
+    not written again go; what others have put beside them stays.
 
     Returns:
         The repository's address.
@@ -83,11 +103,39 @@ def push_folder(folder: Path, repo: HubRepo, *, private: bool, message: str) -> 
     with _answering(repo), disable_progress_bars():
         api = HfApi(library_name="peftsearch")
         address = api.create_repo(repo.id, private=private, exist_ok=True)
-        old = sorted(set(api.list_repo_files(repo.id)) - {*new, ".gitattributes"})
+        there = set(api.list_repo_files(repo.id))
+        old = sorted(_ours(repo, there) - {*new}) if PROVENANCE in there else []
         # Not upload_folder: that makes several commits of what it finds much, and nobody wants half an adapter.
         operations = [CommitOperationAdd(name, str(folder / name)) for name in new]
         api.create_commit(repo.id, [*operations, *map(CommitOperationDelete, old)], commit_message=message)
     return str(address)
+
+
+def _ours(repo: HubRepo, there: Iterable[str]) -> set[str]:
+    """Which files of a repository an earlier push has put there."""
+    listed = _listed(_provenance(repo)).get("files")
+    if isinstance(listed, list):
+        return {name for name in there if name in listed}
+    return {name for name in there if any(fnmatch(name, pattern) for pattern in _MODELS)}
+
+
+def _provenance(repo: HubRepo) -> Any:
+    """What an earlier push says of itself; nothing where that cannot be read."""
+    try:
+        return json.loads(_read(repo, PROVENANCE))
+    except ValueError:
+        return {}
+
+
+def _listed(provenance: Any) -> dict[str, Any]:
+    found = provenance.get(PUSHED) if isinstance(provenance, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _read(repo: HubRepo, name: str) -> bytes:
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(repo.id, name)).read_bytes()
 
 
 @contextmanager

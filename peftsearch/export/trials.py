@@ -14,6 +14,7 @@ from peftsearch.export.convert import Form, check_form
 from peftsearch.export.folder import CARD
 from peftsearch.export.hub import HubRepo, check_repo, push_folder
 from peftsearch.export.places import check_targets, put, staging, writing
+from peftsearch.export.published import publish
 from peftsearch.export.registry import Registered, Registry, aliases_of, check_registry, register
 from peftsearch.export.speed import Speed
 from peftsearch.export.trial_folders import StudyToExport, weights_of, write_folders
@@ -222,12 +223,13 @@ def _check_one(repo: HubRepo, records: Sequence[TrialRecord]) -> None:
 
 
 def _push(folder: Path, repo: HubRepo, card: CardFacts, item: ExportedAdapter, staging: Path, private: bool) -> str:
-    """Upload a folder, with a card that loads it from there."""
+    """Upload a folder, with a card that loads it from there, and a provenance that is fit for others."""
     copy = Path(shutil.copytree(folder, staging / "pushed"))
     text = model_card(replace(card, folder=repo))
     if item.speed is not None:
         text += f"\n{speed_section(item.speed)}"
     (copy / CARD).write_text(text, encoding="utf-8")
+    publish(copy)
     message = f"Trial {item.record.number} ({item.record.method}) of the peftsearch study {card.facts.study}"
     return push_folder(copy, repo, private=private, message=message)
 

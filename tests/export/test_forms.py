@@ -373,6 +373,15 @@ def test_an_export_is_pushed_to_a_repository(study: Study, tmp_path: Path) -> No
         assert "snapshot_download('me/legal')" in card
         assert "## Speed" in card
         assert TOKEN.encode() not in b"".join(pushed.files.values())
+        known = json.loads(pushed.files["provenance.json"])
+        assert set(known["pushed"]["files"]) == set(pushed.files)
+        assert "ledger" not in known
+        assert "tracking" not in known["specification"]
+        assert known["verified"]["score"] == item["score"]
+        for place in (study.folder.storage, texts_of(study).parent, study.spec.models[0].path):
+            assert str(place) not in pushed.files["provenance.json"].decode()
+        # What somebody puts beside it stays, below.
+        pushed.files["examples.md"] = b"Mine"
         (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
         environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path)}
         loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
@@ -385,6 +394,7 @@ def test_an_export_is_pushed_to_a_repository(study: Study, tmp_path: Path) -> No
         assert status == 0, err
         assert "adapter_model.safetensors" not in pushed.files
         assert "model.safetensors" in pushed.files
+        assert pushed.files["examples.md"] == b"Mine"
         assert len(pushed.commits) == 2
         local = (tmp_path / "out" / "lora" / "00000-lora-merged" / "README.md").read_text()
         assert f"folder = '{tmp_path}/out/lora/00000-lora-merged'" in local
