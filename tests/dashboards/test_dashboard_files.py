@@ -117,6 +117,16 @@ def test_compose_starts_pinned_images_on_loopback_and_mounts_what_is_there() -> 
     assert str(Path(files).parent) in mounted
 
 
+def test_what_ends_the_servers_needs_no_password() -> None:
+    """Compose asks for every required variable before it does anything with a file, even to end what runs."""
+    compose = (DASHBOARDS / "compose.yaml").read_text()
+    assert "${GRAFANA_PASSWORD:?" in compose
+    readme = (DASHBOARDS / "README.md").read_text()
+    ends = re.findall(r"docker compose ([^`\n]*)\bdown\b", readme)
+    assert ends == [f"-p {yaml.safe_load(compose)['name']} "]
+    assert not list(DASHBOARDS.parent.glob("*compose*.y*ml")), "Compose would read that one"
+
+
 def test_nothing_is_told_where_nobody_listens() -> None:
     work = Segment(TrialPlan(0, "m", "d", "lora", {}, 0), 4)
     meter = Meter()
