@@ -69,7 +69,7 @@ def check_repo(repo: HubRepo, study: str, domain: str) -> None:
             raise StudyError(f"--push {repo.id!r} is no name of a repository: write OWNER/NAME") from None
         if not there:
             return
-        known = _provenance(repo) if PROVENANCE in there else {}
+        known: Any = _provenance(repo) if PROVENANCE in there else {}
         try:
             found = (known["study"], known["domain"]["name"])
         except (KeyError, TypeError):

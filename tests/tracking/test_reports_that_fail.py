@@ -41,7 +41,7 @@ def test_a_study_whose_report_fails_is_finished(
     study.run(events=events)
     assert study.status()["state"] == "finished"
     sentence = "the report of 'broken' for MLflow cannot be made: OverflowError: no picture"
-    assert [text for text in events.heard if "report" in text] == [sentence]
+    assert [text for text in events.heard if "cannot be made" in text] == [sentence]
     with pytest.raises(StudyError, match=sentence):
         study.sync()
 
