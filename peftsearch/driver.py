@@ -7,30 +7,35 @@ import logging
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
+from peftsearch.baselines import Wanted, missing_baselines, record_baselines
 from peftsearch.events import StudyEvents
 from peftsearch.files import Place, StorageError, is_local
 from peftsearch.frontier.front import finalists
+from peftsearch.held_folder import held_folder
 from peftsearch.monitoring import StudyMetrics
 from peftsearch.ray_access import HOW_TO_SWITCH_ON, check_access, token_of_our_own, token_of_the_user
+from peftsearch.ray_folder import private_ray_folder
 from peftsearch.search.cells import Cell
 from peftsearch.search.confirmation import Confirmations
 from peftsearch.search.counts import ParameterCount
 from peftsearch.search.estimate import Format, TrialCosts, measured_speeds, number_formats
 from peftsearch.search.plan import StudyPlan
 from peftsearch.search.run import Observer, StudyRun, TrialCost
-from peftsearch.spec import THREADS, Baseline, DomainFacts, StudyError, StudyFacts
+from peftsearch.spec import THREADS, StudyError, StudyFacts
 from peftsearch.stopping import StopRequest
 from peftsearch.tracking import Ledger
 from peftsearch.training.segment import Segment
 from peftsearch.training.shared_data import publish
 from peftsearch.training.threads import kept_threads
-from peftsearch.workers import SlotPlan, SlotPool, nodes_to_come, quiet_ray_environment
+from peftsearch.workers import LEAVE_SECONDS, SlotPlan, SlotPool, nodes_to_come, quiet_ray_environment
 
 log = logging.getLogger(__name__)
 
@@ -39,14 +44,15 @@ log = logging.getLogger(__name__)
 def ray_cluster(address: str | None, warn: Callable[[str], None] = log.warning) -> Iterator[list[dict[str, float]]]:
     """Connect to a Ray cluster, or start one on this machine; yields the resources of its nodes.
 
-    A cluster that is started here listens on loopback alone, and only to those who show its token.
+    A cluster that is started here listens on loopback alone, and only to those who show its token; other users cannot
+    reach its files.
 
     Args:
         address: A cluster's address; None starts a cluster of this machine's cores that ends with the study.
         warn: Told of a cluster that anybody may use.
 
     Raises:
-        StudyError: The cluster cannot be reached, or refuses us.
+        StudyError: The cluster cannot be reached, or refuses us; or there is no place for the files of one of our own.
     """
     quiet_ray_environment()
     import ray
@@ -58,10 +64,11 @@ def ray_cluster(address: str | None, warn: Callable[[str], None] = log.warning) 
     with (
         token_of_our_own() if local else token_of_the_user(),
         _for_this_machine() if local else contextlib.nullcontext(),
+        private_ray_folder() if local else contextlib.nullcontext() as folder,
     ):
         with _handlers_kept():
-            if local:
-                _start_ray()
+            if folder:
+                _start_ray(folder)
             else:
                 _join_ray(str(address), warn)
         try:
@@ -72,7 +79,7 @@ def ray_cluster(address: str | None, warn: Callable[[str], None] = log.warning) 
 
 @contextlib.contextmanager
 def _for_this_machine() -> Iterator[None]:
-    """Have the Ray that is started within listen on loopback alone.
+    """Have the Ray that is started within listen on loopback alone, and not wait for this machine to be drained.
 
     Ray listens everywhere, and replaces even a ``_node_ip_address="127.0.0.1"`` by an address that others can reach
     (``services.resolve_ip_for_localhost``). Only where it is for one machine, as by default on macOS and Windows, it
@@ -80,18 +87,20 @@ def _for_this_machine() -> Iterator[None]:
     """
     from ray._private import ray_constants
 
-    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
-    written = os.environ.get(name)
+    # What Ray Train watches for on a cluster, in a process of its own for each slot, no autoscaler does here.
+    off = (ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER")
+    before, written = ray_constants.ENABLE_RAY_CLUSTER, {name: os.environ.get(name) for name in off}
     ray_constants.ENABLE_RAY_CLUSTER = False
-    os.environ[name] = "0"
+    os.environ.update(dict.fromkeys(off, "0"))
     try:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
-        if written is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = written
+        for name, value in written.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager
@@ -112,8 +121,7 @@ def _join_ray(address: str, warn: Callable[[str], None]) -> None:
     """Connect to a cluster that somebody else has started; arguments and errors as `ray_cluster`."""
     import ray
 
-    # Ray's own client, ray://, is another protocol, and says itself what is wrong.
-    if not address.startswith("ray://") and check_access(address):
+    if check_access(address):
         warn(f"anybody who reaches the Ray cluster at {address} can run code on it: {HOW_TO_SWITCH_ON}")
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -122,8 +130,11 @@ def _join_ray(address: str, warn: Callable[[str], None]) -> None:
         raise StudyError(f"cannot connect to the Ray cluster at {address!r}: {reason}") from None
 
 
-def _start_ray() -> None:
+def _start_ray(folder: Path) -> None:
     """Start Ray on this machine's loopback.
+
+    Args:
+        folder: Where it keeps its files.
 
     Raises:
         RuntimeError: It does not come up.
@@ -137,6 +148,7 @@ def _start_ray() -> None:
             ray.init(
                 # "local" and not None: a stale address file would otherwise have us join somebody else's cluster.
                 address="local",
+                _temp_dir=str(folder),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -217,8 +229,8 @@ def run_study(
     if (
         run.finished()
         and (confirming := confirmations()).finished
-        and not _missing_baselines(plan, facts)
-        and not (confirming.planned and _missing_baselines(plan, facts, read_test=True))
+        and not missing_baselines(facts, plan.models)
+        and not (confirming.planned and missing_baselines(facts, plan.models, read_test=True))
     ):
         events.planned(run)
         return
@@ -232,7 +244,16 @@ def run_study(
         metrics.exporting(folder, run.planned) as measured_as,
     ):
         embedded = address in (None, "local")
-        slots = SlotPlan.fit(spec.resources, nodes, [] if embedded else nodes_to_come(), grows=not embedded)
+        slots = SlotPlan.fit(
+            spec.resources,
+            nodes,
+            [] if embedded else nodes_to_come(),
+            grows=not embedded,
+            worker_bytes=costs.worker_bytes,
+            trials=run.planned,
+            threads=int(facts.provenance.get(THREADS, 0)) or None,
+            tell=events.warning,
+        )
         costs.slot(slots)
         workers = plan.for_workers(folder, slots.cpus)
         if not is_local(folder):
@@ -245,6 +266,7 @@ def run_study(
         pool = SlotPool(workers, slots, spec.resources.max_retries, folder / "ray", events.warning, measured_as)
         events.phase(f"warming up {slots.slots} slot{'s' if slots.slots > 1 else ''}")
         pool.start()
+        state_seconds = LEAVE_SECONDS
         try:
             from peftsearch.search.tune import run_trials
 
@@ -259,11 +281,12 @@ def run_study(
             probes = [_start_probes(pool, plan, facts, save_facts, events)]
             events.planned(run)
             run.at_once = pool.at_once
-            run_trials(run, pool.dispatcher, pool.concurrency, over)
+            with held_folder(Path(tempfile.gettempdir()), "ps-tune-") as scratch:
+                run_trials(run, pool.dispatcher, pool.concurrency, over, scratch)
             if spec.confirm.seeds and not over():
                 confirming = confirmations()
                 if confirming.planned:
-                    probes.append(_start_probes(pool, plan, facts, save_facts, events, read_test=True))
+                    probes.append(_start_probes(pool, plan, facts, save_facts, events, after=probes[0]))
                 _confirm(confirming, pool, over, events)
             while any(thread.is_alive() for thread in probes) and not over():
                 time.sleep(0.2)
@@ -271,9 +294,13 @@ def run_study(
                 raise RuntimeError(run.broken)
             if pool.lost() and not stopped():
                 raise RuntimeError(pool.why_lost())
+        except KeyboardInterrupt:
+            # Asked for a second time: what has not written its state by then goes on from the one before.
+            state_seconds = 5.0
+            raise
         finally:
-            # An interrupted segment is not waited for: it is trained again from its checkpoint.
-            pool.stop(timeout=5.0 if stopped() else 30.0)
+            # Who is asked to stop waits for the states of what is being trained, and for nothing else.
+            pool.stop(timeout=5.0 if stopped() else 30.0, state_timeout=state_seconds)
 
 
 class _Costs:
@@ -297,6 +324,11 @@ class _Costs:
                 self._speeds = process.submit(measured_speeds, formats, True).result()
             except Exception as error:  # the GPU's driver, the machine's limits: only an estimate is missing then
                 log.warning("the speed of this machine's GPU could not be measured: %s", error)
+
+    @property
+    def worker_bytes(self) -> int:
+        """Memory that a worker is expected to take at its peak."""
+        return self._costs.largest()[0]
 
     def slot(self, slots: SlotPlan) -> None:
         """From now on, say how long a trial takes on one of these slots."""
@@ -322,7 +354,11 @@ def _confirm(confirmations: Confirmations, pool: SlotPool, over: Callable[[], bo
 
     if confirmations.finished:
         return
-    events.phase("confirming the finalists with further seeds")
+    before = confirmations.done + confirmations.failed
+    events.phase(
+        f"confirming the finalists: {confirmations.planned} trainings with further seeds"
+        + (f", {before} of them done before" if before else "")
+    )
     tell()
     pending: dict[Any, Segment] = {}
     while not over():
@@ -342,16 +378,6 @@ def _confirm(confirmations: Confirmations, pool: SlotPool, over: Callable[[], bo
                 tell()
 
 
-def _missing_baselines(plan: StudyPlan, facts: StudyFacts, *, read_test: bool = False) -> list[tuple[str, str]]:
-    def missing(item: DomainFacts, model: str) -> bool:
-        known = item.baselines.get(model)
-        if not read_test or known is None:
-            return known is None
-        return "test" in item.rows and not all(baseline.test_scores for baseline in known.values())
-
-    return [(domain, model) for domain, item in facts.domains.items() for model in plan.models if missing(item, model)]
-
-
 def _start_probes(
     pool: SlotPool,
     plan: StudyPlan,
@@ -359,21 +385,32 @@ def _start_probes(
     save_facts: Callable[[StudyFacts], None],
     events: StudyEvents,
     *,
-    read_test: bool = False,
+    after: threading.Thread | None = None,
 ) -> threading.Thread:
     """Have the slots score the baselines, and record them as they come.
 
     Args:
-        read_test: Whether on the test split, as confirmations are; else on validation, ahead of the first trials.
+        after: Scores them on validation; then the test split is read by those that have a score there, as confirmations
+            read it. None: on validation, ahead of the first trials.
     """
     import ray
 
-    from peftsearch.training.segment import Failure, Probe, ProbeResult
+    from peftsearch.training.segment import Probe
 
-    pending = [
-        (domain, model, pool.dispatcher.submit.remote(Probe(model, domain, read_test)))
-        for domain, model in _missing_baselines(plan, facts, read_test=read_test)
-    ]
+    read_test = after is not None
+
+    def submit() -> list[tuple[Wanted, ray.ObjectRef[Any]]]:
+        limit = {"prompted": plan.spec.confirm.prompted_examples} if read_test else {}
+        return [
+            (
+                wanted,
+                pool.dispatcher.submit.remote(Probe(wanted.model, wanted.domain, read_test, wanted.names, **limit)),
+            )
+            for wanted in missing_baselines(facts, plan.models, read_test=read_test)
+        ]
+
+    # Before any trial is.
+    submitted = submit() if after is None else None
 
     def save() -> None:
         try:
@@ -382,37 +419,20 @@ def _start_probes(
             log.warning("%s", error)
 
     def collect() -> None:
-        for domain, model, reference in pending:
+        if after is not None:
+            after.join()
+        pending = submit() if submitted is None else submitted
+        for wanted, reference in pending:
             try:
                 outcome, _ = ray.get(reference)
             except Exception as error:  # the cluster is going down: the next run scores the baselines
-                log.warning("baselines of %s: %s", domain, error)
+                log.warning("baselines of %s: %s", wanted.domain, error)
                 return
-            if isinstance(outcome, Failure):
-                log.warning("baselines of %s: %s", domain, outcome.error)
-                continue
-            assert isinstance(outcome, ProbeResult)
-            metric = facts.domains[domain].metric
-            if read_test:
-                known = facts.domains[domain].baselines.get(model, {})
-                for name in known.keys() & outcome.scores.keys():
-                    scores = outcome.scores[name]
-                    known[name] = known[name].model_copy(update={"test_value": scores[metric], "test_scores": scores})
-                save()
-                continue
-            found = {
-                name: Baseline(
-                    title=outcome.titles[name],
-                    value=scores[metric],
-                    scores=scores,
-                    trainable_parameters=outcome.parameters[name],
-                    detail=outcome.details[name],
-                )
-                for name, scores in outcome.scores.items()
-            }
-            facts.domains[domain].baselines[model] = found
+            domain = facts.domains[wanted.domain]
+            record_baselines(domain, wanted, outcome, read_test=read_test)
             save()
-            events.baselines(domain, found)
+            if not read_test and wanted.model in domain.baselines:
+                events.baselines(wanted.domain, domain.baselines[wanted.model])
 
     thread = threading.Thread(target=collect, name="baselines", daemon=True)
     thread.start()

@@ -9,6 +9,7 @@ for both. Object stores are `pyarrow.fs`'s; their credentials are those of the e
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import logging
@@ -37,6 +38,10 @@ _CLAIM_SECONDS = 60.0
 
 PAUSES = (1.0, 3.0, 10.0)
 """Seconds before something is tried again: room may be made on a full disk, a file server or object store come back."""
+
+FULL = 30.0
+"""Seconds that a full disk is waited for by those who wait longer for a server: room may be made, but unlike a server
+it does not come back by itself."""
 
 T = TypeVar("T")
 
@@ -78,10 +83,14 @@ class RemotePath:
 Place = Path | RemotePath
 
 
-def place(text: str | os.PathLike[str]) -> Place:
+def place(text: str | os.PathLike[str], what: str = "storage") -> Place:
     """A folder's path, a ``file://`` URI, or the URI of an object store, as a place.
 
     Nothing is connected to.
+
+    Args:
+        text: The path or URI.
+        what: What it is, for the sentences.
 
     Raises:
         StudyError: It is neither, or it holds credentials.
@@ -97,7 +106,7 @@ def place(text: str | os.PathLike[str]) -> Place:
     shown = f"{scheme}://{host}/{path}".rstrip("/")
     if scheme == "file":
         if host not in ("", "localhost") or not path or at or options:
-            raise StudyError(f"the storage {shown!r} is no folder of this machine: write file:///path/to/folder")
+            raise StudyError(f"the {what} {shown!r} is no folder of this machine: write file:///path/to/folder")
         return Path(urllib.parse.unquote(f"/{path}"))
     if scheme not in SCHEMES:
         raise StudyError(
@@ -107,18 +116,18 @@ def place(text: str | os.PathLike[str]) -> Place:
     # The bucket of a public test server is reached as gs://anonymous@bucket: that is no secret.
     if at and (scheme, user) != ("gs", "anonymous"):
         raise StudyError(
-            f"the storage {shown!r} is given with credentials, which would end up in logs: leave them out of the URI "
+            f"the {what} {shown!r} is given with credentials, which would end up in logs: leave them out of the URI "
             "and set them in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
             "GOOGLE_APPLICATION_CREDENTIALS)"
         )
     if not host:
-        raise StudyError(f"the storage {given!r} names no bucket: write {scheme}://BUCKET/PREFIX")
+        raise StudyError(f"the {what} {given!r} names no bucket: write {scheme}://BUCKET/PREFIX")
     names = [urllib.parse.unquote(name) for name in path.split("/") if name]
     if any(name in (".", "..") for name in names):
-        raise StudyError(f"the storage {shown!r} holds '.' or '..': write the prefix without them")
+        raise StudyError(f"the {what} {shown!r} holds '.' or '..': write the prefix without them")
     if any(key.lower() in _SECRETS for key, _ in urllib.parse.parse_qsl(options, keep_blank_values=True)):
         raise StudyError(
-            f"the storage {shown!r} is given with credentials, which would end up in logs: set them in the environment"
+            f"the {what} {shown!r} is given with credentials, which would end up in logs: set them in the environment"
         )
     if scheme == "gs" and "retry_limit_seconds" not in options:
         # Google's client goes on trying for a quarter of an hour; a study is to say what is wrong before that.
@@ -128,6 +137,31 @@ def place(text: str | os.PathLike[str]) -> Place:
 
 
 _SECRETS = ("access_key", "secret_key", "session_token", "access_token", "token", "password", "key", "secret")
+
+
+def writable_place(text: str | os.PathLike[str]) -> Place:
+    """A place to put files into: as `place`, or any other URI that `pyarrow.fs` knows (``abfs://``, ``hdfs://``, ...).
+
+    Such a URI stays as it is, and storages cannot be there: nothing is known of what its writes promise.
+
+    Raises:
+        StudyError: As `place`.
+    """
+    given = os.fspath(text)
+    scheme, separator, rest = given.partition("://")
+    if not separator or scheme.lower() in ("file", "gcs", *SCHEMES):
+        return place(given, "target")
+    address, mark, options = rest.partition("?")
+    host, _, path = address.partition("/")
+    user, _, machine = host.rpartition("@")
+    # Azure's user is the container, and Hadoop's the name of one; a password is neither's business here.
+    keys = [key.lower() for key, _ in urllib.parse.parse_qsl(options, keep_blank_values=True)]
+    if ":" in user or any(secret in key for key in keys for secret in _SECRETS):
+        raise StudyError(
+            f"the target {scheme}://{machine}/{path} is given with credentials, which would end up in logs: leave them "
+            "out of the URI and set them in the environment"
+        )
+    return RemotePath(f"{scheme}://{address.rstrip('/')}{mark}{options}")
 
 
 def is_local(where: Place) -> bool:
@@ -152,12 +186,11 @@ def filesystem(where: Place) -> tuple[Any, str]:
 @functools.lru_cache(maxsize=8)
 def _connect(root: str, _process: int) -> tuple[Any, str]:
     """Once per process: clients of object stores have threads, which a forked process would lack."""
-    import pyarrow as pa
     from pyarrow.fs import FileSystem
 
     try:
         connection, base = FileSystem.from_uri(root)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+    except (ValueError, NotImplementedError, ImportError) as error:  # what is no URI, not built in, or not installed
         raise OSError(reason(error)) from None
     return connection, base.rstrip("/")
 
@@ -179,7 +212,7 @@ def local_cache() -> Path:
 
 
 def check_bucket(where: RemotePath) -> None:
-    """See that an object store answers, and has the bucket.
+    """See that an object store answers, and has the bucket; of other file systems, that they answer.
 
     Raises:
         OSError: It does not.
@@ -187,6 +220,9 @@ def check_bucket(where: RemotePath) -> None:
     from pyarrow.fs import FileType
 
     connection, path = filesystem(where)
+    if where.root.partition("://")[0] not in SCHEMES:
+        connection.get_file_info(path)
+        return
     bucket = path.partition("/")[0]
     if connection.get_file_info(bucket).type is FileType.NotFound:
         raise FileNotFoundError(f"there is no bucket {bucket!r}")
@@ -262,10 +298,11 @@ def create_bytes(where: Place, content: bytes) -> bool:
     """Write a file unless there is one already; returns whether it was written.
 
     Of several processes that try at the same time at most one succeeds. On a file system that is the promise of a hard
-    link, network file systems included. Object stores are asked through pyarrow, which knows no conditional write:
-    there every contender puts down a claim first and goes on only where it then sees no other claim; whoever wrote
-    later sees the earlier one, as listings of S3 and Google Cloud are strongly consistent. A contender that stops for a
-    minute between its claim and its write is taken for dead.
+    link, network file systems included, and the file appears whole; where there are no hard links the promise is weaker
+    (`_create_in_place`). Object stores are asked through pyarrow, which knows no conditional write: there every
+    contender puts down a claim first and goes on only where it then sees no other claim; whoever wrote later sees the
+    earlier one, as listings of S3 and Google Cloud are strongly consistent. A contender that stops for a minute between
+    its claim and its write is taken for dead.
 
     Raises:
         OSError: It cannot be written.
@@ -275,7 +312,12 @@ def create_bytes(where: Place, content: bytes) -> bool:
         temporary = _temporary(where)
         try:
             temporary.write_bytes(content)
-            os.link(temporary, where)
+            try:
+                os.link(temporary, where)
+            except OSError as error:
+                if error.errno not in _NO_HARD_LINKS:
+                    raise
+                _create_in_place(where, content)
         except FileExistsError:
             return False
         finally:
@@ -298,6 +340,24 @@ def create_bytes(where: Place, content: bytes) -> bool:
         # All contenders withdraw, and try again after different pauses.
         time.sleep(random.uniform(0.1, 0.5) * (attempt + 1))
     return False
+
+
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What file systems without hard links answer (link(2)): exFAT, some SMB shares, buckets mounted with gcsfuse."""
+
+
+def _create_in_place(where: Path, content: bytes) -> None:
+    # The file is there before its content is: whoever reads at that moment finds it empty or cut short, and so does
+    # everybody where this process dies in between. That at most one process creates it is the file system's word
+    # (O_EXCL of open(2)); a bucket that is mounted as a folder need not keep it between machines, where gs:// would.
+    descriptor = os.open(where, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        # Network file systems say at the end that there was no room.
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+    except BaseException:
+        where.unlink(missing_ok=True)
+        raise
 
 
 def _other_claims(claims: RemotePath, mine: str) -> list[str]:
@@ -458,6 +518,8 @@ def copy_tree(source: Place, target: Place) -> None:
     to_system, to_path = filesystem(target)
     if isinstance(target, Path):
         target.mkdir(parents=True, exist_ok=True)
+    elif target.root.partition("://")[0] not in SCHEMES:
+        to_system.create_dir(to_path, recursive=True)
     copy_files(from_path, to_path, source_filesystem=from_system, destination_filesystem=to_system, use_threads=False)
 
 

@@ -18,6 +18,7 @@ What remains possible: a driver that is suspended between that look and the data
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -26,12 +27,12 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from peftsearch.files import Place, create_json, delete, names, read_json, write_json
+from peftsearch.files import FULL, Place, create_json, delete, names, read_json, write_json
 from peftsearch.spec import StudyError
 
 log = logging.getLogger(__name__)
@@ -172,7 +173,8 @@ class Lease:
             try:
                 return self._beat()
             except (OSError, StudyError) as error:
-                if clock() - began > 20 * SILENCE:
+                no_room = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+                if clock() - began > (FULL if no_room else 20 * SILENCE):
                     raise RuntimeError(
                         f"the storage of the study {self._name!r} does not answer ({error}): run the study again when "
                         "it is back"
@@ -266,9 +268,13 @@ def latest(folder: Place) -> tuple[int, Holder | None]:
     where = _file(folder, number)
     try:
         found = Holder(**read_json(where))
-        datetime.fromisoformat(found.heard)
+        types = {item.name: item.type for item in fields(Holder)}
+        if any(type(getattr(found, name)).__name__ != kind for name, kind in types.items()):
+            raise TypeError(where)
+        if datetime.fromisoformat(found.heard).tzinfo is None:
+            raise ValueError(where)
         return number, found
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise StudyError(f"the lease {where} cannot be read: delete it where no driver runs that study") from None
 
 

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -175,14 +174,13 @@ def _read(name: str) -> _Shown:
     from peftsearch.frontier.page import page_data
 
     study = Study.open(name)
-    storage = str(study.folder.storage)
     status = study.status()
     data = page_data(
         study.trials(),
         study.facts(),
         state=status["state"],
         planned=status["planned"],
-        storage=None if storage == str(Path.home() / "peftsearch") else storage,
+        storage=study.folder.option,
     )
     wanted = study.spec.tracking.mlflow
     # A study that writes to another server has no runs in this one.

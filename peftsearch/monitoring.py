@@ -93,15 +93,17 @@ class StudyMetrics:
 
         def look() -> None:
             nonlocal looked
-            try:
-                for metric, values in self.numbers().items():
-                    meter.show(metric, values)
-                meter.show(PLANNED, {(): float(planned)})
-                if time.monotonic() > looked + _TARGETS_SECONDS:
-                    looked = time.monotonic()
+            with _let_be("numbers"):
+                numbers = self.numbers()
+                numbers[PLANNED] = {(): float(planned)}
+                for metric, values in numbers.items():
+                    # One that cannot be told leaves the others alone.
+                    with _let_be(metric.name):
+                        meter.show(metric, values)
+            if time.monotonic() > looked + _TARGETS_SECONDS:
+                looked = time.monotonic()
+                with _let_be("targets"):
                     name(metrics_targets())
-            except Exception as error:  # a full disk, a cluster that goes down: the study does not depend on it
-                log.debug("metrics: %s", error)
 
         try:
             name(targets)
@@ -149,6 +151,15 @@ class StudyMetrics:
         known = self._best.get(cell)
         if known is None or goodness(record, facts.direction) > goodness(known, facts.direction):
             self._best[cell] = record
+
+
+@contextlib.contextmanager
+def _let_be(what: str) -> Iterator[None]:
+    """Within the block nothing is raised: a full disk, a cluster that goes down. The study does not depend on it."""
+    try:
+        yield
+    except Exception as error:
+        log.debug("metrics, %s: %s", what, error)
 
 
 def _value(record: TrialRecord) -> float:

@@ -75,7 +75,8 @@ def make_plan(study: StudyHandle, *, partial: bool) -> StudyPlan:
         raise StudyError("this study was opened by name: load it from its file to validate or run it")
     try:
         warm_start(study)
-        return plan_study(study.file, study.folder.cache, partial=partial)
+        begun = read_json(study.folder.facts) is not None
+        return plan_study(study.file, study.folder.cache, partial=partial, begun=begun)
     except StudyError as error:
         raise StudyError(study.file.explain(error)) from None
 
@@ -134,6 +135,7 @@ def plan_facts(study: StudyHandle, plan: StudyPlan) -> StudyFacts:
         for name, domain in facts.domains.items():
             if name in known.domains:
                 domain.baselines.update(known.domains[name].baselines)
+                domain.failed_baselines.update(known.domains[name].failed_baselines)
     return facts
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -55,6 +56,32 @@ def token_of_the_user() -> Iterator[None]:
         yield
 
 
+def check_address(address: str) -> None:
+    """See that an address has the form of a cluster's.
+
+    Args:
+        address: ``auto``, or ``HOST:PORT`` of its head; with ``auto``, ``RAY_ADDRESS`` counts where it is set.
+
+    Raises:
+        StudyError: It is something else: a dashboard's URL, or that of Ray Client (``ray://``), or it lacks a port.
+    """
+    given = (os.environ.get("RAY_ADDRESS") or address) if address == "auto" else address
+    host, _, port = given.rpartition(":")
+    right = host and not re.search(r"[\s/@]", host) and re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) < 65536
+    if given == "auto" or right:
+        return
+    name = f"{given!r}" if given == address else f"{given!r} (RAY_ADDRESS)"
+    why = ""
+    if given.startswith(("http://", "https://")):
+        why = "a URL of a dashboard is for 'peftsearch submit'; "
+    elif given.startswith("ray://"):
+        why = "Ray Client (ray://) is not used; "
+    raise StudyError(
+        f"cannot reach a Ray cluster at {name}: {why}write HOST:PORT of its head, such as 10.0.0.5:6379, or auto on "
+        "one of its machines"
+    )
+
+
 def check_access(address: str) -> bool:
     """Knock at a cluster, with our token and without.
 
@@ -65,8 +92,9 @@ def check_access(address: str) -> bool:
         Whether it also answers those who show no token.
 
     Raises:
-        StudyError: It cannot be reached, or refuses us.
+        StudyError: It has another form, cannot be reached, or refuses us.
     """
+    check_address(address)
     # In a process of its own: Ray writes its complaints past Python to standard error, and waits for half a minute
     # where it could answer at once.
     code = f"from peftsearch.ray_access import knock; knock({address!r})"

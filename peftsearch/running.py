@@ -7,10 +7,11 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from peftsearch.files import delete_tree, persist
+from peftsearch.files import persist
 from peftsearch.fork import find_origin, shared_cells, take_over_into
 from peftsearch.handle import StudyHandle
 from peftsearch.holder import hold
+from peftsearch.kept_weights import KeptWeights
 from peftsearch.preparing import (
     check_ledger,
     check_same_data,
@@ -20,9 +21,10 @@ from peftsearch.preparing import (
     save_facts,
     write_files,
 )
+from peftsearch.ray_access import check_address
 from peftsearch.results import frontier
 from peftsearch.saved import as_saved, now
-from peftsearch.spec import StudyError, StudyFacts, TrialRecord, TrialState, hide_secrets
+from peftsearch.spec import StudyError, StudyFacts, hide_secrets
 from peftsearch.storage import mendable
 from peftsearch.study_ledger import driver_ledger
 from peftsearch.study_mlflow import ToMlflow, open_tracker, write_reports
@@ -31,6 +33,7 @@ from peftsearch.warm_start import warm_start
 if TYPE_CHECKING:
     from peftsearch.events import StudyEvents
     from peftsearch.frontier import Frontier
+    from peftsearch.search.run import Observer
 
 
 class StudyInterrupted(KeyboardInterrupt):
@@ -58,6 +61,8 @@ def run(
     from peftsearch.events import SilentEvents
     from peftsearch.stopping import StopRequest, interrupt, stop_on_signals
 
+    if address not in (None, "local"):
+        check_address(str(address))
     events = events or SilentEvents()
     stopped = StopRequest()
     with stop_on_signals(stopped, events.stopping, at_once or interrupt):
@@ -102,27 +107,30 @@ def run(
                     if tracker is not None:
                         for record in ledger.records:
                             tracker.update(record)
-                    observers = [ToMlflow(tracker)] if tracker else []
-                    try:
-                        run_study(
-                            plan,
-                            ledger,
-                            facts,
-                            study.folder.path,
-                            address,
-                            events,
-                            observers,
-                            save_while_held,
-                            stopped,
-                            guesses,
-                            backlog=lambda: tracker.backlog if tracker else 0,
-                        )
-                    except StudyError as error:
-                        assert study.file is not None
-                        raise StudyError(study.file.explain(error)) from None
-                    lease.check()
-                    if not stopped():
-                        _discard_dominated_weights(study, ledger.records, facts)
+                    with KeptWeights(study.folder.path, facts, ledger.records) as weights:
+                        observers: list[Observer] = [weights]
+                        if tracker is not None:
+                            observers.append(ToMlflow(tracker, lambda: ledger.records, facts, study.folder.option))
+                        try:
+                            run_study(
+                                plan,
+                                ledger,
+                                facts,
+                                study.folder.path,
+                                address,
+                                events,
+                                observers,
+                                save_while_held,
+                                stopped,
+                                guesses,
+                                backlog=lambda: tracker.backlog if tracker else 0,
+                            )
+                        except StudyError as error:
+                            assert study.file is not None
+                            raise StudyError(study.file.explain(error)) from None
+                        lease.check()
+                        if not stopped():
+                            weights.sweep(ledger.records)
                 except BaseException as error:
                     hurried = isinstance(error, KeyboardInterrupt) or lease.lost is not None
                     # Where the ledger could not be written, Ray Tune has wrapped that up in a traceback.
@@ -140,7 +148,7 @@ def run(
                         if not hurried:
                             # The last runs' ids first: the reports hold them.
                             tracker.flush(patience / 2)
-                            for sentence in write_reports(tracker, ledger.records, facts):
+                            for sentence in write_reports(tracker, ledger.records, facts, study.folder.option):
                                 events.warning(sentence)
                         if not tracker.close(timeout=patience):
                             events.warning(
@@ -152,22 +160,3 @@ def run(
     if stopped():
         raise StudyInterrupted(study.name)
     return frontier(study)
-
-
-def _discard_dominated_weights(study: StudyHandle, records: list[TrialRecord], facts: StudyFacts) -> None:
-    """Keep the weights of the trials that can be exported: those on the front of their domain and model, and those
-    that were confirmed.
-
-    A trial that is dominated stays so, whatever is tried later; full fine-tuning would otherwise fill the disk.
-    """
-    from peftsearch.frontier import front
-
-    kept: set[int] = set()
-    for name, domain in facts.domains.items():
-        for model in facts.models:
-            own = [record for record in records if record.domain == name and record.model == model]
-            kept |= {record.number for record in front(own, domain.direction)}
-            kept |= {record.number for record in own if record.confirmed}
-    for record in records:
-        if record.state is not TrialState.RUNNING and record.number not in kept:
-            delete_tree(study.folder.path / "trials" / f"{record.number:05d}")

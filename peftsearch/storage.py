@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,15 +62,28 @@ def reaching(storage: Place) -> Iterator[None]:
     """Around what reads a storage.
 
     Raises:
-        StudyError: An object store cannot be reached, or a folder cannot be read.
+        StudyError: An object store cannot be reached, or a folder cannot be read, or it is a file. A folder that is not
+            there is an empty storage.
     """
     try:
+        if isinstance(storage, Path) and _is_no_folder(storage):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         yield
     except OSError as error:
         raise StudyError(
             f"cannot read the storage {storage}: {reason(error)} (choose another with --storage or "
             f"{ENVIRONMENT_VARIABLE})"
         ) from None
+
+
+def _is_no_folder(path: Path) -> bool:
+    """Whether a path is that of a file, or leads through one."""
+    try:
+        return not stat.S_ISDIR(path.stat().st_mode)
+    except NotADirectoryError:
+        return True
+    except OSError:
+        return False  # not there, or not for us: what reads it says so
 
 
 def check_storage(storage: Place) -> None:
@@ -123,6 +137,11 @@ class StudyFolder:
 
     storage: Place
     name: str
+
+    @property
+    def option(self) -> str | None:
+        """What commands need as ``--storage``, in whoever's shell; None where they find the storage without."""
+        return None if self.storage == Path.home() / "peftsearch" else str(self.storage)
 
     @property
     def path(self) -> Place:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftsearch import results
-from peftsearch.files import place
+from peftsearch.files import writable_place
 from peftsearch.handle import StudyHandle
 from peftsearch.preparing import check_same_data, check_unchanged, make_plan
 from peftsearch.running import StudyInterrupted, run
@@ -164,9 +165,11 @@ class Study(StudyHandle):
         """Pareto-optimal trials as verified PEFT folders; arguments and errors as `peftsearch.export.export_trials`.
 
         With ``register`` they are versions in MLflow's registry too, of the model ``register_as`` or of the domain's
-        name, with the aliases ``best``, ``knee`` and ``smallest``.
+        name, with the aliases ``best``, ``knee`` and ``smallest``. The trials' runs in MLflow have tags that say where
+        the exports are, if MLflow can be reached.
         """
         from peftsearch.export import StudyToExport, export_trials
+        from peftsearch.export.noted import note_exports
         from peftsearch.export.registry import Registry
 
         registry = None
@@ -188,9 +191,9 @@ class Study(StudyHandle):
             cache=self.folder.cache,
             ledger=hide_password(self.ledger_url),
         )
-        return export_trials(
+        exported = export_trials(
             study,
-            None if to is None else place(to),
+            None if to is None else writable_place(to),
             domain=domain,
             pick=pick,
             max_parameters=max_parameters,
@@ -203,6 +206,14 @@ class Study(StudyHandle):
             tolerance=tolerance,
             told=told,
         )
+        # A store that was copied into an object store holds no runs of it there.
+        with suppress(StudyError):
+            uri = self.mlflow_tracking_uri
+            runs = {str(item.record.mlflow_run_id): item.tags() for item in exported if item.record.mlflow_run_id}
+            why = None if uri is None else note_exports(uri, runs)
+            if why is not None and told is not None:
+                told(why)
+        return exported
 
     def report(self, to: str | os.PathLike[str]) -> list[Path]:
         """Write the study's report into a folder, from what the ledger holds by now; see `write_report`.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import yaml
 from gcs_server import gcs_server  # noqa: F401  (one server for all tests that ask for it)
@@ -23,6 +25,35 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # What a shell starts in the background ignores Ctrl-C, and so would all programs that tests start and interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# How long an example takes says how busy the machine is, and nothing of the code.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
+
+_STATUS = pytest.StashKey[int]()
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Keep how the session ended for `pytest_unconfigure`."""
+    session.config.stash[_STATUS] = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Leave without C++'s exit handlers where tests have had Ray in this process.
+
+    A thread that Ray leaves after its shutdown may log while they destroy its logger: a segmentation fault behind the
+    summary (in ``spdlog::logger::sink_it_`` of ``_raylet.so``) made the status of 61 passed tests 139. Ray has had the
+    like at its exit before: https://github.com/ray-project/ray/issues/36885.
+    """
+    if "ray._raylet" in sys.modules and not hasattr(config, "workerinput") and _STATUS in config.stash:
+        import ray
+
+        ray.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(config.stash[_STATUS])
+
 
 TOPICS = {
     "contract": [

@@ -3,7 +3,7 @@
     python tests/screenshot.py front.html --to dashboards/pictures/pareto-page.png --width 1280 --height 1600
 
 The address is a file or a URL; what follows ``#`` in it is kept, so that ``front.html#legal/12`` shows that domain with
-trial 12. Needs Chromium.
+trial 12. Needs Chromium. Where the page had problems, they are printed and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -14,6 +14,11 @@ import time
 from pathlib import Path
 
 from browser import CHROMIUM, chromium
+
+# Those that the browser fetches later, when they are scrolled to, are not waited for; drawings may have no size.
+_IMAGES = "[...document.images].filter(image => image.loading !== 'lazy' && !/[.]svg$|^data:/.test(image.src))"
+# MLflow's pages ask who has logged in, and get 404 where nobody has to; its tables name what is deprecated in them.
+_USUAL = ("/ajax-api/2.0/mlflow/users/current", "AG Grid: since v27.1")
 
 
 def main() -> None:
@@ -44,11 +49,16 @@ def main() -> None:
             page.wait(f"document.querySelector({json.dumps(selector)}) !== null")
             page.click(selector)
         time.sleep(options.settle)
+        page.wait(f"{_IMAGES}.every(image => image.complete)")
+        broken = page.evaluate(f"{_IMAGES}.filter(image => image.naturalWidth === 0).map(image => image.src)")
         picture = page.picture(whole=options.height is None)
-        for problem in page.problems:
-            print(problem)
+        found = [problem for problem in page.problems if not any(text in problem for text in _USUAL)]
+        problems = [*found, *(f"no picture: {source}" for source in broken)]
     options.to.parent.mkdir(parents=True, exist_ok=True)
     options.to.write_bytes(picture)
+    if problems:
+        # What the page should show may be missing in the picture.
+        raise SystemExit("\n".join([f"{options.to} was written, but the page had problems:", *problems]))
 
 
 if __name__ == "__main__":

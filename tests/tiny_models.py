@@ -199,6 +199,35 @@ def tiny_decoder(folder: Path) -> Path:
     return folder
 
 
+def tiny_biased_decoder(folder: Path) -> Path:
+    """A two-layer GPT-2: biases, `Conv1D` for linear layers, its embeddings as its head; and no padding token."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    backend = _word_pieces(["<|endoftext|>", "<unk>"], unknown="<unk>")
+    _save_tokenizer(
+        backend,
+        folder,
+        unk_token="<unk>",
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=backend.get_vocab_size(),
+        n_embd=HIDDEN,
+        n_layer=LAYERS,
+        n_head=4,
+        n_positions=2 * MAX_LENGTH,
+        initializer_range=0.1,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
 def _word_pieces(specials: Sequence[str], unknown: str) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 

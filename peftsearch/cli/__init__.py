@@ -11,11 +11,7 @@ import warnings
 
 def main() -> None:
     """Entry point of ``peftsearch``: exit status 0 when what was asked for happened, 2 for a bad file or option."""
-    # Read by libraries when they are imported: no progress bars or notices between our own lines.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_libraries()
     # Two notices of the libraries that nobody at our command line can act on: an optional speed-up of bitsandbytes that
     # is not installed, and a renaming inside transformers.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -27,3 +23,11 @@ def main() -> None:
     from peftsearch.cli.app import run_app
 
     sys.exit(run_app())
+
+
+def quiet_libraries() -> None:
+    """Set what libraries read when they are imported: no progress bars or notices of theirs between our own lines."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

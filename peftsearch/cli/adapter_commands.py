@@ -16,7 +16,10 @@ from peftsearch.spec import StudyError
 def export(
     name: NameArgument,
     to: Annotated[
-        str | None, typer.Option(help="Folder for the adapters, one folder each; or s3://BUCKET/PREFIX, gs://...")
+        str | None,
+        typer.Option(
+            help="Folder for the adapters, one folder each; or a URI of pyarrow.fs: s3://BUCKET/PREFIX, gs://..."
+        ),
     ] = None,
     domain: DomainOption = None,
     pick: Annotated[

@@ -21,14 +21,15 @@ def ui(
 ) -> None:
     """Open MLflow's UI and the studies' live Pareto pages.
 
-    The pages are under /peftsearch/ of the same address, and follow running studies by themselves.
+    The pages are under /peftsearch/ of the same address, and follow running studies by themselves. A storage in an
+    object store has pages alone: its studies' runs are on the MLflow server that they name.
 
     Example: `peftsearch ui --port 5001`
     """
-    from peftsearch.storage import mlflow_folder, storage_folder
+    from peftsearch.storage import storage_folder
     from peftsearch.tracking.ui import serve_ui
 
-    raise typer.Exit(serve_ui(mlflow_folder(storage_folder(storage)), host=host, port=port, names=names or ()))
+    raise typer.Exit(serve_ui(storage_folder(storage), host=host, port=port, names=names or ()))
 
 
 def sync(name: NameArgument, storage: StorageOption = None) -> None:

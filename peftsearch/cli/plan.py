@@ -81,6 +81,12 @@ def totals(plan: StudyPlan, estimated: Estimate | None) -> list[str]:
             f"The {grids.format(', '.join(small))} fewer combinations than search.trials ({spec.search.trials}): "
             "those cells are done when their grid is."
         )
+    if spec.search.allocation == "joint":
+        shared = spec.search.trials * len(spec.methods)
+        lines.append(
+            f"The methods share {shared:,} trials in every domain{' on every model' if len(spec.models) > 1 else ''}, "
+            "and the sampler chooses each trial's method (search.allocation: joint): they get no equal budgets."
+        )
     limits = {"parameters": spec.search.max_parameters, "GiB of memory per worker": spec.search.max_memory}
     lines += [f"Configurations with more than {limit:,} {what} are not run." for what, limit in limits.items() if limit]
     if spec.confirm.seeds:
@@ -149,7 +155,8 @@ def _cells(plan: StudyPlan) -> Table:
     for item in plan.cells:
         cell = item.cell
         total = plan.model_facts[cell.model].total_parameters
-        words = [cell.domain, *([cell.model] if several else []), cell.method, str(plan.trials(cell))]
+        trials = "shared" if plan.spec.search.allocation == "joint" else str(plan.trials(cell))
+        words = [cell.domain, *([cell.model] if several else []), cell.method, trials]
         words += [
             _span(f"{item.smallest.trainable:,}", f"{item.largest.trainable:,}"),
             _span(_percent(item.smallest.trainable / total), _percent(item.largest.trainable / total)),

@@ -33,7 +33,7 @@ INTERVAL = 5.0
 PATIENCE = 10.0
 """Seconds of checking after which a log says so: a study file that is wrong leaves its error and nothing else."""
 
-_STOPPING = "Stopping after the running segment; a second Ctrl-C ends at once. Nothing recorded is lost."
+_STOPPING = "Stopping: running trials write their state; a second Ctrl-C ends at once. Nothing recorded is lost."
 _BASELINES = {"majority": "majority", "linear_probe": "probe"}
 
 
@@ -113,8 +113,10 @@ class Progress:
     ) -> None:
         with self._lock:
             self._drop_announcement()
-            line = self._line() if self._plain and self._planned is not None else None
-        if line:
+            lines = [self._line()] if self._plain and self._planned is not None else []
+            if self._plain and self._confirmed is not None and sum(self._confirmed[:2]) < self._confirmed[2]:
+                lines.append(self._confirmations())
+        for line in lines:
             self._say(line)
         # An error is shown by itself; what was reached stays in view, also when somebody stopped the study.
         self._live.transient = error is not None and not isinstance(error, KeyboardInterrupt)
@@ -165,7 +167,9 @@ class Progress:
             failure = line = None
             if record.state is TrialState.FAILED and known is not TrialState.FAILED:
                 failure = self._failure(record)
-            if self._plain and self._planned is not None and self._clock() - self._said >= INTERVAL:
+            # While finalists are trained again, it is their number that grows.
+            searching = self._planned is not None and self._confirmed is None
+            if self._plain and searching and self._clock() - self._said >= INTERVAL:
                 line = self._line()
                 self._said = self._clock()
         if failure:

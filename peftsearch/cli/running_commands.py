@@ -29,7 +29,8 @@ def run(
 ) -> None:
     """Run a study, or continue it; ends with the fronts.
 
-    Ctrl-C stops it after the running segment; the same command continues it, and nothing that has finished runs again.
+    Ctrl-C stops it: running trials write their state, and the same command continues them from there. Nothing that has
+    finished runs again.
 
     A file with more trials or seeds, further domains, models or methods, or other resources extends its study; any
     other change is refused with a diff, and wants another --name, with or without --fork.
@@ -45,7 +46,7 @@ def run(
     option = f" --storage {storage}" if storage else ""
     again = ["peftsearch", "run", str(study)]
     for flag, value in (("--name", name), ("--storage", storage), ("--address", address), ("--fork", fork)):
-        again += [flag, str(value)] if value else []
+        again += [flag, hide_secrets(value)] if value else []
     for setting in settings or ():
         again += ["--set", hide_secrets(setting)]
     stopped = f"Stopped. Everything so far is recorded; continue with:\n  {shlex.join(again)}\n"
@@ -108,7 +109,7 @@ def submit(
     from peftsearch.submit import run_as_job, stop_job
 
     def told(text: str) -> None:
-        err.print(text, markup=False)
+        err.print(hide_secrets(text), markup=False)
 
     def write(text: str) -> None:
         sys.stdout.write(text)
@@ -118,11 +119,11 @@ def submit(
     if stop:
         stop_job(chosen, address, told)
         return
-    again = ["peftsearch", "submit", str(study), "--address", address]
+    again = ["peftsearch", "submit", str(study), "--address", hide_secrets(address)]
     for flag, value in (("--name", name), ("--storage", storage)):
-        again += [flag, str(value)] if value else []
+        again += [flag, hide_secrets(value)] if value else []
     for setting in settings or ():
-        again += ["--set", setting]
+        again += ["--set", hide_secrets(setting)]
     how = f"Follow it with:  {shlex.join(again)}\nStop it with:    {shlex.join([*again, '--stop'])}"
     try:
         status = run_as_job(chosen, address, settings or (), following=follow, write=write, told=told)

@@ -111,6 +111,15 @@ def architecture_of(config: Any) -> Architecture:
     return "encoder"
 
 
+def has_relative_positions(config: Any) -> bool:
+    """Whether a model takes texts of any length: T5 and its kin know how far words are apart, and not where they stand.
+
+    Their tokenizers say 512 all the same, which is what T5 was pretrained with (Raffel et al. 2020, arXiv:1910.10683);
+    Flan-T5 is fine-tuned on longer texts.
+    """
+    return getattr(config, "relative_attention_num_buckets", None) is not None
+
+
 def _auto_map(config: Any) -> Mapping[str, Any]:
     written = getattr(config, "auto_map", None)
     return written if isinstance(written, Mapping) else {}

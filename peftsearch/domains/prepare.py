@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from peftsearch.domains.hub import hub_reachable, out_of_reach
-from peftsearch.domains.models import Architecture, architecture_of, model_config
+from peftsearch.domains.models import Architecture, architecture_of, has_relative_positions, model_config
 from peftsearch.domains.raw import RawDomain, digest, load_domain
 from peftsearch.domains.sources import quiet_datasets
 from peftsearch.domains.tasks import Head, Task, Tokenization, get_task
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Part of every fingerprint of prepared data: raise it when what is written changes its form or meaning.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 # A share of texts that reach max_length from which a reader should know.
@@ -311,11 +311,12 @@ def check_domain(
     """
     raw = load_domain(name, spec, folder)
     tokenizer = _load_tokenizer(model_location, revision)
-    max_length = spec.domain_max_length(name)
-    _check_length(max_length, tokenizer, spec, name)
     _pad_token_id(tokenizer, model_location)
     if config is None and architecture in (None, "encoder-decoder"):
         config = model_config(model_location, revision)
+    max_length = spec.domain_max_length(name)
+    if not has_relative_positions(config):
+        _check_length(max_length, tokenizer, spec, name)
     kind = architecture or architecture_of(config)
     check_architecture(raw.task, kind, model_location, name)
     start = getattr(config, "decoder_start_token_id", None) if kind == "encoder-decoder" else None

@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from peftsearch.export.convert import Form
 from peftsearch.export.hub import HubRepo
+from peftsearch.export.pipelines import pipeline_code
 from peftsearch.export.usage import Use, usage
 from peftsearch.files import Place, is_local
 from peftsearch.frontier import escape_markdown
@@ -42,6 +43,8 @@ _HUB_METRICS: dict[str, tuple[str, dict[str, str]]] = {"macro_f1": ("f1", {"aver
 
 OWN_METHODS = frozenset({"adapter", "hybrid", "prompt", "p_tuning", "prefix", "p_tuning_v2", "bitfit"})
 """Methods that PEFT does not have by itself, or not for every task."""
+_SOFT_TOKENS = frozenset({"prompt", "p_tuning"})
+"""Methods whose soft tokens stand in front of a model's output, too."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ def model_card(card: CardFacts) -> str:
         "## How to load it",
         *_loading_notes(card),
         f"```python\n{loading_code(card)}```",
+        *_further_ways(card),
         "## Scores",
         f"On the {card.domain.rows.get(SPLIT, 0):,} examples of the {SPLIT} split, which the study's trials were "
         f"compared on; {escape_markdown(card.domain.metric)} decided.",
@@ -151,7 +155,6 @@ def loading_code(card: CardFacts) -> str:
     package, _, inside = card.record.model.removeprefix(PACKAGE_PREFIX).partition("/")
     in_package = card.record.model.startswith(PACKAGE_PREFIX) and not card.complete
     labels, quantised = bool(card.domain.labels), card.quantization is not None
-    outputs = card.use.task.config_kwargs(card.domain.labels).get("num_labels")
 
     imports = ["import json"] if labels else []
     imports += ["from importlib.util import find_spec"] if in_package else []
@@ -176,10 +179,8 @@ def loading_code(card: CardFacts) -> str:
         trusted = ", trust_remote_code=True" if card.trust_remote_code else ""
         lines.append(f"model = {card.auto_model}.from_pretrained(folder{trusted}).eval()")
     else:
-        arguments = ["base", *([f"num_labels={outputs}"] if outputs else [])]
-        arguments += [f"revision={card.revision!r}"] if card.revision and card.base_on_hub else []
-        arguments += ["ignore_mismatched_sizes=True"] if card.base_has_head and outputs else []
-        arguments += ["trust_remote_code=True"] if card.trust_remote_code else []
+        arguments = ["base", *([f"revision={card.revision!r}"] if card.revision and card.base_on_hub else [])]
+        arguments += _head_arguments(card)
         if card.quantization is not None:
             settings = ", ".join(f"{name}={value!r}" for name, value in card.quantization.items())
             lines.append(f"quantization = BitsAndBytesConfig({settings})")
@@ -197,6 +198,50 @@ def loading_code(card: CardFacts) -> str:
         lines.append("model = PeftModel.from_pretrained(model, folder).eval()")
     shown = usage(card.use)
     return "\n".join([*imports, *lines, *(["", "", *shown] if shown else [])]) + "\n"
+
+
+def _head_arguments(card: CardFacts) -> list[str]:
+    """What ``from_pretrained`` of a base has to be told about the head and its labels."""
+    known = card.use.task.config_kwargs(card.domain.labels)
+    arguments = [f"num_labels={known['num_labels']}"] if "num_labels" in known else []
+    if known.get("id2label") == dict(enumerate(card.domain.labels)):
+        arguments.append("id2label=dict(enumerate(labels))")
+    arguments += ["ignore_mismatched_sizes=True"] if card.base_has_head and "num_labels" in known else []
+    return [*arguments, *(["trust_remote_code=True"] if card.trust_remote_code else [])]
+
+
+def _further_ways(card: CardFacts) -> list[str]:
+    """Other ways to load and use the model, each a sentence and code that goes on from `loading_code`."""
+    trusted = ", trust_remote_code=True" if card.trust_remote_code else ""
+    model = f"model=folder{trusted}" if card.complete else "model=model, tokenizer=tokenizer"
+    lines = pipeline_code(card.use, model, lengthens=not card.complete and card.record.method in _SOFT_TOKENS)
+    ways = []
+    if lines:
+        by_itself = ", which loads the folder by itself" if card.complete else ""
+        ways += [f"The same with `transformers`' pipeline{by_itself}:", _block(lines)]
+    auto = f"AutoPeft{card.auto_model.removeprefix('Auto')}"
+    if card.auto_model == "AutoModel":
+        auto += "ForFeatureExtraction"
+    head = card.use.task.heads[card.use.architecture]
+    # Without a task's name PEFT knows no class for it, and the path of a base on this machine is of no use elsewhere.
+    reachable = card.base_on_hub or isinstance(card.folder, Path)
+    if not card.complete and card.quantization is None and head.peft_task_type is not None and reachable:
+        lines = ["import peftsearch  # makes its methods known to PEFT"] if card.own_method else []
+        lines += [
+            f"from peft import {auto}",
+            "",
+            f"model = {auto}.from_pretrained({', '.join(['folder', *_head_arguments(card)])}).eval()",
+        ]
+        if card.pad_token_id is not None:
+            lines.append(f"model.config.pad_token_id = {card.pad_token_id}")
+        base = "" if card.base_on_hub else " (from where `adapter_config.json` says that it is)"
+        told = ", once they are told about the head" if _head_arguments(card) else ""
+        ways += [f"PEFT's `AutoPeftModel` classes load base{base} and adapter at once{told}:", _block(lines)]
+    return ways
+
+
+def _block(lines: list[str]) -> str:
+    return "```python\n" + "\n".join(lines) + "\n```"
 
 
 def speed_section(speed: Speed) -> str:

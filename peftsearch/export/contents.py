@@ -187,7 +187,10 @@ def _provenance(folder: Path, card: CardFacts, ledger: str) -> dict[str, Any]:
             "pad_token_id": card.pad_token_id,
             "quantization": card.quantization,
         },
-        "domain": {"name": record.domain, **card.domain.model_dump(mode="json", exclude={"baselines"})},
+        "domain": {
+            "name": record.domain,
+            **card.domain.model_dump(mode="json", exclude={"baselines", "failed_baselines"}),
+        },
         "weights": {"file": weights.name, "sha256": digest},
         "trained_with": card.facts.provenance,
         "specification": _without_passwords(card.spec.model_dump(mode="json")),

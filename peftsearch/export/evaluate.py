@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from peftsearch.export.exported_data import prepare_with
 from peftsearch.export.folder import LABELS, ExportedFolder, scoring_device
 from peftsearch.spec import StudyError, StudyFile, model_location
 
@@ -31,24 +32,21 @@ def evaluate_adapter(
         StudyError: The folder is no exported adapter, the domain's data is wrong, it has no such split, or its labels
             are not the adapter's.
     """
-    from peftsearch.domains import prepare_domain
-    from peftsearch.domains.models import architecture_of, model_config
     from peftsearch.training.distributed import WorkerGroup
     from peftsearch.training.evaluate import evaluate
 
     exported = ExportedFolder.read(adapter)
     trusted = _trusted(exported, file)
-    config = model_config(exported.base or str(adapter), exported.revision, trust_remote_code=trusted)
     with tempfile.TemporaryDirectory(prefix="peftsearch-evaluate-") as temporary:
-        prepared = prepare_domain(
+        prepared = prepare_with(
+            adapter,
             domain,
             file.spec,
             folder=file.folder,
-            model_location=str(adapter),
-            revision=None,
             cache=cache or Path(temporary),
-            architecture=architecture_of(config),
-            config=config,
+            base=exported.base or str(adapter),
+            revision=exported.revision,
+            trust_remote_code=trusted,
         )
         if split not in prepared.rows:
             known = ", ".join(prepared.rows)

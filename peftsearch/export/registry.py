@@ -125,7 +125,8 @@ def register(
 ) -> Registered:
     """Make an exported folder a version of its registered model, and have aliases point to it.
 
-    The same weights of the same trial are registered once: exporting again moves no more than the aliases.
+    The same weights of the same trial are registered once: exporting again moves the aliases and renews the measured
+    speed, which stands in the version's tags, and no more.
 
     Args:
         registry: Where.
@@ -142,7 +143,8 @@ def register(
     from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
     name = registry.name_for(record.domain)
-    weights = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["weights"]["sha256"]
+    known = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    weights = known["weights"]["sha256"]
     tags = {STUDY: study, DOMAIN: record.domain, NUMBER: str(record.number), _FORM: form, _WEIGHTS: weights}
     with _answering(registry) as client:
         if not _check_name(client, name, study, record.domain):
@@ -184,9 +186,17 @@ def register(
             # As mlflow.register_model does: the model's page shows its versions by this tag.
             versions = json.dumps([{"name": name, "version": version}])
             client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: versions})
+        for key, value in _speed_tags(known.get("speed") or {}).items():
+            client.set_model_version_tag(name, version, key, value)
         for alias in aliases:
             client.set_registered_model_alias(name, alias, version)
     return Registered(name, str(version), tuple(aliases))
+
+
+def _speed_tags(speed: Mapping[str, Any]) -> dict[str, str]:
+    """What was measured after the export (`peftsearch.export.speed.Speed`), as tags of a version."""
+    numbers = {key: f"{speed[key]:.4g}" for key in ("latency_ms", "latency_p95_ms", "examples_per_second") if speed}
+    return numbers | {key: str(speed[key]) for key in ("batch_size", "hardware", "threads") if speed}
 
 
 def _check_name(client: MlflowClient, name: str, study: str, domain: str) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peftsearch.export.card import SPLIT, CardFacts
 from peftsearch.export.contents import describe_folder, load_tokenizer, trained_model, write_folder
 from peftsearch.export.convert import Form, convert
+from peftsearch.export.exported_data import prepare_with
 from peftsearch.export.folder import scoring_device
 from peftsearch.export.hub import HubRepo
 from peftsearch.export.places import writing
@@ -143,20 +144,16 @@ def _base(study: StudyToExport, model: str, device: str) -> FrozenBase:
 
 def _data(study: StudyToExport, domain: str, base: FrozenBase, tokenizer: Path) -> PreparedDomain:
     """The domain's data as the exported tokenizer makes it: where that is the base's, as it is in the cache already."""
-    from peftsearch.domains import prepare_domain
-    from peftsearch.domains.models import architecture_of, model_config
-
-    config = model_config(base.location, base.revision, trust_remote_code=base.trust_remote_code)
     try:
-        prepared = prepare_domain(
+        prepared = prepare_with(
+            tokenizer,
             domain,
             study.spec,
             folder=study.data_folder,
-            model_location=str(tokenizer),
-            revision=None,
             cache=study.cache,
-            architecture=architecture_of(config),
-            config=config,
+            base=base.location,
+            revision=base.revision,
+            trust_remote_code=base.trust_remote_code,
         )
     except StudyError as error:
         raise StudyError(

@@ -13,6 +13,7 @@ from peftsearch.export.contents import missing_weights, note_verified
 from peftsearch.export.convert import Form, check_form
 from peftsearch.export.folder import CARD
 from peftsearch.export.hub import HubRepo, check_repo, push_folder
+from peftsearch.export.noted import EXPORTED, PUSHED
 from peftsearch.export.places import check_targets, put, staging, writing
 from peftsearch.export.published import publish
 from peftsearch.export.registry import Registered, Registry, aliases_of, check_registry, register
@@ -53,6 +54,11 @@ class ExportedAdapter:
     reason: str | None = None
     repository: str | None = None
     registered: Registered | None = None
+
+    def tags(self) -> dict[str, str]:
+        """Where it is, as tags of the trial's run in MLflow."""
+        found = {EXPORTED: self.folder, PUSHED: self.repository}
+        return {f"{key}{_ENDINGS[self.form]}": str(where) for key, where in found.items() if where is not None}
 
     def as_json(self) -> dict[str, Any]:
         """What ``export --json`` prints of it."""

@@ -37,6 +37,33 @@ def usage(use: Use) -> list[str]:
     return make(use) if make is not None else []
 
 
+def examples_of(use: Use) -> tuple[list[str], list[str]]:
+    """Texts to show the use with, as Python writes them; and what goes with each, where the data has pairs."""
+    markers = markers_of(use.task)
+    first = ['"A first text."', '"Another one."'][: 1 if use.pair else 2]
+    if markers:
+        first = [repr(f"A text with {' and '.join(markers)}.")]
+    return first, ['"What goes with it."'] if use.pair else []
+
+
+def reads_first_piece(use: Use) -> bool:
+    """Whether a word's tag is that of its first piece, rather than of its last."""
+    return (use.task.options.piece or ("last" if use.architecture == "decoder" else "first")) == "first"
+
+
+def generation_arguments(use: Use) -> list[str]:
+    """Arguments of ``generate`` with which the study's texts were written."""
+    task: Any = use.task
+    options, settings = task.options, task.options.generation
+    arguments = [f"max_new_tokens={settings.max_tokens or options.target_length}", f"num_beams={settings.beams}"]
+    arguments += [f"min_new_tokens={settings.min_tokens}"] if settings.min_tokens else []
+    arguments += [f"length_penalty={settings.length_penalty:g}"] if settings.beams > 1 else []
+    arguments += [f"no_repeat_ngram_size={settings.no_repeat_ngram}"] if settings.no_repeat_ngram else []
+    arguments.append(f"do_sample={settings.sample}")
+    arguments += [f"temperature={settings.temperature:g}"] if settings.sample else []
+    return arguments
+
+
 def _logits(use: Use) -> list[str]:
     texts = "texts, other_texts" if use.pair else "texts"
     length = use.facts.max_length
@@ -49,13 +76,9 @@ def _logits(use: Use) -> list[str]:
 
 def _about_texts(use: Use, name: str, result: str, before: Sequence[str] = ()) -> list[str]:
     texts = "texts, other_texts" if use.pair else "texts"
-    example = '["A first text."], ["What goes with it."]' if use.pair else '["A first text.", "Another one."]'
-    about: list[str] = []
+    example = ", ".join(f"[{', '.join(column)}]" for column in examples_of(use) if column)
     markers = markers_of(use.task)
-    if markers:
-        marked = repr(f"A text with {' and '.join(markers)}.")
-        example = f'[{marked}], ["What goes with it."]' if use.pair else f"[{marked}]"
-        about = [f"# Texts hold {marking(markers)}."]
+    about = [f"# Texts hold {marking(markers)}."] if markers else []
     return [
         f"def {name}({texts}):",
         *_logits(use),
@@ -106,8 +129,7 @@ def _similarity(use: Use) -> list[str]:
 
 
 def _token_classification(use: Use) -> list[str]:
-    piece = use.task.options.piece or ("last" if use.architecture == "decoder" else "first")
-    last = piece == "last"
+    last = not reads_first_piece(use)
     return [
         "def tag(words):",
         f"    inputs = tokenizer([' '.join(words)], truncation=True, max_length={use.facts.max_length}, "
@@ -161,14 +183,8 @@ def _language_modeling(use: Use) -> list[str]:
 
 def _writing(use: Use) -> list[str]:
     task: Any = use.task
-    options, settings = task.options, task.options.generation
+    options = task.options
     template = task.template(Tokenization(None, use.facts.max_length, use.architecture), use.pair)
-    arguments = [f"max_new_tokens={settings.max_tokens or options.target_length}", f"num_beams={settings.beams}"]
-    arguments += [f"min_new_tokens={settings.min_tokens}"] if settings.min_tokens else []
-    arguments += [f"length_penalty={settings.length_penalty:g}"] if settings.beams > 1 else []
-    arguments += [f"no_repeat_ngram_size={settings.no_repeat_ngram}"] if settings.no_repeat_ngram else []
-    arguments.append(f"do_sample={settings.sample}")
-    arguments += [f"temperature={settings.temperature:g}"] if settings.sample else []
     texts = "text, text_pair" if use.pair else "text"
     fields = "text=text, text_pair=text_pair" if use.pair else "text=text"
     decoder = use.architecture == "decoder"
@@ -187,7 +203,7 @@ def _writing(use: Use) -> list[str]:
     lines += [
         "    with torch.no_grad():",
         '        ids = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], '
-        f"{', '.join(arguments)})",
+        f"{', '.join(generation_arguments(use))})",
         "    return tokenizer.decode(ids[0"
         + (', inputs["input_ids"].shape[1]:' if decoder else "")
         + "], skip_special_tokens=True).strip()",

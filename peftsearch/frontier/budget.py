@@ -59,7 +59,7 @@ def _budget(
     count = {state: sum(record.state is state for record in records) for state in TrialState}
     failed, running = count[TrialState.FAILED], count[TrialState.RUNNING]
     reasons = []
-    if len(records) < planned:
+    if len(records) < planned and spec.search.allocation == "equal":
         why = " (its grid has no more)" if spec.search.sampler == "grid" and records else ""
         reasons.append(f"{len(records)} of {planned} trials{why}")
     if failed:

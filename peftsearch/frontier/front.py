@@ -171,17 +171,28 @@ def finalists(records: Iterable[TrialRecord], facts: StudyFacts, confirm: Confir
     chosen: list[TrialRecord] = []
     for domain, domain_facts in facts.domains.items():
         direction = domain_facts.direction
-        cells: dict[tuple[str, str], list[TrialRecord]] = {}
-        for record in complete(record for record in records if record.domain == domain):
-            cells.setdefault((record.model, record.method), []).append(record)
-        methods = _by_goodness([_best(mine, direction) for mine in cells.values()], direction)
-        over_all = _by_goodness(front([record for mine in cells.values() for record in mine], direction), direction)
+        mine = [record for record in records if record.domain == domain]
+        methods = _by_goodness(method_bests(mine, direction), direction)
+        over_all = _by_goodness(front(mine, direction), direction)
         wanted = (methods if confirm.finalists != "front" else []) + (
             over_all if confirm.finalists != "methods" else []
         )
         distinct = {record.number: record for record in wanted}
         chosen += list(distinct.values())[: confirm.max_finalists]
     return chosen
+
+
+def method_bests(records: Iterable[TrialRecord], direction: Direction) -> list[TrialRecord]:
+    """Each method's best trial for each model; of equals, the one with fewest parameters.
+
+    Args:
+        records: Trials of one domain; those that are not COMPLETE are ignored.
+        direction: Of the domain's metric.
+    """
+    cells: dict[tuple[str, str], list[TrialRecord]] = {}
+    for record in complete(records):
+        cells.setdefault((record.model, record.method), []).append(record)
+    return [_best(mine, direction) for mine in cells.values()]
 
 
 def _by_goodness(records: Iterable[TrialRecord], direction: Direction) -> list[TrialRecord]:
@@ -293,8 +304,9 @@ def choose(
         left = [record for record in left if known.get(record.number, math.inf) <= max_latency]
         if not left:
             took = known.get(fastest.number, math.inf)
+            limited = max_parameters is not None or min_metric is not None
             raise StudyError(
-                f"no trial{' that is left' if max_parameters or min_metric else ' on the front'} takes at most "
+                f"no trial{' that is left' if limited else ' on the front'} takes at most "
                 f"{max_latency:g} ms for an example: the fastest, trial {fastest.number} ({fastest.method}), "
                 f"takes {took:.3g} ms"
             )

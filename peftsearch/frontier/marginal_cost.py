@@ -70,7 +70,8 @@ class MarginalCost:
             f"{self.parameters_per_point:,.0f} for each {self.point:g}"
         )
         if cheaper.train_seconds and dearer.train_seconds:
-            text += f"; training takes {times(dearer.train_seconds, cheaper.train_seconds)} the time"
+            longer = times(dearer.train_seconds, cheaper.train_seconds)
+            text += "; training takes as long" if longer == "1 times" else f"; training takes {longer} the time"
         if self.seeds is not None:
             gain, noise = self.seeds
             shown = gain if self.direction == "maximize" else -gain

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable
 from urllib.parse import quote
 
-from peftsearch.frontier.front import DomainFront, choose, domain_fronts
+from peftsearch.frontier.front import DomainFront, choose, domain_fronts, method_bests
 from peftsearch.frontier.marginal_cost import costs_between_picks
 from peftsearch.frontier.page import front_html
 from peftsearch.frontier.plots import front_png
@@ -26,6 +27,9 @@ from peftsearch.tracking.names import configuration_text, shorten
 _NOTE_ROWS = 40
 # A long text to begin a prompt with leaves less room for the front's table.
 _CONFIGURATION = 200
+# MLflow shows a note's pictures in their own size (its sanitiser drops everything but their address), and one that is
+# wider than the note's column pushes whatever is beside it out of the window: 554 pixels fit into a window of 1280.
+_PICTURE_DPI = 84
 PICKS = {
     "best": "best {metric}",
     "knee": "knee: where further parameters stop paying",
@@ -34,13 +38,16 @@ PICKS = {
 """For what a trial can be picked, and what that means."""
 
 
-def domain_report(records: Iterable[TrialRecord], facts: StudyFacts, domain: str) -> DomainReport:
+def domain_report(
+    records: Iterable[TrialRecord], facts: StudyFacts, domain: str, storage: str | None = None
+) -> DomainReport:
     """Render everything that a domain's MLflow run holds beside its trials.
 
     Args:
         records: Trials of the whole study.
         facts: The study.
         domain: Name of the domain.
+        storage: What ``--storage`` the commands in it need; the default storage where absent.
 
     Raises:
         StudyError: The study has no such domain.
@@ -60,10 +67,10 @@ def domain_report(records: Iterable[TrialRecord], facts: StudyFacts, domain: str
                 suffix = "" if len(facts.models) == 1 else f"/{model}"
                 metrics[f"baseline_{name}{suffix}"] = named[name].value
     return DomainReport(
-        note=_note(front, facts),
+        note=_note(front, facts, storage),
         files={
-            "front.html": front_html(front.records, facts, domain).encode(),
-            "front.png": front_png(front.records, facts, domain),
+            "front.html": front_html(front.records, facts, domain, storage=storage).encode(),
+            "front.png": front_png(front.records, facts, domain, dpi=_PICTURE_DPI),
             "front.json": (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(),
             "front.parquet": trials_parquet(front.front),
             "trials.parquet": trials_parquet(front.records),
@@ -71,6 +78,7 @@ def domain_report(records: Iterable[TrialRecord], facts: StudyFacts, domain: str
         metrics=metrics,
         on_front={record.number for record in front.front},
         picks=picks_of(front),
+        method_best={record.number for record in method_bests(front.records, front.facts.direction)},
         step=sum(record.state is not TrialState.RUNNING for record in front.records),
     )
 
@@ -84,14 +92,14 @@ def picks_of(front: DomainFront) -> dict[int, str]:
     return {number: " ".join(names) for number, names in found.items()}
 
 
-def _note(front: DomainFront, facts: StudyFacts) -> str:
+def _note(front: DomainFront, facts: StudyFacts, storage: str | None) -> str:
     rows = _NOTE_ROWS
-    while len(note := _markdown(front, facts, rows)) > NOTE_LENGTH and rows > 1:
+    while len(note := _markdown(front, facts, rows, storage)) > NOTE_LENGTH and rows > 1:
         rows //= 2
     return shorten(note, NOTE_LENGTH)
 
 
-def _markdown(front: DomainFront, facts: StudyFacts, rows: int) -> str:
+def _markdown(front: DomainFront, facts: StudyFacts, rows: int, storage: str | None) -> str:
     metric = escape_markdown(front.facts.metric)
     lines = [f"# {escape_markdown(facts.study)}: {escape_markdown(front.domain)}", "", f"**{_text(front)}**", ""]
     if front.front:
@@ -114,7 +122,7 @@ def _markdown(front: DomainFront, facts: StudyFacts, rows: int) -> str:
             "",
             "Take the knee home as a PEFT folder (or `--pick best`, `--pick smallest`, `--pick frontier`):",
             "",
-            f"    peftsearch export {facts.study} --to adapters --domain {front.domain} --pick knee",
+            f"    {_export(front, facts, storage)}",
             "",
             "## The front",
             "",
@@ -139,6 +147,11 @@ def _picture(front: DomainFront) -> str:
     """The run's own artifact, as MLflow's server serves it; the address is relative, so that a proxy's path stays."""
     alternative = f"The front of {escape_markdown(front.domain)}"
     return f"![{alternative}](get-artifact?path=front.png&run_uuid={THIS_RUN})"
+
+
+def _export(front: DomainFront, facts: StudyFacts, storage: str | None) -> str:
+    command = ["peftsearch", "export", facts.study, "--to", "adapters", "--domain", front.domain, "--pick", "knee"]
+    return shlex.join(command if storage is None else [*command, "--storage", storage])
 
 
 def _linked(record: TrialRecord) -> str:

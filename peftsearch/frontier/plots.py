@@ -58,8 +58,14 @@ def front_figure(records: Iterable[TrialRecord], domain: str, facts: StudyFacts)
     return _figure(_domain(records, domain, facts), facts)
 
 
-def front_png(records: Iterable[TrialRecord], facts: StudyFacts, domain: str | None = None) -> bytes:
+def front_png(records: Iterable[TrialRecord], facts: StudyFacts, domain: str | None = None, *, dpi: int = 150) -> bytes:
     """The fronts as a picture, one panel per domain (or of one domain). Needs neither a display nor a browser.
+
+    Args:
+        records: All trials of the study.
+        facts: The study.
+        domain: Name of the domain; all where None.
+        dpi: Pixels per inch; a panel is 6.6 inches wide.
 
     Raises:
         StudyError: The study has no such domain.
@@ -73,7 +79,7 @@ def front_png(records: Iterable[TrialRecord], facts: StudyFacts, domain: str | N
     columns = min(2, max(1, len(fronts)))
     lines = max(1, math.ceil(len(fronts) / columns))
     with rc_context({"font.family": "DejaVu Sans", "font.size": 10, "text.parse_math": False}):
-        figure = Figure(figsize=(6.6 * columns, 4.3 * lines + 0.5), dpi=150, layout="constrained")
+        figure = Figure(figsize=(6.6 * columns, 4.3 * lines + 0.5), dpi=dpi, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(lines, columns, squeeze=False).ravel()
         for axis in axes[len(fronts) :]:
@@ -203,13 +209,17 @@ def _steps(front: DomainFront, right: float) -> tuple[list[float], list[float]]:
 
 
 def baseline_lines(front: DomainFront) -> list[tuple[str, float]]:
-    """Titles and values of a domain's baselines; the model's name is added where there are several."""
+    """Titles and values of a domain's baselines, on validation; the model's name is added where there are several, and
+    how many examples a value rests on where that is a sample."""
     by_model = list(front.facts.baselines.items())
     found: dict[str, float] = {}
     for model, named in by_model:
         for name, baseline in list(named.items()):
             # What knows only the labels is the same for every model.
             title = baseline.title if len(by_model) == 1 or name == "majority" else f"{baseline.title}, {model}"
+            rows = front.facts.rows.get("validation", 0)
+            if baseline.examples is not None and baseline.examples < rows:
+                title += f" ({baseline.examples:,} of {rows:,} examples)"
             if math.isfinite(baseline.value):
                 found.setdefault(title, baseline.value)
     return list(found.items())
@@ -370,9 +380,8 @@ def _hover(record: TrialRecord, front: DomainFront, facts: StudyFacts) -> str:
         lines.append(f"confirmed {record.confirmed.mean:.4f} ± {record.confirmed.std:.4f}")
     if len(facts.models) > 1:
         lines.append(html.escape(shorten(record.model, 80)))
-    lines += [
-        html.escape(shorten(configuration_text({name: value}), 80)) for name, value in record.hyperparameters.items()
-    ]
+    texts = [configuration_text({name: value}) for name, value in record.hyperparameters.items()]
+    lines += [html.escape(shorten(text, 80)) for text in texts if text]
     return "<br>".join([*lines, f"trained {record.train_seconds:.1f} s"])
 
 

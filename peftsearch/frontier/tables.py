@@ -50,6 +50,10 @@ def domain_json(front: DomainFront) -> dict[str, Any]:
                 model: {name: baseline.model_dump(mode="json") for name, baseline in list(named.items())}
                 for model, named in list(front.facts.baselines.items())
             },
+            "failed_baselines": {
+                model: {name: failed.model_dump(mode="json") for name, failed in list(named.items())}
+                for model, named in list(front.facts.failed_baselines.items())
+            },
             "front": [record.model_dump(mode="json") for record in front.front],
             "front_by_model": {model: [record.number for record in own] for model, own in front.by_model.items()},
             "picks": picks_json(front),
@@ -226,7 +230,7 @@ def verdict(front: DomainFront) -> Verdict:
         f"the best trial, {named}, has {metric} {best.value:.3f}; {', '.join(against)}" if against else f"best {named}"
     )
     gain = _oriented(front, best.value, hardest.value)
-    rows = front.facts.rows.get("validation", 0)
+    rows = hardest.examples or front.facts.rows.get("validation", 0)
     texts = f"{rows:,} validation texts"
     noise = _noise(front, best.value, hardest.value, rows)
     if gain <= 0:

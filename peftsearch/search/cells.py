@@ -45,6 +45,11 @@ def study_cells(spec: StudySpec) -> list[Cell]:
     if not spaces:
         raise StudyError("no method is named", ("methods",))
     if spec.search.sampler == "grid":
+        if spec.search.allocation == "joint":
+            raise StudyError(
+                "sampler: grid tries every cell's whole grid: allocation: joint leaves nothing to share",
+                ("search", "allocation"),
+            )
         if spec.search.warm_start is not None:
             raise StudyError(
                 "sampler: grid tries what is listed, in order: warm_start has no place in it", ("search", "warm_start")

@@ -128,7 +128,7 @@ class Confirmations:
         done = self._ledger.confirming(plan.number, plan.seed).get("step", 0)
         following = next(step for step in steps if step > done)
         # The test split is read after the last step, and with early stopping any step may turn out to be the last.
-        return Segment(plan, following, final=following == steps[-1], read_test=True)
+        return Segment(plan, following, final=following == steps[-1], read_test=True, answered=done)
 
     def _reading(self, plan: TrialPlan, result: SegmentResult, seconds: Mapping[str, float]) -> Reading:
         metric = self._domains[plan.domain].metric

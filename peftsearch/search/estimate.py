@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from peftsearch.search.cells import corners
 from peftsearch.search.run import TrialCost
+from peftsearch.search.vocabulary import ScoredPositions
 from peftsearch.training import activations
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ class ModelShape:
         layers: Transformer layers, of encoder and decoder together.
         hidden: Width of a layer.
         weight_bytes: Bytes per parameter in memory.
+        vocabulary: Tokens that a language-modelling head scores.
+        tied: Whether that head multiplies with the table of token embeddings, and has no weights of its own.
     """
 
     parameters: int
@@ -65,6 +68,8 @@ class ModelShape:
     layers: int
     hidden: int
     weight_bytes: int
+    vocabulary: int = 0
+    tied: bool = False
 
     @classmethod
     def of(cls, config: Any, parameters: int) -> ModelShape:
@@ -75,12 +80,15 @@ class ModelShape:
             layers += int(getattr(text, "num_decoder_layers", None) or getattr(text, "decoder_layers", None) or layers)
         hidden = int(getattr(text, "hidden_size", 0) or 0)
         dtype = getattr(config, "dtype", None)
+        vocabulary = int(getattr(text, "vocab_size", 0) or 0)
         return cls(
             parameters=parameters,
-            embeddings=int(getattr(text, "vocab_size", 0) or 0) * hidden,
+            embeddings=vocabulary * hidden,
             layers=layers,
             hidden=hidden,
             weight_bytes=int(getattr(dtype, "itemsize", 4)),
+            vocabulary=vocabulary,
+            tied=bool(getattr(config, "tie_word_embeddings", False)),
         )
 
 
@@ -132,20 +140,26 @@ def trial_bytes(shape: ModelShape, trainable: int, trains_copy: bool, activation
     return (weights + (4 + 8) * trainable) // (parts if trains_copy else 1) + activations
 
 
-def training_operations(shape: ModelShape, tokens: float, trains_copy: bool) -> float:
-    """Floating-point operations of training on so many tokens.
+def training_operations(shape: ModelShape, tokens: float, trains_copy: bool, scored: float = 0) -> float:
+    """Floating-point operations of training on so many tokens, of which so many score the vocabulary.
 
     ``6 N T`` where all weights are trained: 2 in the forward pass, 2 backward through the activations, 2 for the
     weights' gradients (Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1; N is counted without
     embeddings).
-    ``4 N T`` where the weights are frozen: their gradients are not computed.
+    ``4 N T`` where the weights are frozen: their gradients are not computed. A head that shares the embeddings' table
+    multiplies with it all the same.
     """
-    return (6 if trains_copy else 4) * (shape.parameters - shape.embeddings) * tokens
+    return (6 if trains_copy else 4) * _multiplications(shape, tokens, scored)
 
 
-def evaluation_operations(shape: ModelShape, tokens: float) -> float:
+def evaluation_operations(shape: ModelShape, tokens: float, scored: float = 0) -> float:
     """Floating-point operations of a forward pass: ``2 N T``."""
-    return 2 * (shape.parameters - shape.embeddings) * tokens
+    return 2 * _multiplications(shape, tokens, scored)
+
+
+def _multiplications(shape: ModelShape, tokens: float, scored: float) -> float:
+    # A head with weights of its own is among the parameters.
+    return (shape.parameters - shape.embeddings) * tokens + (shape.embeddings * scored if shape.tied else 0)
 
 
 def measured_speed(device: torch.device, number_format: Format, seconds: float = 0.1) -> float:
@@ -220,8 +234,7 @@ def estimate(plan: StudyPlan) -> Estimate | None:
     measured = measured_speeds(number_formats(plan.spec), on_gpu)
     assumed = {name: peak * EFFICIENCY[name] for name, peak in REFERENCE_SPEED.items()}
     costs = TrialCosts(plan, assumed if measured is None else measured)
-    peaks = {item.cell.key: (costs.memory(item.cell, item.largest), item.cell.method) for item in plan.cells}
-    worker_bytes, largest = max(peaks.values())
+    worker_bytes, largest = costs.largest()
     confirm = plan.spec.confirm
     again = 0 if confirm.finalists == "front" else confirm.seeds
     seconds = sum((plan.trials(item.cell) + again) * (costs.seconds(item.cell) or 0.0) for item in plan.cells)
@@ -273,6 +286,7 @@ class MemoryCosts:
         cells: All cells.
         shapes: The models.
         lengths: Tokens per text, by domain.
+        scored: Where the vocabulary is scored, by model and domain.
     """
 
     def __init__(
@@ -281,10 +295,12 @@ class MemoryCosts:
         cells: Iterable[Cell],
         shapes: Mapping[str, ModelShape],
         lengths: Mapping[str, int],
+        scored: Mapping[tuple[str, str], ScoredPositions | None],
     ) -> None:
         self._spec = spec
         self._shapes = shapes
         self._lengths = lengths
+        self._scored = scored
         self._compute_bytes = 2 if _training_format(spec) == "bf16" else 4
         # A worker keeps every base of the study that it has seen, and of each its quantised forms.
         self._parts = spec.resources.workers_per_trial if spec.resources.strategy == "fsdp" else 1
@@ -313,7 +329,12 @@ class MemoryCosts:
             # A batch is cut by texts, and one text at least is computed at once.
             tokens = min(tokens, max(length, -(-training.tokens_per_batch // parts)))
         kept = activation_bytes(shape, 1, tokens, self._compute_bytes, recomputed)
-        trial = trial_bytes(shape, count.trainable, cell.space.method.trains_copy, kept, self._parts)
+        evaluated, scored = 0, self._scored[cell.model, cell.domain]
+        if scored is not None:
+            kept += scored.training_bytes(-(-tokens // length), shape.vocabulary, self._compute_bytes)
+            # The last evaluation is the largest one: in the weights' own format.
+            evaluated = scored.evaluation_bytes(training.evaluation_batch_size, shape.vocabulary, shape.weight_bytes)
+        trial = trial_bytes(shape, count.trainable, cell.space.method.trains_copy, max(kept, evaluated), self._parts)
         return (0 if resources.gpus_per_worker else PROCESS_BYTES) + self._bases + trial
 
 
@@ -331,12 +352,17 @@ class TrialCosts:
         self._shapes = model_shapes(plan.models, plan.model_facts)
         self._format: Format = _training_format(plan.spec)
         lengths = {name: domain.max_length for name, domain in plan.domains.items()}
-        self.memory = MemoryCosts(plan.spec, [item.cell for item in plan.cells], self._shapes, lengths)
+        scored = {key: ScoredPositions.of(domain) for key, domain in plan.prepared.items()}
+        self.memory = MemoryCosts(plan.spec, [item.cell for item in plan.cells], self._shapes, lengths, scored)
         self._seconds = functools.cache(self._seconds_of)
 
     def __call__(self, cell: Cell, hyperparameters: Mapping[str, Any], count: ParameterCount) -> TrialCost:
         """A configuration's cost, given its parameters."""
         return TrialCost(self.memory(cell, count), self.seconds(cell))
+
+    def largest(self) -> tuple[int, str]:
+        """Peak of the worker that needs most, in bytes, and the method that it then trains."""
+        return max((self.memory(item.cell, item.largest), item.cell.method) for item in self.plan.cells)
 
     def seconds(self, cell: Cell) -> float | None:
         """Training and evaluation up to the full budget; the same for all configurations of a cell."""
@@ -349,11 +375,14 @@ class TrialCosts:
         plan, shape = self.plan, self._shapes[model]
         budget, data = plan.budgets[domain, method], plan.prepared[model, domain]
         # Batches hold texts of similar length (training/data_order.py), so hardly anything is padded.
-        tokens = budget.epoch(budget.total_steps) * sum(data.lengths("train"))
-        operations = evaluation_operations(shape, sum(data.lengths("validation")))
+        epochs = budget.epoch(budget.total_steps)
+        tokens, scored = (epochs * each for each in _tokens(data, "train"))
+        operations = evaluation_operations(shape, *_tokens(data, "validation"))
         training, full = self.speeds[self._format], self.speeds["fp32"]
         passes = budget.total_steps * plan.spec.training_of(method).gradient_accumulation
-        seconds = max(training_operations(shape, tokens, trains_copy) / training, self._launches(shape, 3 * passes))
+        seconds = max(
+            training_operations(shape, tokens, trains_copy, scored) / training, self._launches(shape, 3 * passes)
+        )
         writing = self._launches(shape, self._evaluation_passes(data))
         on_the_way = max(operations / training, writing)
         return seconds + (len(budget.evaluation_steps) - 1) * on_the_way + max(operations / full, writing)
@@ -369,6 +398,16 @@ class TrialCosts:
             return batches
         options = data.task.options
         return batches * int(options.generation.max_tokens or options.target_length)
+
+
+def _tokens(data: PreparedDomain, split: str) -> tuple[int, int]:
+    """The tokens of a split, and at how many positions the vocabulary is scored."""
+    lengths, head = data.lengths(split), ScoredPositions.of(data)
+    if head is None:
+        return sum(lengths), 0
+    # Of an encoder-decoder only the decoder's positions are.
+    of_texts = head.of_text * len(lengths)
+    return sum(lengths), of_texts if data.architecture == "encoder-decoder" else sum(lengths)
 
 
 def _bases(cells: Iterable[Cell]) -> set[tuple[str, Quantization | None]]:

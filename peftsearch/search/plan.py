@@ -13,9 +13,11 @@ from peftsearch.files import Place
 from peftsearch.search.cells import Cell, corners, study_cells, trials_of
 from peftsearch.search.counts import ParameterCount, ParameterCounter
 from peftsearch.search.estimate import MemoryCosts, model_shapes
+from peftsearch.search.loss_options import check_loss_options
 from peftsearch.search.run import DomainSearch, TrialCost, excesses
 from peftsearch.search.strategy import check_strategy
 from peftsearch.search.unchecked import Unchecked, planned_place
+from peftsearch.search.vocabulary import ScoredPositions
 from peftsearch.spec import (
     ModelFacts,
     ModelSpec,
@@ -64,13 +66,15 @@ class StudyPlan:
     counter: ParameterCounter
     general_texts: tuple[str, ...] = ()
     """On which forgetting is measured."""
+    ignoring: tuple[str, ...] = ()
+    """Options of the training that some of the domains have no use for, one clause each."""
     unchecked: tuple[str, ...] = ()
     """What could not be checked here, one sentence each; empty for a plan that can be run."""
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What whoever runs the study should know about its models, one clause each."""
-        return tuple(
+        """What whoever runs the study should know about its training and its models, one clause each."""
+        return self.ignoring + tuple(
             f"the model {path!r} runs Python code that it brings along, with all rights of whoever runs the study "
             f"(trust_remote_code){_unpinned(self.spec, path)}"
             for path, place in self.models.items()
@@ -90,7 +94,8 @@ class StudyPlan:
         training = self.spec.training_of(method)
         lengths = {name: domain.max_length for name, domain in self.domains.items()}
         shapes = model_shapes(self.models, self.model_facts)
-        memory = MemoryCosts(self.spec, [item.cell for item in self.cells], shapes, lengths)
+        scored = {key: ScoredPositions.of(domain) for key, domain in self.prepared.items()}
+        memory = MemoryCosts(self.spec, [item.cell for item in self.cells], shapes, lengths, scored)
         mine = (item for item in self.cells if item.cell.method == method)
         if training.gradient_checkpointing != "auto" or not any(memory.recomputes(i.cell, i.largest) for i in mine):
             return training
@@ -122,7 +127,7 @@ class StudyPlan:
         )
 
 
-def plan_study(file: StudyFile, cache: Path, *, partial: bool = False) -> StudyPlan:
+def plan_study(file: StudyFile, cache: Path, *, partial: bool = False, begun: bool = False) -> StudyPlan:
     """Check a study against methods, models and data, and prepare its data once nothing was found wrong.
 
     Args:
@@ -130,6 +135,7 @@ def plan_study(file: StudyFile, cache: Path, *, partial: bool = False) -> StudyP
         cache: Where tokenised data goes.
         partial: Where a model or data is not at hand, plan with what the study file says of it and list it under
             `StudyPlan.unchecked`, rather than refuse. Such a plan is for reading, not for running.
+        begun: Whether the study exists already.
 
     Raises:
         UnreachableError: A model or data is not at hand, unless `partial`.
@@ -140,6 +146,7 @@ def plan_study(file: StudyFile, cache: Path, *, partial: bool = False) -> StudyP
     spec = file.spec
     cells = study_cells(spec)
     check_strategy(spec, cells)
+    ignoring = check_loss_options(spec, begun=begun)
     unchecked = Unchecked(allowed=partial)
     models = _places(spec, file.folder, cache, unchecked)
     cells = [cell for cell in cells if cell.model in models]
@@ -169,7 +176,8 @@ def plan_study(file: StudyFile, cache: Path, *, partial: bool = False) -> StudyP
     }
     lengths = {name: checked[first_model, name].max_length for name in spec.domains}
     _check_tokens(spec)
-    _check_limits(spec, cell_plans, MemoryCosts(spec, cells, model_shapes(models, facts), lengths))
+    scored = {key: ScoredPositions.of(domain) for key, domain in checked.items()}
+    _check_limits(spec, cell_plans, MemoryCosts(spec, cells, model_shapes(models, facts), lengths, scored))
     general = _general_texts(spec, file.folder, checked.values(), unchecked)
     prepared = {key: domain.prepare(cache) for key, domain in checked.items()}
     domains = {name: prepared[first_model, name] for name in spec.domains}
@@ -178,7 +186,19 @@ def plan_study(file: StudyFile, cache: Path, *, partial: bool = False) -> StudyP
         for name in domains
         for method in spec.methods
     }
-    return StudyPlan(spec, cell_plans, domains, prepared, budgets, models, facts, counter, general, unchecked.sentences)
+    return StudyPlan(
+        spec,
+        cell_plans,
+        domains,
+        prepared,
+        budgets,
+        models,
+        facts,
+        counter,
+        general,
+        ignoring,
+        unchecked.sentences,
+    )
 
 
 def _general_texts(

@@ -40,14 +40,24 @@ def make_sampler(
 
     if grid is not None:
         return _grid_sampler(grid)
-    digest = hashlib.sha256(f"{search.seed}:{number}{f':{attempt}' if attempt else ''}".encode()).digest()
-    seed = int.from_bytes(digest[:4], "big")
+    seed = seed_of(search.seed, number, *([attempt] if attempt else []))
     if search.sampler == "random" or attempt >= _GUIDED_PROPOSALS:
         return optuna.samplers.RandomSampler(seed=seed)
     startup = search.startup_trials or min(10, max(4, search.trials // 4))
     from peftsearch.search.history import Memory, RememberingTPE
 
     return RememberingTPE(memory or Memory(), seed=seed, n_startup_trials=startup)
+
+
+def seed_of(seed: int, *what: object) -> int:
+    """A seed of its own for one draw, below 2**32.
+
+    Args:
+        seed: The study's.
+        what: Names the draw.
+    """
+    digest = hashlib.sha256(":".join(map(str, (seed, *what))).encode()).digest()
+    return int.from_bytes(digest[:4], "big")
 
 
 def suggest(trial: optuna.Trial, space: MethodSpace) -> dict[str, Scalar]:

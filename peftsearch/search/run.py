@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from peftsearch.search.allocation import Joint
 from peftsearch.search.cells import Cell
 from peftsearch.search.counts import ParameterCount
 from peftsearch.search.halving import PRUNERS, Candidate, Pruner
@@ -112,6 +113,14 @@ class StudyRun:
         self._cost = cost
         self._observers = observers
         self._cell_of = {(cell.model, cell.domain, cell.method): cell for cell in cells}
+        self._shares = self._shared_cells()
+        self._share_of = {cell.key: cells for cells in self._shares for cell in cells}
+        self._joint = {
+            (cells[0].model, cells[0].domain): Joint(
+                search, [cell.method for cell in cells], domains[cells[0].domain].direction
+            )
+            for cells in (self._shares if search.allocation == "joint" else [])
+        }
         self._pruners = {name: self._pruner(domain) for name, domain in domains.items()}
         self._memories = {cell.key: Memory() for cell in self.cells}
         self._interrupted: list[int] = []
@@ -120,6 +129,7 @@ class StudyRun:
             if not self._grids and ledger.is_new(cell.key):
                 ledger.enqueue(cell.key, first_guesses(cell.space, search.trials, (guesses or {}).get(cell.method, ())))
         for record in ledger.records:
+            self._learn(record)
             running = record.state is TrialState.RUNNING
             for index, rung in enumerate(record.rungs, start=1):
                 if not (running and rung is record.rungs[-1]):
@@ -135,15 +145,16 @@ class StudyRun:
 
     def finished(self) -> bool:
         """Whether every cell has had its trials and none is running."""
-        return self._next_cell() is None and not any(
+        return self._next_share() is None and not any(
             record.state is TrialState.RUNNING for record in self.ledger.records
         )
 
     def next_trial(self) -> TrialRecord | None:
         """An interrupted trial to continue, or a new one; None when every cell has had its share.
 
-        Cells take turns, so that at any moment they have had (nearly) the same budget. Where slots train several trials
-        at once, turns are so long that those of one domain and model, which can be trained together, come together.
+        Cells take turns, so that at any moment they have had (nearly) the same budget; with ``allocation: joint`` those
+        take turns that share their trials. Where slots train several trials at once, turns are so long that those of
+        one domain and model, which can be trained together, come together.
         """
         if self._interrupted:
             return self.ledger.record(self._interrupted.pop(0))
@@ -193,7 +204,7 @@ class StudyRun:
         record = self.ledger.add_rung(
             number,
             rung,
-            peak_memory_bytes=result.peak_memory_bytes,
+            peak_memory_bytes=max(result.peak_memory_bytes, before.peak_memory_bytes or 0),
             retries=before.retries + retries,
             # With the evaluation, in one write: a driver that dies now still knows that it was the last one.
             stopped_early=result.stopped,
@@ -224,11 +235,35 @@ class StudyRun:
             return True
         return False
 
+    def _shared_cells(self) -> list[list[Cell]]:
+        """The cells that share their trials: every one by itself, or the methods of a model and domain."""
+        if self.search.allocation == "equal":
+            return [[cell] for cell in self.cells]
+        shares: dict[tuple[str, str], list[Cell]] = {}
+        for cell in self.cells:
+            shares.setdefault((cell.model, cell.domain), []).append(cell)
+        return list(shares.values())
+
+    def _room(self, cells: Sequence[Cell]) -> int:
+        """Trials that cells which share them may still start."""
+        return sum(self._share(cell) - self.ledger.started(cell.key) for cell in cells)
+
+    def _next_share(self) -> list[Cell] | None:
+        methods = max(1, len({cell.method for cell in self.cells}))
+        left = []
+        for index, cells in enumerate(self._shares):
+            if self._room(cells) > 0:
+                turn = -(-self.at_once() * len(cells) // methods)
+                left.append((sum(self.ledger.started(cell.key) for cell in cells) // turn, index))
+        return self._shares[min(left)[1]] if left else None
+
     def _next_cell(self) -> Cell | None:
-        started = [(self.ledger.started(cell.key), index) for index, cell in enumerate(self.cells)]
-        turn = -(-self.at_once() // max(1, len({cell.method for cell in self.cells})))
-        left = [(count // turn, index) for count, index in started if count < self._share(self.cells[index])]
-        return self.cells[min(left)[1]] if left else None
+        cells = self._next_share()
+        if cells is None or len(cells) == 1:
+            return cells[0] if cells else None
+        model, domain = cells[0].model, cells[0].domain
+        method = self._joint[model, domain].method(self.ledger.next_number())
+        return self._cell_of[model, domain, method]
 
     def _share(self, cell: Cell) -> int:
         """Trials of a cell: a grid may hold fewer than the others have, and not all of it within the limits."""
@@ -243,7 +278,7 @@ class StudyRun:
         among them continues with the next one.
         """
         number = self.ledger.next_number()
-        while self._share(cell) > self.ledger.started(cell.key):
+        while self._room(self._share_of[cell.key]) > 0:
             attempt = self.ledger.infeasible(cell.key, number)
             last = cell.key not in self._grids and attempt >= PROPOSALS - 1
             record = self.ledger.ask(
@@ -284,7 +319,12 @@ class StudyRun:
         key = cell.key if cell else f"{record.domain}/{record.method}/{record.model}"
         return Candidate(record.number, key, rung.value, rung.loss, record.trainable_parameters)
 
+    def _learn(self, record: TrialRecord) -> None:
+        if (joint := self._joint.get((record.model, record.domain))) is not None:
+            joint.learn(record)
+
     def _tell(self, record: TrialRecord) -> None:
+        self._learn(record)
         for observer in self._observers:
             observer.trial_changed(record)
 

@@ -44,7 +44,8 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
 
         steps = self._budget.evaluation_steps
         last = self._evaluation == len(steps) - 1
-        segment = Segment(self._plan, steps[self._evaluation], last)
+        answered = steps[self._evaluation - 1] if self._evaluation else 0
+        segment = Segment(self._plan, steps[self._evaluation], last, answered=answered)
         outcome, retries = ray.get(self._dispatcher.submit.remote(segment))
         if isinstance(outcome, Failure):
             # Not an exception: Tune would throw this process away, and the trial's fault is not the process's.

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from peftsearch.search.run import StudyRun
@@ -42,7 +43,9 @@ _LOSSES = 3
 """So often a trial is continued after its actor could not be started, or was lost more often than Tune bears."""
 
 
-def run_trials(run: StudyRun, dispatcher: Any, concurrency: Callable[[], int], stopped: Callable[[], bool]) -> None:
+def run_trials(
+    run: StudyRun, dispatcher: Any, concurrency: Callable[[], int], stopped: Callable[[], bool], scratch: Path
+) -> None:
     """Run a study's remaining trials to their end, or until told to stop.
 
     Args:
@@ -50,11 +53,12 @@ def run_trials(run: StudyRun, dispatcher: Any, concurrency: Callable[[], int], s
         dispatcher: Handle of the slots' dispatcher.
         concurrency: Trials at a time, by now; with one trial at a time the order of events is determined.
         stopped: Asked often; once true, nothing new is started and the running trials stay RUNNING in the ledger.
+        scratch: A folder for Tune's own files, which nothing here reads.
     """
     # Where it is a lost trial actor that ends the last round, its trial is still to be continued.
     losses: Counter[int] = Counter()
     while True:
-        _run_round(run, dispatcher, concurrency, stopped, losses)
+        _run_round(run, dispatcher, concurrency, stopped, losses, scratch)
         if stopped() or not run.interrupted:
             return
 
@@ -65,11 +69,12 @@ def _run_round(
     concurrency: Callable[[], int],
     stopped: Callable[[], bool],
     losses: Counter[int],
+    scratch: Path,
 ) -> None:
     # Trial actors live with the driver and the dispatcher: no lost machine takes one along.
     here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
     resources = tune.PlacementGroupFactory([{"memory": _ACTOR_MEMORY}], bundle_label_selector=[here])
-    with tempfile.TemporaryDirectory(prefix="peftsearch-tune-") as folder:
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
         tuner = tune.Tuner(
             tune.with_resources(TrialActor, resources),
             tune_config=tune.TuneConfig(

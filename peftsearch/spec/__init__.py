@@ -1,7 +1,16 @@
 """What a study file may say, and the shape of a trial: the words that all other parts share."""
 
 from peftsearch.spec.errors import StudyError, UnreachableError
-from peftsearch.spec.facts import THREADS, Baseline, Direction, DomainFacts, ModelFacts, StudyFacts
+from peftsearch.spec.facts import (
+    ALL_BASELINES,
+    THREADS,
+    Baseline,
+    Direction,
+    DomainFacts,
+    FailedBaseline,
+    ModelFacts,
+    StudyFacts,
+)
 from peftsearch.spec.locations import model_location, package_path
 from peftsearch.spec.secrets import hide_secrets, note_secrets, without_passwords
 from peftsearch.spec.space import Range, Scalar, Space
@@ -27,6 +36,7 @@ from peftsearch.spec.study_file import StudyFile, problem, suggest
 from peftsearch.spec.trial import Confirmed, Reading, Rung, TrialRecord, TrialState
 
 __all__ = [
+    "ALL_BASELINES",
     "THREADS",
     "Baseline",
     "ColumnsSpec",
@@ -37,6 +47,7 @@ __all__ = [
     "DomainFacts",
     "DomainSpec",
     "ExpectedSpec",
+    "FailedBaseline",
     "ForgettingSpec",
     "LimitSpec",
     "MethodSpec",

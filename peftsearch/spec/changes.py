@@ -14,8 +14,8 @@ from typing import Any
 
 from peftsearch.spec.errors import StudyError
 
-_FREE = (("resources",), ("description",), ("tracking", "mlflow"))
-"""How and where a study is run and shown, which is no part of its question."""
+_FREE = (("resources",), ("description",), ("tracking", "mlflow"), ("confirm", "prompted_examples"))
+"""How and where a study is run and shown, which is no part of its question; and what each reading says of itself."""
 
 _GROWING = {("search", "trials"): "trials per cell", ("confirm", "seeds"): "seeds to confirm with"}
 

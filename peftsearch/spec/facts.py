@@ -18,6 +18,10 @@ THREADS = "threads per worker"
 """The entry of `StudyFacts.provenance` that says with how many threads trials were trained and scored."""
 
 
+ALL_BASELINES = "all"
+"""The name in `DomainFacts.failed_baselines` for whatever kept all of a domain's baselines from being computed."""
+
+
 class _Facts(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -28,10 +32,23 @@ class Baseline(_Facts):
     title: str = Field(description="For people, for example 'majority class'")
     value: float = Field(description="In the domain's metric")
     scores: dict[str, float] = Field(default_factory=dict)
+    examples: int | None = Field(
+        default=None, description="Validation examples that the value rests on: prompting takes a sample"
+    )
     test_value: float | None = Field(default=None, description="In the domain's metric, on the test split")
     test_scores: dict[str, float] = Field(default_factory=dict)
+    test_examples: int | None = Field(default=None, description="Test examples that test_value rests on")
+    test_read_at: str | None = Field(default=None, description="When the test split was read: ISO 8601, UTC")
     trainable_parameters: int = 0
     detail: str = Field(default="", description="How it was made, for example the regularisation that was picked")
+
+
+class FailedBaseline(_Facts):
+    """A baseline that could not be computed; it is not tried again in its study."""
+
+    title: str = Field(description="As `Baseline.title`")
+    split: Literal["validation", "test"] = Field(description="Where it failed; on test, validation has a value")
+    error: str = Field(description="Why, in one sentence")
 
 
 class DomainFacts(_Facts):
@@ -50,6 +67,9 @@ class DomainFacts(_Facts):
     warnings: tuple[str, ...] = Field(default=(), description="What a careful reader should know about the data")
     baselines: dict[str, dict[str, Baseline]] = Field(
         default_factory=dict, description="By model path, then by name ('majority', 'linear_probe')"
+    )
+    failed_baselines: dict[str, dict[str, FailedBaseline]] = Field(
+        default_factory=dict, description="By model path, then by name; `ALL_BASELINES` where no baseline was reached"
     )
 
 

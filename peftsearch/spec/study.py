@@ -221,6 +221,11 @@ class SearchSpec(_Section):
     """How configurations are proposed and pruned."""
 
     trials: int = Field(default=16, ge=1, le=1_000_000, description="Trials per cell; every cell gets the same number")
+    allocation: Literal["equal", "joint"] = Field(
+        default="equal",
+        description="equal: every cell gets its trials; joint: the methods of a model and domain share theirs, and the "
+        "sampler chooses each trial's method",
+    )
     scheduler: Literal["pareto_asha", "asha", "none"] = Field(
         default="pareto_asha",
         description="pareto_asha ranks by accuracy and parameters, asha by accuracy alone, none never prunes",
@@ -343,6 +348,12 @@ class ConfirmSpec(_Section):
     max_finalists: int | None = Field(
         default=None, ge=1, description="Per domain at most so many; each method's best first, then the front"
     )
+    prompted_examples: int | None = Field(
+        default=500,
+        ge=1,
+        description="Test examples that prompting baselines are computed on at most, spread evenly over the split; "
+        "null: all. On validation they are at most 200",
+    )
 
 
 class ResourcesSpec(_Section):
@@ -356,7 +367,7 @@ class ResourcesSpec(_Section):
     )
     gpus_per_worker: float = Field(default=0, ge=0, description="GPUs per worker")
     cpus_per_worker: int | None = Field(
-        default=None, ge=1, description="Threads per worker; the machine's cores, shared, where absent"
+        default=None, ge=1, description="Threads per worker; the cores, shared by the slots, where absent"
     )
     threads_per_worker: Literal["cpus", "auto"] = Field(
         default="cpus",
@@ -364,7 +375,9 @@ class ResourcesSpec(_Section):
         "worker finds training to be the fastest",
     )
     slots: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        default="auto", description="Worker groups; auto fills the machines that are there, also later ones"
+        default="auto",
+        description="Worker groups; auto fills the machines that are there, also later ones: on CPUs with a worker per "
+        "core",
     )
     pack: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto",

@@ -65,7 +65,8 @@ class Rung(BaseModel):
     )
     usage: dict[str, float] = Field(
         default_factory=dict,
-        description="What the worker used of its machine then, by MLflow's names of system metrics",
+        description="What the worker used of its machine then, by MLflow's names of system metrics; of several, what "
+        "those after the first used has worker_1/ and so on before these names",
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from peftsearch.ray_access import HOW_TO_SWITCH_ON, check_access, refused, token_of_the_user
-from peftsearch.spec import StudyError
+from peftsearch.spec import StudyError, hide_secrets, note_secrets
 
 _REQUEST_SECONDS = 60.0
 _HEARTBEAT_SECONDS = 20.0
@@ -69,7 +69,9 @@ class JobServer:
             def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
                 return super()._do_request(method, endpoint, **{"timeout": _REQUEST_SECONDS, **options})
 
-        self.address = address
+        # Requests' errors, and ours about them, may quote a login that an address holds.
+        note_secrets(address)
+        self.address = hide_secrets(address)
         with token_of_the_user():
             url, is_open = _job_server_url(address)
             try:
@@ -79,7 +81,7 @@ class JobServer:
             except Exception as error:
                 _explain(error, f"the Ray cluster at {address!r}")
         if is_open:
-            told(f"anybody who reaches the Ray cluster at {address} can run code on it: {HOW_TO_SWITCH_ON}")
+            told(f"anybody who reaches the Ray cluster at {self.address} can run code on it: {HOW_TO_SWITCH_ON}")
 
     def jobs(self, prefix: str) -> list[Job]:
         """The jobs with ids that begin so, whatever their state, in the order of their numbers.
@@ -117,7 +119,7 @@ class JobServer:
         return job
 
     def stop(self, job: Job) -> None:
-        """Ask a job to stop; it does so after its running segment."""
+        """Ask a job to stop; its driver ends when the running trials have written their state."""
         self._asked(self._client.stop_job, job.id)
 
     async def log(self, job: Job, received: Callable[[str], None]) -> None:
@@ -159,17 +161,21 @@ def _job_server_url(address: str) -> tuple[str, bool]:
     """The job server's URL, and whether it answers those who show no token."""
     import requests
 
+    if address.startswith("ray://"):
+        raise StudyError(
+            f"cannot reach a Ray cluster at {address!r}: Ray Client (ray://) is not used; write the dashboard's URL, "
+            "such as http://127.0.0.1:8265"
+        )
     candidates = [address] if "://" in address else [f"http://{address}"] if ":" in address else []
-    if not address.startswith("ray://"):
-        for url in candidates:
-            try:
-                answer = requests.get(f"{url.rstrip('/')}/api/jobs/", timeout=_REQUEST_SECONDS)
-            except requests.RequestException as error:
-                if "://" in address:
-                    raise StudyError(f"cannot reach a Ray cluster at {address!r}: {reason(error)}") from None
-                continue  # not HTTP: the port of the cluster itself
-            return url, answer.ok
-    is_open = check_access(address) if not address.startswith("ray://") else False
+    for url in candidates:
+        try:
+            answer = requests.get(f"{url.rstrip('/')}/api/jobs/", timeout=_REQUEST_SECONDS)
+        except requests.RequestException as error:
+            if "://" in address:
+                raise StudyError(f"cannot reach a Ray cluster at {address!r}: {reason(error)}") from None
+            continue  # not HTTP: the port of the cluster itself
+        return url, answer.ok
+    is_open = check_access(address)
     from ray.dashboard.utils import get_address_for_submission_client
 
     try:
@@ -200,8 +206,8 @@ def _explain(error: Exception, who: str) -> NoReturn:
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line."""
-    return first_line(str(error)) or type(error).__name__
+    """An error in one line, without passwords."""
+    return first_line(hide_secrets(str(error))) or type(error).__name__
 
 
 def first_line(text: str) -> str:

@@ -73,7 +73,7 @@ def stop_job(study: Study, address: str, told: Told) -> None:
         server.stop(job)
     except ConnectionError as error:
         raise StudyError(str(error)) from None
-    told(f"Stopping the job {job.id}: its driver records what it has, which may take a while")
+    told(f"Stopping the job {job.id}: its trials write their state, which may take a while")
     follow(server, job, lambda _: None, told)
 
 

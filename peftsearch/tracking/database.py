@@ -35,6 +35,7 @@ from sqlalchemy.exc import (
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from peftsearch.files import FULL
 from peftsearch.spec import StudyError
 from peftsearch.tracking.ledger import hide_password
 
@@ -51,6 +52,9 @@ driver hands on the code of an error that it met while connecting (psycopg 3.3, 
 
 _HOPELESS = ("readonly database", "no such table", "no such column")
 """What no patience mends."""
+
+_NO_ROOM = ("disk is full", "No space left on device")
+"""What SQLite and PostgreSQL say of a full disk."""
 
 _NO_TRIAL = 2**31 - 1
 """No trial's id in a database is higher: the column is an integer of 32 bits."""
@@ -112,8 +116,10 @@ class PatientStorage(RDBStorage):
                 if not is_away(error):
                     raise
                 waited = time.monotonic() - began
-                if waited >= self.patience or any(text in first_line(error) for text in _HOPELESS):
-                    what = f"has not answered for {waited:.0f} s" if waited >= self.patience else "cannot be used"
+                no_room = any(text in first_line(error) for text in _NO_ROOM)
+                patience = min(self.patience, FULL) if no_room else self.patience
+                if waited >= patience or any(text in first_line(error) for text in _HOPELESS):
+                    what = f"has not answered for {waited:.0f} s" if waited >= patience else "cannot be used"
                     failure = RuntimeError(
                         f"the ledger {hide_password(self.url)} {what} ({first_line(error)}): nothing that it holds is "
                         "lost, run the study again when that is mended"
@@ -126,7 +132,7 @@ class PatientStorage(RDBStorage):
                         "the ledger %s does not answer, waiting: %s", hide_password(self.url), first_line(error)
                     )
                 again = True
-                time.sleep(min(pause, max(0.0, self.patience - waited)))
+                time.sleep(min(pause, max(0.0, patience - waited)))
                 pause = min(2 * pause, _LONGEST_PAUSE)
             else:
                 if again:

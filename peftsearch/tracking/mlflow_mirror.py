@@ -8,11 +8,12 @@ by their tags (``peftsearch.study``, ``peftsearch.domain``, ``peftsearch.number`
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,11 +94,15 @@ class Known:
         self.params, self.metrics, self.steps, self.brief = {}, {}, None, True
 
 
-_KEPT = (PARENT, DOMAIN, NUMBER, "domain", "on_front", "pick")
+_KEPT = (PARENT, DOMAIN, NUMBER, "domain", "on_front", "pick", "method_best")
 
 
 class Mirror:
-    """What is on the server, and how to make it what it should be. Used by one thread at a time."""
+    """What is on the server, and how to make it what it should be. Used by one thread at a time.
+
+    A write that fails leaves in doubt what the server holds of that trial and its domain: a request may have been
+    carried out though its answer was lost. So the server is asked for these again, and for nothing else.
+    """
 
     def __init__(self, tracking_uri: str, artifact_location: str | None, facts: StudyFacts) -> None:
         self.tracking_uri = tracking_uri
@@ -110,6 +115,8 @@ class Mirror:
         self._twins: dict[int, list[Known]] = {}
         self._readings: dict[tuple[str, str], Known] = {}
         self._reports: dict[str, DomainReport] = {}
+        self._doubted_trials: set[int] = set()
+        self._doubted_domains: set[str] = set()
 
     @property
     def connected(self) -> bool:
@@ -119,10 +126,6 @@ class Mirror:
     def run_id(self, number: int) -> str:
         """The run of a trial that has been written."""
         return self._trials[number].run_id
-
-    def forget(self) -> None:
-        """Ask the server again before the next write."""
-        self._experiment = None
 
     @property
     def client(self) -> MlflowClient:
@@ -138,9 +141,12 @@ class Mirror:
         return self._client
 
     def connect(self) -> None:
-        """Find (or create) the experiment and the domains' runs, and read what is there."""
-        if self.connected:
+        """Find (or create) the experiment and the domains' runs, and read what is there; or see, after a write that
+        failed, that they still are what they were."""
+        if self.connected and (not self._doubted_domains or self._still_there()):
+            self._doubted_domains.clear()
             return
+        self._experiment = None
         client, facts = self.client, self.facts
         self._relocate()
         found = client.get_experiment_by_name(facts.study)
@@ -172,9 +178,16 @@ class Mirror:
             if parent is not None and not known.deleted and known.tags.get(PARENT) != parent.run_id:
                 self._log(known, [], {}, {PARENT: parent.run_id})
         self._experiment = experiment
+        self._doubted_trials.clear()
+        self._doubted_domains.clear()
 
     def write(self, record: TrialRecord) -> None:
         """Make a trial's run what it should be."""
+        with self._doubted_where_it_fails(record.domain, record.number):
+            self._read_again(record.number)
+            self._write(record)
+
+    def _write(self, record: TrialRecord) -> None:
         assert self._experiment is not None
         client = self.client
         domain = self._parents[record.domain]
@@ -263,6 +276,14 @@ class Mirror:
 
     def write_report(self, domain: str, report: DomainReport) -> None:
         """Make a domain's run what it should be, and mark which trials are on the front."""
+        with self._doubted_where_it_fails(domain):
+            self._write_report(domain, report)
+        for number in [number for number, trial in self._trials.items() if trial.tags.get("domain") == domain]:
+            with self._doubted_where_it_fails(domain, number):
+                self._read_again(number)
+                self._choose(number, report)
+
+    def _write_report(self, domain: str, report: DomainReport) -> None:
         assert self._experiment is not None
         # What is known of the study grows while it runs: provenance, for one.
         self._ensure_parent(self._experiment, domain)
@@ -281,12 +302,12 @@ class Mirror:
             {},
             {key: value for key, value in tags.items() if known.tags.get(key) != value},
         )
-        for number, trial in self._trials.items():
-            if trial.tags.get("domain") == domain:
-                chosen = _chosen(number, report)
-                changed = {key: value for key, value in chosen.items() if trial.tags.get(key) != value}
-                if changed and not trial.deleted:
-                    self._log(trial, [], {}, changed)
+
+    def _choose(self, number: int, report: DomainReport) -> None:
+        trial = self._trials.get(number)
+        if trial is not None and not trial.deleted:
+            chosen = _chosen(number, report)
+            self._log(trial, [], {}, {key: value for key, value in chosen.items() if trial.tags.get(key) != value})
 
     def settle(self, domains: Iterable[str], running: AbstractSet[str]) -> None:
         """Mark domains as finished, or as running where trials of theirs are."""
@@ -294,27 +315,76 @@ class Mirror:
             known = self._parents[domain]
             status = "RUNNING" if domain in running else "FINISHED"
             if known.status != status:
-                if status == "RUNNING":
-                    self.client.update_run(known.run_id, status=status)
-                else:
-                    self.client.set_terminated(known.run_id, status)
+                with self._doubted_where_it_fails(domain):
+                    if status == "RUNNING":
+                        self.client.update_run(known.run_id, status=status)
+                    else:
+                        self.client.set_terminated(known.run_id, status)
                 known.status = status
 
     # --- reading ---
 
-    def _read(self, experiment: str) -> None:
-        from mlflow.entities import ViewType
+    @contextlib.contextmanager
+    def _doubted_where_it_fails(self, domain: str, number: int | None = None) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            self._doubted_domains.add(domain)
+            if number is not None:
+                self._doubted_trials.add(number)
+            raise
 
+    def _still_there(self) -> bool:
+        """Ask for the experiment and for the runs of the domains that are in doubt; returns whether they are there."""
+        from mlflow.exceptions import MlflowException
+
+        assert self._experiment is not None
+        found = self.client.get_experiment_by_name(self.facts.study)
+        if found is None or found.experiment_id != self._experiment or found.lifecycle_stage == "deleted":
+            return False
+        for domain in self._doubted_domains & self._parents.keys():
+            try:
+                run = self.client.get_run(self._parents[domain].run_id)
+            except MlflowException as error:
+                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                    return False
+                raise
+            self._parents[domain] = _known(run)
+            self._ensure_parent(self._experiment, domain)
+        return True
+
+    def _read_again(self, number: int) -> None:
+        """Ask for the runs of a trial that is in doubt."""
+        if number not in self._doubted_trials:
+            return
+        assert self._experiment is not None
+        runs = [
+            run for tag in (NUMBER, CONFIRMS) for run in self._search(self._experiment, f"tags.`{tag}` = '{number}'")
+        ]
+        self._trials.pop(number, None)
+        self._twins.pop(number, None)
+        for key in [key for key in self._readings if key[0] == str(number)]:
+            del self._readings[key]
+        self._take(runs)
+        self._doubted_trials.discard(number)
+
+    def _read(self, experiment: str) -> None:
         self._parents.clear()
         self._trials.clear()
         self._twins.clear()
         self._readings.clear()
+        self._take(self._search(experiment))
+
+    def _search(self, experiment: str, filter_string: str = "") -> list[Run]:
+        from mlflow.entities import ViewType
+
         runs: list[Run] = []
         token: str | None = None
         while True:
             # Deleted runs too: a trial whose run was deleted gets that run back, so there are never two.
             page = self.client.search_runs(
                 [experiment],
+                filter_string,
                 run_view_type=ViewType.ALL,
                 max_results=1000,
                 order_by=["attributes.start_time ASC"],
@@ -323,22 +393,15 @@ class Mirror:
             runs += page
             token = page.token
             if not token:
-                break
+                return runs
+
+    def _take(self, runs: Iterable[Run]) -> None:
         # Where there are two after all, the one that is not deleted counts, unless the ledger names the other.
         for run in sorted(runs, key=lambda run: run.info.lifecycle_stage == "deleted"):
             tags = run.data.tags
             if tags.get(STUDY) != self.facts.study:
                 continue
-            known = Known(
-                run_id=run.info.run_id,
-                status=run.info.status,
-                tags=dict(tags),
-                params=dict(run.data.params),
-                metrics=dict(run.data.metrics),
-                steps=None,
-                data={(item.dataset.name, item.dataset.digest) for item in _dataset_inputs(run)},
-                deleted=run.info.lifecycle_stage == "deleted",
-            )
+            known = _known(run)
             if CONFIRMS in tags:
                 self._readings.setdefault((tags[CONFIRMS], tags.get("seed", "")), known)
             elif NUMBER not in tags:
@@ -468,7 +531,7 @@ class Mirror:
         if report is not None:
             return _chosen(record.number, report)
         have = known.tags if known else {}
-        return {"on_front": have.get("on_front", flag(False)), "pick": have.get("pick", "")}
+        return {key: have.get(key, value) for key, value in _chosen(record.number, DomainReport("")).items()}
 
     def _log(
         self,
@@ -511,7 +574,24 @@ class Mirror:
 
 def _chosen(number: int, report: DomainReport) -> dict[str, str]:
     """Tags that tell where a trial stands among the others."""
-    return {"on_front": flag(number in report.on_front), "pick": report.picks.get(number, "")}
+    return {
+        "on_front": flag(number in report.on_front),
+        "pick": report.picks.get(number, ""),
+        "method_best": flag(number in report.method_best),
+    }
+
+
+def _known(run: Run) -> Known:
+    return Known(
+        run_id=run.info.run_id,
+        status=run.info.status,
+        tags=dict(run.data.tags),
+        params=dict(run.data.params),
+        metrics=dict(run.data.metrics),
+        steps=None,
+        data={(item.dataset.name, item.dataset.digest) for item in _dataset_inputs(run)},
+        deleted=run.info.lifecycle_stage == "deleted",
+    )
 
 
 def _dataset_inputs(run: Run) -> Sequence[DatasetInput]:

@@ -63,6 +63,7 @@ class DomainReport:
         metrics: Numbers about the domain: hypervolume, counts by state, baselines.
         on_front: Numbers of the trials on the front.
         picks: By number, for what a trial would be picked: ``best``, ``knee`` and ``smallest``, apart by spaces.
+        method_best: Numbers of the trials that are their method's best, for each model.
         step: The x of the metrics' curves: trials that have ended.
     """
 
@@ -71,6 +72,7 @@ class DomainReport:
     metrics: Mapping[str, float] = field(default_factory=dict)
     on_front: AbstractSet[int] = frozenset()
     picks: Mapping[int, str] = field(default_factory=dict)
+    method_best: AbstractSet[int] = frozenset()
     step: int = 0
 
 

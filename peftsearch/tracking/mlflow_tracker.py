@@ -116,7 +116,7 @@ class MlflowTracker:
         self._mirror = Mirror(tracking_uri, artifact_location, facts)
         self._lock = threading.Lock()
         self._records: dict[int, TrialRecord] = {}
-        self._reports: dict[str, DomainReport] = {}
+        self._reports: dict[str, DomainReport | Callable[[], DomainReport]] = {}
         self._running: dict[int, str] = {}
         self._unsettled: set[str] = set()
         self._run_ids: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
@@ -149,8 +149,14 @@ class MlflowTracker:
                 self._running.pop(record.number, None)
         self._deliver()
 
-    def report(self, domain: str, report: DomainReport) -> None:
-        """A domain's page has changed. Only the latest one is written."""
+    def report(self, domain: str, report: DomainReport | Callable[[], DomainReport]) -> None:
+        """A domain's page has changed. Only the latest one is written.
+
+        Args:
+            domain: Its name.
+            report: The page, or what renders it: that is called in the tracker's thread, once for each attempt to write
+                it. Where it fails, nothing is written.
+        """
         with self._lock:
             if self._closing:
                 raise RuntimeError("the tracker is closed")
@@ -251,7 +257,7 @@ class MlflowTracker:
                 if not self._connect():
                     return False
         for domain, report in reports:
-            if not self._attempt(partial(mirror.write_report, domain, report), self._reports, domain, report):
+            if not self._attempt(partial(self._write_report, domain, report), self._reports, domain, report):
                 worked = False
                 if not self._connect():
                     return False
@@ -268,6 +274,15 @@ class MlflowTracker:
                 self._unsettled -= settle
                 self._progressed()
         return worked
+
+    def _write_report(self, domain: str, report: DomainReport | Callable[[], DomainReport]) -> None:
+        if not isinstance(report, DomainReport):
+            try:
+                report = report()
+            except Exception as error:  # no trouble of MLflow's, and another attempt would not help
+                log.info("the page of %r for MLflow cannot be made: %s", domain, brief(error))
+                return
+        self._mirror.write_report(domain, report)
 
     def _connect(self) -> bool:
         try:
@@ -295,8 +310,6 @@ class MlflowTracker:
         self._written.notify_all()
 
     def _failed(self, error: Exception) -> None:
-        # What the server holds is no longer known: a request may have been carried out though its answer was lost.
-        self._mirror.forget()
         message = brief(error)
         if message != self.last_error:
             log.info("MLflow at %s: %s", public_uri(self.tracking_uri), message)

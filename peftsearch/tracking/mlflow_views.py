@@ -28,22 +28,26 @@ _PER_CLASS = ("f1", "precision", "recall", "support")
 def saved_views(facts: StudyFacts) -> dict[str, str]:
     """The views that every study's experiment has, as tags of the experiment.
 
-    - *Trials*: every trial, the best first.
+    - *Trials*: every trial. The best first, of what has ended, where the domains' metrics have one direction; where
+      they do not, the largest number.
     - *Front*: the trials on a front, the smallest first.
-    - *Methods*: each method's best in each domain, as charts and as a grouped table.
+    - *Methods*: each method's best trial in each domain (and for each model), as charts and as a table. Not as groups:
+      MLflow would take each number's maximum over a group, and show trials that nobody has trained.
     """
     several = len(facts.models) > 1
     domains = ("domain",) if len(facts.domains) > 1 else ()
+    names = (*domains, *(("model",) if several else ()), "method")
     columns = [
         # What is the same for all would push what is not out of sight: MLflow puts tags after metrics.
-        *(_column("tags", name) for name in (*domains, *(("model",) if several else ()), "method")),
+        *(_column("tags", name) for name in names),
         *(_column("metrics", name) for name in ("value", "trainable_parameters", "train_seconds")),
         *(_column("tags", name) for name in ("on_front", "pick")),
         *(_column("metrics", name) for name in ("confirmed_mean", "confirmed_std", "confirmed_test_mean")),
     ]
     ascending = {domain.direction for domain in facts.domains.values()} == {"minimize"}
     best_first = {"orderByKey": _column("metrics", "value"), "orderByAsc": ascending}
-    trials = {"selectedColumns": columns, "searchFilter": 'tags.state != ""', **best_first}
+    with_state = [*columns[: len(names)], _column("tags", "state"), *columns[len(names) :]]
+    trials = {"selectedColumns": with_state, "searchFilter": 'tags.state != ""', **best_first}
     front = {
         "selectedColumns": columns,
         "searchFilter": 'tags.on_front = "true"',
@@ -52,12 +56,8 @@ def saved_views(facts: StudyFacts) -> dict[str, str]:
     }
     methods = {
         "selectedColumns": columns,
-        "searchFilter": 'tags.state = "COMPLETE"',
+        "searchFilter": 'tags.method_best = "true"',
         **best_first,
-        "groupBy": {
-            "aggregateFunction": "min" if ascending else "max",
-            "groupByKeys": [{"mode": "tag", "groupByData": name} for name in ("method", *domains)],
-        },
         "runsHiddenMode": "SHOW_ALL",
         "isAccordionReordered": True,
         "compareRunSections": [

@@ -24,14 +24,15 @@ def hyperparameter_text(name: str, value: Any) -> str:
 
 
 def configuration_text(hyperparameters: Mapping[str, Any], only: Iterable[str] | None = None) -> str:
-    """Hyperparameters in one line, for example ``rank=8 dropout=0.1 lr=3.1e-04``.
+    """Hyperparameters in one line, for example ``rank=8 dropout=0.1 lr=3.1e-04``; without empty ones.
 
     Args:
         hyperparameters: By name, in the method's order.
         only: Names to show; all where None.
     """
     names = set(hyperparameters if only is None else only)
-    return " ".join(hyperparameter_text(name, value) for name, value in hyperparameters.items() if name in names)
+    named = {name: value for name, value in hyperparameters.items() if name in names and value not in ("", None)}
+    return " ".join(hyperparameter_text(name, value) for name, value in named.items())
 
 
 def description_note(description: str) -> str:

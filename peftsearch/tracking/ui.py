@@ -18,6 +18,8 @@ from pathlib import Path
 
 import psutil
 
+from peftsearch import files
+from peftsearch.files import Place, local_cache
 from peftsearch.spec import StudyError
 from peftsearch.tracking.mlflow_store import default_artifacts, default_tracking_uri, relocate_artifacts
 
@@ -97,31 +99,41 @@ def ui_environment() -> dict[str, str]:
 
 
 def serve_ui(
-    storage: Path, host: str = "127.0.0.1", port: int = 5000, names: Sequence[str] = (), extra: Sequence[str] = ()
+    storage: Place, host: str = "127.0.0.1", port: int = 5000, names: Sequence[str] = (), extra: Sequence[str] = ()
 ) -> int:
     """Serve the MLflow UI, and the studies' live pages beside it (`peftsearch.live`), until it is stopped (Ctrl-C).
 
     Returns the server's exit status, 0 after Ctrl-C.
 
     Args:
-        storage: The storage folder.
+        storage: The storage. For one in an object store, which holds no MLflow store, there is an empty one in this
+            machine's cache.
         host: Address to listen on; loopback by default, as MLflow's server asks nobody who they are.
         port: Port to listen on.
         names: Further names under which browsers reach the server; see `reachable_names`.
         extra: Further options of ``mlflow server``.
 
     Raises:
-        StudyError: The storage holds neither an MLflow store nor a study yet, or the port is in use, or peftsearch was
-            installed before it had pages.
+        StudyError: The storage holds neither an MLflow store nor a study yet, or cannot be read; or the port is in use,
+            or peftsearch was installed before it had pages.
     """
-    store = Path(default_tracking_uri(storage).removeprefix("sqlite:///"))
+    folder = storage.expanduser() if isinstance(storage, Path) else local_cache() / "mlflow"
+    store = Path(default_tracking_uri(folder).removeprefix("sqlite:///"))
     # Studies that track elsewhere, or not at all, have their pages here all the same.
-    if not store.is_file() and not any((storage.expanduser() / "studies").glob("*/study.json")):
+    if not (isinstance(storage, Path) and store.is_file()) and not _holds_a_study(storage):
         raise StudyError(f"there is no study in {str(storage)!r} yet: run one, or name another folder with --storage")
     _check_names(names)
     if PLUGIN not in entry_points(group="mlflow.app").names:
         raise StudyError("the installed peftsearch is older than this code: install it again (pip install -e .)")
     check_port(host, port)
+    if not isinstance(storage, Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        print(
+            "An object store holds no MLflow runs: this MLflow UI is empty (a study's runs are on the server that its "
+            "tracking.mlflow names), the Pareto pages are live",
+            file=sys.stderr,
+            flush=True,
+        )
     # Without the last part MLflow shows what it has for chats and agents, and hides training runs behind a switch.
     address = f"http://{_for_url(host)}:{port}/#/experiments?workflowType=machine_learning"
     print(f"MLflow UI:    {address}  (Ctrl-C stops it)", file=sys.stderr, flush=True)
@@ -134,10 +146,10 @@ def serve_ui(
         )
     with contextlib.suppress(sqlite3.OperationalError):
         # A store that cannot be written can be looked at all the same.
-        relocate_artifacts(default_tracking_uri(storage), default_artifacts(storage))
+        relocate_artifacts(default_tracking_uri(folder), default_artifacts(folder))
     # In a session of its own the server does not get the terminal's Ctrl-C: it is ended below, with its workers, once.
     process = subprocess.Popen(
-        [*ui_command(storage, host, port, names), *_WITH_PAGES, *extra],
+        [*ui_command(folder, host, port, names), *_WITH_PAGES, *extra],
         env=ui_environment() | {"PEFTSEARCH_STORAGE": str(storage)},
         start_new_session=True,
     )
@@ -148,6 +160,16 @@ def serve_ui(
         return 0
     finally:
         _end(process)
+
+
+def _holds_a_study(storage: Place) -> bool:
+    studies = storage / "studies"
+    try:
+        return any(files.exists(studies / name / "study.json") for name in files.names(studies))
+    except OSError as error:
+        raise StudyError(
+            f"cannot read the storage {storage}: {files.reason(error)} (choose another with --storage)"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ that was launched before, at every forward pass. Here the host finds out before 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,8 +40,8 @@ class Batch:
 def load(values: Mapping[str, Any], device: torch.device) -> Batch:
     """A batch that was made on the host, on its way to a device."""
     mask = values.get(_MASK)
-    # A decoder with a mask of its own makes the answer ambiguous.
-    known = isinstance(mask, torch.Tensor) and not any(name.startswith("decoder_") for name in values)
+    # A decoder with a mask of its own makes the answer ambiguous; without, only its encoder's texts are padded.
+    known = isinstance(mask, torch.Tensor) and "decoder_attention_mask" not in values
     full = bool(mask.numpy().all()) if known else None  # type: ignore[union-attr]
     return Batch({name: _moved(value, device) for name, value in values.items()}, full)
 
@@ -55,7 +55,7 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value.pin_memory().to(device, non_blocking=True)
 
 
-def ahead(items: Iterable[T], make: Callable[[T], R], device: torch.device) -> Iterator[R]:
+def ahead(items: Iterable[T], make: Callable[[T], R], device: torch.device) -> Generator[R, None, None]:
     """What ``make`` makes of the items, in order; on a GPU always one item ahead, in a thread.
 
     Args:
@@ -70,7 +70,9 @@ def ahead(items: Iterable[T], make: Callable[[T], R], device: torch.device) -> I
     yield from in_thread(items, make, lambda: None if device.index is None else torch.cuda.set_device(device))
 
 
-def in_thread(items: Iterable[T], make: Callable[[T], R], begin: Callable[[], None] = lambda: None) -> Iterator[R]:
+def in_thread(
+    items: Iterable[T], make: Callable[[T], R], begin: Callable[[], None] = lambda: None
+) -> Generator[R, None, None]:
     """What ``make`` makes of the items, in order, the next one made in a thread while this one is used.
 
     An error comes with the item that it is about; whoever stops asking waits for at most one item. ``begin`` is called

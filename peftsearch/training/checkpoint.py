@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from peftsearch.files import Place, delete, is_local, names, persist, reading, reason, writing
@@ -100,10 +100,17 @@ def discard_weights(folder: Place) -> None:
             delete(folder / name)
 
 
-def sound_states(folder: Place, latest: int) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, Any]]]:
+def belongs(meta: Mapping[str, Any], digest: str) -> bool:
+    """Whether what carries this metadata is of the trial with this `TrialPlan.digest`; earlier versions wrote none."""
+    return bool(meta.get("trial", digest) == digest)
+
+
+def sound_states(
+    folder: Place, latest: int, digest: str, tell: Callable[[str], None] = log.warning
+) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, Any]]]:
     """The states of a trial up to a step, the latest one first, as `read_checkpoint` reads them.
 
-    A damaged one is left out, and a warning says so.
+    A damaged one is left out, and so is one of another trial (`TrialPlan.digest`); ``tell`` is told so in a sentence.
 
     Raises:
         OSError: The storage cannot be read.
@@ -115,10 +122,12 @@ def sound_states(folder: Place, latest: int) -> Iterator[tuple[dict[str, torch.T
             tensors, meta = read_checkpoint(folder / state_name(step))
             if meta.get("step") != step:
                 raise CorruptCheckpointError(f"{state_name(step)} of trial folder {folder.name} is of another step")
+            if not belongs(meta, digest):
+                raise CorruptCheckpointError(f"{state_name(step)} of trial folder {folder.name} is of another trial")
         except FileNotFoundError:
             continue
         except CorruptCheckpointError as error:
-            log.warning("%s; the trial goes on from an earlier state", error)
+            tell(f"{error}; the trial goes on from an earlier state")
             continue
         yield tensors, meta
 

@@ -18,7 +18,7 @@ from peftsearch.training.packing.host import Host
 from peftsearch.training.packing.measure import measured_size
 from peftsearch.training.packing_key import pack_key
 from peftsearch.training.segment import Failure, HandedBack, Outcome, Segment, SegmentResult, SetAside, Work
-from peftsearch.training.session import Part, TrialSession
+from peftsearch.training.session import LeavingError, Part, TrialSession
 from peftsearch.training.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -131,8 +131,8 @@ class Crew:
             self._ready[lease] = outcome
             return
         session = found[0]
-        passed = [step for step in session.budget.evaluation_steps if session.step < step < segment.to_step]
-        if session.step >= segment.to_step:
+        passed = session.owed(segment.to_step)
+        if session.step >= next(iter(passed), segment.to_step):
             # The steps are done and their evaluation was lost.
             self._ready[lease] = self.worker.do(segment)
             return
@@ -166,6 +166,9 @@ class Crew:
         """
         if self._ready:
             ready, self._ready = self._ready, {}
+            if any(isinstance(outcome, HandedBack) for outcome in ready.values()):
+                # One that was trained by itself: the worker leaves, and so do the others.
+                ready |= self._leave()
             return ready
         if self.worker.must_leave():
             return self._leave()
@@ -259,13 +262,17 @@ class Crew:
         last = stop == segment.to_step
         if last or session.training.patience is not None:
             # Early stopping goes by every evaluation.
-            result = session.conclude(
-                loss,
-                done.seconds,
-                final=segment.final and last,
-                read_test=segment.read_test and last,
-                peak_memory=member.peak_memory or None,
-            )
+            try:
+                result = session.conclude(
+                    loss,
+                    done.seconds,
+                    final=segment.final and last,
+                    read_test=segment.read_test and last,
+                    peak_memory=member.peak_memory or None,
+                )
+            except LeavingError:
+                # All leave next, this one with its evaluation still to be made.
+                return SetAside()
             if last or result.stopped:
                 return replace(result, together=round(member.shared / max(1, member.steps), 3))
         member.stops.pop(0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Literal, TypeVar
@@ -20,6 +21,10 @@ T = TypeVar("T")
 
 _PATIENCE = timedelta(seconds=20)
 """How long a worker that failed waits for the others to fail at the same place; they are in step, so it is ample."""
+
+
+_NOTICE_SECONDS = 30.0
+"""How often workers that wait for the first one hear that it goes on."""
 
 
 _KNOWN = "known to all workers"
@@ -179,6 +184,35 @@ class WorkerGroup:
         if self.size == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+
+    def first_alone(self, work: Callable[[Callable[[], None]], None]) -> None:
+        """Have rank 0 do something by itself, however long it takes, while the others wait for its end.
+
+        The others are told now and then that it goes on: a collective that waits for longer than the process group's
+        timeout ends the group.
+
+        Args:
+            work: Calls what it is given now and then.
+        """
+        if self.size == 1:
+            work(lambda: None)
+            return
+        if self.rank != 0:
+            while self.any(False):
+                pass
+            return
+        told = time.monotonic()
+
+        def goes_on() -> None:
+            nonlocal told
+            if time.monotonic() - told > _NOTICE_SECONDS:
+                self.any(True)
+                told = time.monotonic()
+
+        try:
+            work(goes_on)
+        finally:
+            self.any(False)
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         """The first worker's tensor, in place of the others'."""

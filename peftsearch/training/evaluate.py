@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +52,7 @@ def evaluate(
     group: WorkerGroup | None = None,
     *,
     final: bool = True,
+    between: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Predict a split and score it; in the weights' own precision, unless called under autocast.
 
@@ -64,6 +65,7 @@ def evaluate(
         batch_size: Examples per forward pass.
         group: The workers that share the work.
         final: Whether this is more than a rung on the way (`Prediction.final`).
+        between: Called before every batch; what it raises ends the evaluation.
     """
     group = group or WorkerGroup()
     task, data = domain.task, domain.split(split)
@@ -80,15 +82,17 @@ def evaluate(
         # The longest texts are one worker's: it may run out of memory alone.
         with nullcontext() if group.sharded else group.together():
             for indices, counts in _shares(batches, group, task.decodes):
+                between()
                 raw = data[indices]
                 batch = to_device(task.collate(raw, domain.pad_token_id), group.device)
                 output = model(**{name: value for name, value in batch.items() if name not in task.hidden})
-                if not counts:
-                    continue
-                losses.append(task.losses(output, batch).float().cpu().numpy())
-                predictions.extend(task.predict(model, output, batch, how))
-                references.extend(task.references(raw))
-                rows.extend(indices)
+                if counts:
+                    losses.append(task.losses(output, batch).float().cpu().numpy())
+                    predictions.extend(task.predict(model, output, batch, how))
+                    references.extend(task.references(raw))
+                    rows.extend(indices)
+                # Scores of a whole vocabulary are often the most of all memory: never two batches' at once.
+                del output
     finally:
         model.train(was_training)
     if group.sharded and task.decodes:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from pathlib import Path
 
 import psutil
 import torch
@@ -28,6 +30,21 @@ def free_bytes(device: torch.device) -> int:
         return int(psutil.virtual_memory().available)
     reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + reserve
+
+
+def forget_peak() -> None:
+    """From now on, `peak_resident` is counted anew, where the system can do that (Linux: man 5 proc, clear_refs)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_resident() -> int:
+    """Bytes of main memory that this process has had at once since `forget_peak`; elsewhere than on Linux, has now."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if found:
+            return int(found[1]) * 1024
+    return int(psutil.Process().memory_info().rss)
 
 
 def describe(error: BaseException) -> str:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -14,19 +19,34 @@ from peftsearch.domains import PreparedDomain
 from peftsearch.domains.tasks.base import EXAMPLE, text_batch
 from peftsearch.domains.tasks.token_classification import LOST, OUTSIDE
 from peftsearch.training.base_model import FrozenBase
-from peftsearch.training.distributed import WorkerGroup
-from peftsearch.training.evaluate import to_device
-from peftsearch.training.prompting import add_prompting
-from peftsearch.training.segment import ProbeResult
+from peftsearch.training.distributed import PeerError, WorkerGroup
+from peftsearch.training.evaluate import evaluate, to_device
+from peftsearch.training.memory import out_of_memory
+from peftsearch.training.prompting import FEW_SHOT, SHOTS, ZERO_SHOT, Prompting
+from peftsearch.training.segment import PROMPTED, ProbeResult
+from peftsearch.training.session import LeavingError
 
-# Words that a probe of words is trained on at most: more do not help a linear model much, and cost memory.
+log = logging.getLogger(__name__)
+
+GUESSES = "guesses"
+"""What a failure of the guesses from the data is noted as."""
+LINEAR_PROBE, COSINE = "linear model on frozen features", "cosine of frozen embeddings"
+
+# Words, or choices, that a probe of them is trained on at most: more do not help a linear model much, and cost memory.
 WORDS = 50_000
 
 
 def probe(
-    base: FrozenBase, domain: PreparedDomain, batch_size: int, group: WorkerGroup, split: str = "validation"
+    base: FrozenBase,
+    domain: PreparedDomain,
+    batch_size: int,
+    group: WorkerGroup,
+    split: str = "validation",
+    names: Collection[str] | None = None,
+    prompted: int | None = PROMPTED,
+    leaving: Callable[[], bool] = lambda: False,
 ) -> ProbeResult:
-    """Score the domain's baselines.
+    """Score the domain's baselines, each by itself: one that fails is noted with its reason, and the others are there.
 
     Args:
         base: The frozen base.
@@ -35,41 +55,142 @@ def probe(
         group: Only rank 0 computes, and the others wait at the next collective; where each holds a part of the base,
             all compute the same.
         split: What is scored. What a baseline has to choose is chosen on validation, whatever is scored.
+        names: Those that are wanted; all where None.
+        prompted: Examples that are prompted at most; the whole split where None.
+        leaving: Asked now and then by a worker that is a group of its own: whether it has to leave.
+
+    Raises:
+        LeavingError: It has.
+        OSError: The data cannot be read.
+        Exception: A baseline failed on one of several workers that compute it together.
     """
+    read_at = datetime.now(UTC).isoformat(timespec="milliseconds") if split == "test" else None
+    result = ProbeResult(read_at=read_at)
+
+    def compute(goes_on: Callable[[], None]) -> None:
+        def pause() -> None:
+            goes_on()
+            # A group's other workers could not be told.
+            if group.size == 1 and leaving():
+                raise LeavingError
+
+        _add_all(_Attempts(result, group, names, pause), base, domain, batch_size, split, prompted)
+
+    if group.sharded:
+        compute(lambda: None)
+    else:
+        group.first_alone(compute)
+    return result
+
+
+def _add_all(
+    attempt: _Attempts, base: FrozenBase, domain: PreparedDomain, batch_size: int, split: str, prompted: int | None
+) -> None:
     task, labels = domain.task, domain.labels
-    result = ProbeResult()
-    if group.rank != 0 and not group.sharded:
-        return result
+    result, group = attempt.result, attempt.group
     train, scored = domain.split("train")[:], domain.split(split)[:]
     references = task.references(scored)
     if EXAMPLE in scored:
         # One for each example, as guesses are, where an example makes several rows.
         first = {example: row for row, example in reversed(list(enumerate(scored[EXAMPLE])))}
         references = [references[first[example]] for example in dict.fromkeys(scored[EXAMPLE])]
-    for name, guess in task.guesses(train, scored, labels).items():
-        result.add(name, guess.title, guess.detail, task.score(guess.predictions, references, labels))
-    add_prompting(result, base, domain, batch_size, group.device, split)
+
+    def guess() -> None:
+        for name, found in task.guesses(train, scored, labels).items():
+            if attempt.wanted(name):
+                scores = task.score(found.predictions, references, labels)
+                result.add(name, found.title, found.detail, scores, domain.rows[split])
+
+    attempt(GUESSES, "guesses from the data", guess)
+    if Prompting.possible(domain):
+        prompting = functools.cache(
+            lambda: Prompting(base, domain, batch_size, group.device, split, prompted, attempt.pause)
+        )
+        attempt("zero_shot", ZERO_SHOT, lambda: prompting().add(result, 0))
+        attempt("few_shot", FEW_SHOT, lambda: prompting().add(result, SHOTS))
+    if task.name == "language_modeling":
+        attempt("zero_shot", "zero-shot", lambda: _untuned(result, base, domain, batch_size, group, split))
     if task.probe is None or domain.architecture != "encoder":
-        return result
-    encoder = _Encoder(base, domain, batch_size, group.device)
-    if task.probe == "token":
-        _word_probe(result, encoder, domain, split)
-    elif task.probe == "pair" and "first" in train:
-        _pair_probe(result, encoder, domain, split)
+        return
+    encoder = functools.cache(lambda: _Encoder(base, domain, batch_size, group.device, attempt.pause))
+    if task.probe == "pair" and "first" in train:
+        pairs = functools.cache(lambda: _pairs(encoder(), domain, split))
+        attempt("cosine", COSINE, lambda: _add_cosine(result, domain, split, pairs()))
+        attempt("linear_probe", LINEAR_PROBE, lambda: _pair_probe(result, domain, split, pairs()))
     else:
-        _text_probe(result, encoder, domain, split)
-    return result
+        train_probe = {"token": _word_probe, "choice": _choice_probe}.get(task.probe, _text_probe)
+        attempt("linear_probe", LINEAR_PROBE, lambda: train_probe(result, encoder(), domain, split))
+
+
+class _Attempts:
+    """Computes baselines one after another, whatever becomes of the ones before.
+
+    Args:
+        result: Gets them.
+        group: The workers.
+        names: Those that are wanted; all where None.
+        pause: Called now and then while they are computed.
+    """
+
+    def __init__(
+        self, result: ProbeResult, group: WorkerGroup, names: Collection[str] | None, pause: Callable[[], None]
+    ) -> None:
+        self.result = result
+        self.group = group
+        self.names = names
+        self.pause = pause
+
+    def wanted(self, name: str) -> bool:
+        return self.names is None or name == GUESSES or name in self.names
+
+    def __call__(self, name: str, title: str, score: Callable[[], None]) -> None:
+        """Have a baseline added to the result, or note why it could not be."""
+        if not self.wanted(name):
+            return
+        failed = self._failed(score)
+        if failed is not None:
+            # Only now: while an error is handled, its traceback holds on to what was in memory.
+            gc.collect()
+            if self.group.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.result.fail(name, title, failed)
+
+    def _failed(self, score: Callable[[], None]) -> str | None:
+        try:
+            score()
+        except (OSError, LeavingError):
+            raise
+        except PeerError as error:
+            # Where all compute together, the worker that failed notes it, too, and all go on to the next one.
+            return str(error)
+        except Exception as error:
+            # Where all compute together, the others may wait in a collective: only a new worker group is safe then.
+            if self.group.sharded and not self.group.told(error):
+                raise
+            if out_of_memory(error):
+                return "out of memory; training.evaluation_batch_size and training.max_length decide how much it needs"
+            log.exception("baseline failed")
+            return f"{type(error).__name__}: {error}"
+        return None
 
 
 class _Encoder:
     """The frozen base as a source of features: float32 arrays on the CPU."""
 
-    def __init__(self, base: FrozenBase, domain: PreparedDomain, batch_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        base: FrozenBase,
+        domain: PreparedDomain,
+        batch_size: int,
+        device: torch.device,
+        pause: Callable[[], None] = lambda: None,
+    ) -> None:
         backbone: nn.Module = base.trial_model(domain, seed=0, copy_weights=False).base_model
         self.backbone = backbone.eval()
         self.pad_token_id = domain.pad_token_id
         self.batch_size = batch_size
         self.device = device
+        self.pause = pause
 
     def texts(self, columns: Mapping[str, Sequence[Any]]) -> np.ndarray:
         """Mean-pooled, L2-normalised hidden states of the last layer: one row for each text.
@@ -108,6 +229,7 @@ class _Encoder:
         order = sorted(range(len(inputs["input_ids"])), key=lambda row: len(inputs["input_ids"][row]))
         found: list[np.ndarray] = [np.empty(0)] * len(order)
         for start in range(0, len(order), self.batch_size):
+            self.pause()
             rows = order[start : start + self.batch_size]
             chosen = {name: [values[row] for row in rows] for name, values in inputs.items()}
             batch = to_device(text_batch(chosen, self.pad_token_id), self.device)
@@ -115,6 +237,18 @@ class _Encoder:
             for row, features in zip(rows, take(hidden, batch["attention_mask"], rows), strict=True):
                 found[row] = features
         return found
+
+
+def _untuned(
+    result: ProbeResult, base: FrozenBase, domain: PreparedDomain, batch_size: int, group: WorkerGroup, split: str
+) -> None:
+    """The frozen model does the task as it is, where its checkpoint brings the head."""
+    if base.template(domain).modules_to_save:
+        return
+    model = base.trial_model(domain, seed=0, copy_weights=False).eval()
+    found = evaluate(model, domain, split, batch_size, group if group.sharded else WorkerGroup(device=group.device))
+    detail = f"the frozen model as it is, on the whole {split} split"
+    result.add("zero_shot", "zero-shot", detail, found.scores, domain.rows[split])
 
 
 def _text_probe(result: ProbeResult, encoder: _Encoder, domain: PreparedDomain, split: str) -> None:
@@ -131,45 +265,100 @@ def _text_probe(result: ProbeResult, encoder: _Encoder, domain: PreparedDomain, 
     _add_best(result, domain, split, encoder.texts(train), targets, predict, "mean-pooled frozen features")
 
 
-def _pair_probe(result: ProbeResult, encoder: _Encoder, domain: PreparedDomain, split: str) -> None:
-    """Of pairs whose texts are embedded each by itself: their cosine, untrained; and a linear model.
+@dataclass(frozen=True)
+class _Pairs:
+    """By split: features of pairs whose texts are embedded each by itself, shape (pairs, features); their cosines."""
 
-    The features u, v, |u - v| and u * v are those of Conneau et al. 2017 (InferSent, arXiv:1705.02364).
-    """
-    task, labels = domain.task, domain.labels
-    pairs, cosines = {}, {}
+    features: dict[str, np.ndarray]
+    cosines: dict[str, np.ndarray]
+
+
+def _pairs(encoder: _Encoder, domain: PreparedDomain, split: str) -> _Pairs:
+    """The features u, v, |u - v| and u * v are those of Conneau et al. 2017 (InferSent, arXiv:1705.02364)."""
+    found = _Pairs({}, {})
     for name in {"train", "validation", split}:
         rows = domain.split(name)[:]
         u, v = (encoder.texts({"input_ids": rows[column]}) for column in ("first", "second"))
-        pairs[name] = np.concatenate([u, v, np.abs(u - v), u * v], axis=1)
-        cosines[name] = (u * v).sum(axis=1)
+        found.features[name] = np.concatenate([u, v, np.abs(u - v), u * v], axis=1)
+        found.cosines[name] = (u * v).sum(axis=1)
+    return found
+
+
+def _add_cosine(result: ProbeResult, domain: PreparedDomain, split: str, pairs: _Pairs) -> None:
+    """The cosine of two embeddings, untrained."""
+    task = domain.task
     train, scored = domain.split("train")[:], domain.split(split)[:]
     low, high = task.options.range or (min(train["labels"]), max(train["labels"]))
+    predictions = (low + pairs.cosines[split] * (high - low)).tolist()
     result.add(
         "cosine",
-        "cosine of frozen embeddings",
+        COSINE,
         f"cosine of the two mean-pooled texts, 0 and 1 taken for {low:g} and {high:g}; nothing is trained",
-        task.score((low + cosines[split] * (high - low)).tolist(), task.references(scored), labels),
+        task.score(predictions, task.references(scored), domain.labels),
+        domain.rows[split],
     )
+
+
+def _pair_probe(result: ProbeResult, domain: PreparedDomain, split: str, pairs: _Pairs) -> None:
+    """A linear model on the embeddings of pairs."""
     _add_best(
         result,
         domain,
         split,
-        pairs["train"],
-        np.asarray(task.references(train)),
-        lambda model, name: model.predict(pairs[name]).tolist(),
+        pairs.features["train"],
+        np.asarray(domain.task.references(domain.split("train")[:])),
+        lambda model, name: model.predict(pairs.features[name]).tolist(),
         "the frozen embeddings u, v of the two texts, |u - v| and u * v",
+    )
+
+
+def _choice_probe(result: ProbeResult, encoder: _Encoder, domain: PreparedDomain, split: str) -> None:
+    """A linear model that scores each choice by itself, trained to score the right one above each of the others.
+
+    That is a logistic regression without intercept on the differences of their features (Bradley and Terry 1952): the
+    scores of a question's choices are compared with one another and nothing else.
+    """
+    train = domain.split("train")
+    train = train[_some(list(map(len, train["input_ids"])))]
+
+    def embedded(rows: Mapping[str, Any]) -> list[np.ndarray]:
+        flat = {
+            column: [tokens for choices in rows[column] for tokens in choices]
+            for column in ("input_ids", "token_type_ids")
+            if column in rows
+        }
+        ends = np.cumsum([len(choices) for choices in rows["input_ids"]])
+        return np.split(encoder.texts(flat), ends[:-1])
+
+    features = {name: embedded(domain.split(name)[:]) for name in {"validation", split}}
+    differences = np.concatenate(
+        [
+            np.delete(own[right] - own, right, axis=0)
+            for own, right in zip(embedded(train), train["labels"], strict=True)
+        ]
+    )
+    # Both ways round: a model of one class cannot be fitted.
+    targets = np.repeat([1, 0], len(differences))
+
+    def predict(model: Any, name: str) -> list[int]:
+        return [int((own @ model.coef_[0]).argmax()) for own in features[name]]
+
+    _add_best(
+        result,
+        domain,
+        split,
+        np.concatenate([differences, -differences]),
+        targets,
+        predict,
+        "mean-pooled frozen features of each choice with its question",
+        biases=False,
     )
 
 
 def _word_probe(result: ProbeResult, encoder: _Encoder, domain: PreparedDomain, split: str) -> None:
     """A linear model on the hidden states of words, trained on at most about `WORDS` words of train."""
-    data = domain.split("train")
     held_out = {name: domain.split(name)[:] for name in {"validation", split}}
-    order = np.random.default_rng(0).permutation(len(data)).tolist()
-    lengths = domain.lengths("train")
-    reached = int(np.searchsorted(np.cumsum([lengths[row] for row in order]), WORDS)) + 1
-    train = data[sorted(order[:reached])]
+    train = domain.split("train")[_some(domain.lengths("train"))]
 
     def seen(columns: Mapping[str, Sequence[Any]]) -> list[int]:
         return [
@@ -198,6 +387,13 @@ def _word_probe(result: ProbeResult, encoder: _Encoder, domain: PreparedDomain, 
     )
 
 
+def _some(sizes: Sequence[int]) -> list[int]:
+    """Rows, the same ones every time, that hold about `WORDS` words or choices; all where these are fewer."""
+    order = np.random.default_rng(0).permutation(len(sizes)).tolist()
+    reached = int(np.searchsorted(np.cumsum([sizes[row] for row in order]), WORDS)) + 1
+    return sorted(order[:reached])
+
+
 def _add_best(
     result: ProbeResult,
     domain: PreparedDomain,
@@ -206,6 +402,8 @@ def _add_best(
     targets: np.ndarray,
     predict: Callable[[Any, str], list[Any]],
     what: str,
+    *,
+    biases: bool = True,
 ) -> None:
     """Fit the task's linear models and add the best of them on the validation split, where the trials' are picked too.
 
@@ -217,6 +415,7 @@ def _add_best(
         targets: What they should give.
         predict: Predictions of a fitted model for the validation split, and for the one that is scored.
         what: The features, in words.
+        biases: Whether the models have them.
     """
     task = domain.task
     sign = 1.0 if domain.direction == "maximize" else -1.0
@@ -238,14 +437,15 @@ def _add_best(
     if best is not None:
         _, setting, scores, model = best
         if split != "validation":
-            scored = task.references(domain.split(split)[:])
-            scores = task.score(predict(model, split), scored, domain.labels)
+            references = task.references(domain.split(split)[:])
+            scores = task.score(predict(model, split), references, domain.labels)
         kind = type(model[-1] if hasattr(model, "steps") else model).__name__
         outputs = targets.shape[1] if targets.ndim > 1 else max(len(domain.labels), 1)
         result.add(
             "linear_probe",
-            "linear model on frozen features",
+            LINEAR_PROBE,
             f"{kind} on {what}, {setting} picked on validation",
             scores,
-            (features.shape[1] + 1) * outputs,
+            domain.rows[split],
+            (features.shape[1] + biases) * outputs,
         )

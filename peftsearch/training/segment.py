@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -65,6 +67,16 @@ class TrialPlan:
         """Unique among everything that is trained in a study; names the folder of its files."""
         return f"{self.number:05d}" + (f"-seed{self.seed}" if self.confirmation else "")
 
+    @property
+    def digest(self) -> str:
+        """Equal for equal configurations, whatever their numbers: tells whose a checkpoint is.
+
+        A ledger that was restored from a copy may give the number of a trial whose files are still there to another
+        configuration.
+        """
+        decides = [self.model, self.domain, self.method, dict(self.hyperparameters), self.seed]
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -76,6 +88,12 @@ class Segment:
     """Whether ``to_step`` is the full budget: the weights are then kept for export."""
     read_test: bool = False
     """Whether the test split is read after the last step; only for confirmations."""
+    answered: int = 0
+    """The trial's last step that was answered: its state is in the storage, or on its way there."""
+
+
+PROMPTED = 200
+"""Validation examples that prompting baselines are computed on at most."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +104,10 @@ class Probe:
     domain: str
     read_test: bool = False
     """Whether the test split is scored, and not validation; only beside confirmations."""
+    names: tuple[str, ...] | None = None
+    """The baselines that are wanted; all that the task has where None."""
+    prompted: int | None = PROMPTED
+    """Examples that are prompted at most; the whole split where None."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +142,9 @@ class SegmentResult:
         scores: All of the task's scores on the validation split.
         train_seconds: Time in training steps; of steps that several trials share, each has its share.
         evaluation_seconds: Time in evaluation.
-        peak_memory_bytes: Peak GPU memory of the trial so far, or resident memory of the worker on CPU. Of trials that
-            are trained together on a GPU: the base and a trial's share of what was on top of it.
-        usage: What the worker (of several, the first) used of its machine at the end, see `UsageMeter`.
+        peak_memory_bytes: Peak GPU memory of the trial so far; on a CPU, of the worker in this segment (resident). Of
+            trials that are trained together on a GPU: the base and a trial's share of what was on top of it.
+        usage: What the workers used of their machines at the end, see `UsageMeter` and `of_workers`.
     """
 
     step: int
@@ -152,7 +174,8 @@ class Failure:
 
 @dataclass(frozen=True)
 class HandedBack:
-    """The slot has to leave (its machine is about to be taken away): the state is written, and others go on."""
+    """The slot has to leave (its machine is about to be taken away, or the study stops): the state is written, and
+    whoever trains the trial next goes on from it."""
 
 
 @dataclass(frozen=True)
@@ -165,17 +188,33 @@ class SetAside:
 
 @dataclass
 class ProbeResult:
-    """Baselines of a domain by name: how each was made, in words, and what it scored on the split asked for."""
+    """Baselines of a domain by name: how each was made, in words, and what it scored on the split asked for.
+
+    Attributes:
+        examples: How many the scores rest on.
+        parameters: How many it trains.
+        failures: Why a baseline could not be computed; it has a title, and nothing else.
+        read_at: When the test split was read (ISO 8601, UTC); None where it was not.
+    """
 
     titles: dict[str, str] = field(default_factory=dict)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     details: dict[str, str] = field(default_factory=dict)
+    examples: dict[str, int] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    read_at: str | None = None
 
-    def add(self, name: str, title: str, detail: str, scores: dict[str, float], parameters: int = 0) -> None:
-        """Add a baseline; ``parameters`` is how many it trains."""
+    def add(
+        self, name: str, title: str, detail: str, scores: dict[str, float], examples: int, parameters: int = 0
+    ) -> None:
+        """Add a baseline."""
         self.titles[name], self.details[name] = title, detail
-        self.scores[name], self.parameters[name] = scores, parameters
+        self.scores[name], self.examples[name], self.parameters[name] = scores, examples, parameters
+
+    def fail(self, name: str, title: str, error: str) -> None:
+        """Note that a baseline could not be computed."""
+        self.titles[name], self.failures[name] = title, error
 
 
 Work = Segment | Probe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -11,13 +12,12 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
 from peftsearch.domains import PreparedDomain
 from peftsearch.domains.tasks import LossOptions
-from peftsearch.files import Place, patiently, persist, read_json, write_bytes, write_json
+from peftsearch.files import Place, delete, patiently, persist, read_json, write_bytes, write_json
 from peftsearch.methods import METHODS, AttachContext
 from peftsearch.spec import TrainingSpec
 from peftsearch.training.attention import use_fast_attention
@@ -29,6 +29,7 @@ from peftsearch.training.checkpoint import (
     TEST_READING,
     WEIGHTS,
     CorruptCheckpointError,
+    belongs,
     delete_states,
     read_checkpoint,
     sound_states,
@@ -40,6 +41,7 @@ from peftsearch.training.distributed import WorkerGroup
 from peftsearch.training.dropout import use_fast_dropout
 from peftsearch.training.evaluate import Evaluation, evaluate
 from peftsearch.training.forgetting import FORGETTING, GeneralText
+from peftsearch.training.memory import forget_peak, peak_resident
 from peftsearch.training.optimizer import (
     learning_rate_factor,
     load_optimizer_tensors,
@@ -54,10 +56,13 @@ from peftsearch.training.recompute import recompute
 from peftsearch.training.segment import SegmentResult, TestReading, TrialPlan
 from peftsearch.training.sharding import part_like
 from peftsearch.training.state_writer import WRITER
-from peftsearch.training.usage import METER
+from peftsearch.training.usage import METER, of_workers
+
+log = logging.getLogger(__name__)
 
 _STEPS_BETWEEN_QUESTIONS = 8
-"""Several workers ask one another so often whether one of them has to leave."""
+"""Several workers ask one another so often whether one of them has to leave; sooner where their steps take long."""
+_SECONDS_BETWEEN_QUESTIONS = 2.0
 
 
 class DivergedError(RuntimeError):
@@ -107,11 +112,19 @@ def load_trained(model: nn.Module, path: Place) -> dict[str, Any]:
     return meta
 
 
-def finished_result(study_folder: Place, key: str) -> SegmentResult | None:
-    """The last result of a trial that has been trained to its end already; None where it has not."""
+def finished_result(study_folder: Place, plan: TrialPlan) -> SegmentResult | None:
+    """The last result of a trial that has been trained to its end already; None where it has not.
+
+    Weights of another trial, of which the ledger knows nothing any more, are deleted.
+    """
+    weights = trial_folder(study_folder, plan.key) / WEIGHTS
     try:
-        _, meta = read_checkpoint(trial_folder(study_folder, key) / WEIGHTS)
+        _, meta = read_checkpoint(weights)
     except (FileNotFoundError, CorruptCheckpointError):
+        return None
+    if not belongs(meta, plan.digest):
+        log.warning("the weights in trial folder %s are of another trial: the ledger is older than they are", plan.key)
+        delete(weights)
         return None
     return _result(meta["result"])
 
@@ -162,8 +175,14 @@ class TrialSession:
         self.folder = trial_folder(study_folder, plan.key)
         self.step = 0
         self.must_leave: Callable[[], bool] = bool
-        """Asked at every step: whether this worker's machine is about to be taken away."""
+        """Asked at every step: whether this worker is to leave, because its machine is about to be taken away or the
+        study stops."""
+        self.tell: Callable[[str], None] = log.warning
+        """Told, in a sentence, what a person should know of the trial."""
+        self._asked, self._asks_at = (0, time.perf_counter()), 0
         self._part = Part()
+        self._done = Part()
+        """What `_train` did of the last segment."""
         self.last: SegmentResult | None = None
         """Result of the segment that ended at `step`: given again when the answer was lost on its way."""
         if group.device.type == "cuda":
@@ -210,7 +229,9 @@ class TrialSession:
         """
         # It may be on its way.
         WRITER.wait()
-        found = patiently(self.folder, lambda: next(sound_states(self.folder, latest), None), "read")
+        found = patiently(
+            self.folder, lambda: next(sound_states(self.folder, latest, self.plan.digest, self.tell), None), "read"
+        )
         if found is None:
             return
         tensors, meta = found
@@ -242,11 +263,17 @@ class TrialSession:
             LeavingError: `must_leave` said so; the state is written.
             StorageError: The state cannot be written.
         """
-        began = time.perf_counter() - self._part.seconds
+        if self.group.device.type == "cpu":
+            forget_peak()
         _set_random_state(self._random_state, self.group.device)
         train_loss = self._train(to_step)
         self._random_state = _random_state(self.group.device)
-        return self.conclude(train_loss, time.perf_counter() - began, final=final, read_test=read_test)
+        try:
+            return self.conclude(train_loss, self._done.seconds, final=final, read_test=read_test)
+        except LeavingError:
+            self._part = self._done
+            self.pause()
+            raise
 
     def conclude(
         self,
@@ -268,14 +295,17 @@ class TrialSession:
 
         Raises:
             DivergedError, StorageError: As `run`.
+            LeavingError: `must_leave` said so: nothing has been evaluated, and the state is still to be written.
         """
         trained = time.perf_counter()
         stopped = False
+        if self.group.any(self.must_leave()):
+            raise LeavingError
         if self.training.patience is None:
-            evaluation = self._evaluate(final)
+            evaluation = self._evaluate(final, self._leave_between)
         else:
             # Evaluations are compared on equal terms, the last one too: under autocast, and greedy where a task writes.
-            evaluation = self._evaluate(final=False)
+            evaluation = self._evaluate(False, self._leave_between)
             exhausted = self._note_improvement(evaluation)
             stopped = exhausted and not final
             if final or stopped:
@@ -296,7 +326,7 @@ class TrialSession:
             train_seconds=train_seconds,
             evaluation_seconds=evaluated - trained,
             peak_memory_bytes=_peak_memory(self.group.device) if peak_memory is None else peak_memory,
-            usage=METER.read(self.group.device),
+            usage=of_workers(self.group.gather(METER.read(self.group.device))),
             test=test,
             stopped=stopped,
         )
@@ -324,7 +354,17 @@ class TrialSession:
             StorageError: It cannot be written.
         """
         self._write(final=False)
-        WRITER.wait()
+        with self.group.together():
+            WRITER.wait()
+
+    def owed(self, to_step: int) -> list[int]:
+        """Evaluations before a step that the trial has to pass by on its way, where the states after them are lost.
+
+        The first may be due at once, where a worker had to leave before it.
+        """
+        made = self.last is not None and self.last.step == self.step
+        first = self.step + 1 if made else self.step
+        return [step for step in self.budget.evaluation_steps if first <= step < to_step]
 
     def check_loss(self, mean: float, to_step: int) -> None:
         """Refuse a training loss that is no number.
@@ -367,7 +407,7 @@ class TrialSession:
         """Score the test split, once: a worker that died before its checkpoint was written left its reading behind."""
         if "test" not in self.domain.rows:
             return None
-        before = self.group.from_first(_earlier_reading(self.folder) if self.group.rank == 0 else None)
+        before = self.group.from_first(_earlier_reading(self.folder, self.plan) if self.group.rank == 0 else None)
         if before is not None:
             return before
         began = time.perf_counter()
@@ -392,7 +432,7 @@ class TrialSession:
         if self.group.rank == 0:
             # Written whole or not at all; without it the predictions above would count for nothing.
             path = self.folder / TEST_READING
-            persist(path, lambda: write_json(path, asdict(reading)))
+            persist(path, lambda: write_json(path, {"trial": self.plan.digest, **asdict(reading)}))
         return reading
 
     def _train(self, to_step: int) -> float:
@@ -408,9 +448,7 @@ class TrialSession:
                 self.step, self._random_state = step, _random_state(group.device)
                 loss_so_far = float(group.sum(total).item())
                 self._part = Part(loss_so_far, examples, time.perf_counter() - began)
-                self._write(final=False)
-                with group.together():
-                    WRITER.wait()
+                self.pause()
                 raise LeavingError
             loss = torch.zeros((), device=group.device)
             for number, (moved, weight) in enumerate(loaded, start=1):
@@ -435,7 +473,8 @@ class TrialSession:
             total += loss.double() * count / group.size
             examples += count
         self.step = to_step
-        mean = float(group.sum(total).item()) / max(1, examples)
+        self._done = Part(float(group.sum(total).item()), examples, time.perf_counter() - began)
+        mean = self._done.loss / max(1, examples)
         self.check_loss(mean, to_step)
         return mean
 
@@ -458,9 +497,23 @@ class TrialSession:
     def _leaves(self, step: int) -> bool:
         if self.group.size == 1:
             return self.must_leave()
-        return step % _STEPS_BETWEEN_QUESTIONS == 0 and self.group.any(self.must_leave())
+        if step < self._asks_at:
+            return False
+        asked, at = self._asked
+        now = time.perf_counter()
+        said = torch.tensor([float(self.must_leave()), (now - at) / max(1, step - asked)], device=self.group.device)
+        # All go by the same sums, and so ask again at the same step.
+        leaving, seconds = self.group.sum(said).tolist()
+        steps = min(_STEPS_BETWEEN_QUESTIONS, int(_SECONDS_BETWEEN_QUESTIONS * self.group.size / max(seconds, 1e-6)))
+        self._asked, self._asks_at = (step, now), step + max(1, steps)
+        return bool(leaving)
 
-    def _evaluate(self, final: bool) -> Evaluation:
+    def _leave_between(self) -> None:
+        """Between the batches of an evaluation; several workers have different numbers of them, and finish it."""
+        if self.group.size == 1 and self.must_leave():
+            raise LeavingError
+
+    def _evaluate(self, final: bool, between: Callable[[], None] = lambda: None) -> Evaluation:
         # The score at the full budget is the adapter's: what plain transformers gives, in the weights' own precision.
         # On the way there the training's precision is as good for comparing trials, and up to four times as fast.
         self.group.prepare(self.model, self.half and not final)
@@ -473,6 +526,7 @@ class TrialSession:
                 self.training.evaluation_batch_size,
                 self.group,
                 final=final,
+                between=between,
             )
         if not math.isfinite(evaluation.loss):
             raise DivergedError(f"the validation loss is {evaluation.loss} after step {self.step}")
@@ -502,6 +556,7 @@ class TrialSession:
     ) -> None:
         meta = {
             "number": self.plan.number,
+            "trial": self.plan.digest,
             "step": self.step,
             "result": asdict(self.last) if self.last else None,
             "best_value": self.best.value,
@@ -540,12 +595,14 @@ class _Best:
     """Evaluations since then."""
 
 
-def _earlier_reading(folder: Place) -> TestReading | None:
+def _earlier_reading(folder: Place, plan: TrialPlan) -> TestReading | None:
     """What a session of the same trial read of the test split before its worker died."""
     try:
         found = read_json(folder / TEST_READING)
-        return TestReading(**found) if found is not None else None
-    except (ValueError, TypeError):
+        if found is None or not belongs(found, plan.digest):
+            return None
+        return TestReading(**{name: value for name, value in found.items() if name != "trial"})
+    except (AttributeError, ValueError, TypeError):
         return None
 
 
@@ -604,4 +661,4 @@ def _set_random_state(state: Mapping[str, torch.Tensor], device: torch.device) -
 def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return int(psutil.Process().memory_info().rss)
+    return peak_resident()

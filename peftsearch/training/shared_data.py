@@ -10,18 +10,20 @@ import os
 import shutil
 import uuid
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from peftsearch.domains import PreparedDomain
-from peftsearch.files import Place, copy_tree, exists, local_cache, persist, write_bytes
+from peftsearch.files import Place, copy_tree, filesystem, local_cache, patiently, persist
 from peftsearch.spec import StudyError
 from peftsearch.training.segment import WorkerPlan
 
-_COMPLETE = "complete"
-
 
 def publish(plan: WorkerPlan, storage: Place) -> WorkerPlan:
-    """Copy a plan's prepared data into an object store, what is not there yet; returns the plan with the new places.
+    """Copy a plan's prepared data into an object store, what is not there yet or damaged; returns the plan with the new
+    places.
+
+    Folders are named after all that went into them: whoever else has written one has written the same.
 
     Raises:
         StorageError: The storage cannot be written.
@@ -29,16 +31,30 @@ def publish(plan: WorkerPlan, storage: Place) -> WorkerPlan:
     places: dict[tuple[str, str], Place] = {}
     for key, folder in plan.domains.items():
         target = storage / "cache" / folder.name
-        # Folders are named after all that went into them: one that is complete is the same.
-        if not exists(target / _COMPLETE):
-            persist(target, lambda folder=folder, target=target: _copy(folder, target))  # type: ignore[misc]
+        if not patiently(target, partial(_same, folder, target), "read"):
+            persist(target, partial(copy_tree, folder, target))
         places[key] = target
     return replace(plan, domains=places)
 
 
-def _copy(folder: Place, target: Place) -> None:
-    copy_tree(folder, target)
-    write_bytes(target / _COMPLETE, b"")
+def _same(folder: Place, target: Place) -> bool:
+    """Whether every file of a folder is in another one, byte by byte."""
+    assert isinstance(folder, Path)
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    there = [filesystem(target / file.relative_to(folder).as_posix()) for file in files]
+    # Of all files first what costs no reading.
+    sizes = [system.get_file_info(path).size for system, path in there]
+    if sizes != [file.stat().st_size for file in files]:
+        return False
+    for file, (system, path) in zip(files, there, strict=True):
+        with file.open("rb") as here, system.open_input_stream(path, compression=None) as stream:
+            while block := here.read(_BLOCK):
+                if stream.read(len(block)) != block:
+                    return False
+    return True
+
+
+_BLOCK = 8 * 2**20
 
 
 def fetch(where: Place) -> PreparedDomain:

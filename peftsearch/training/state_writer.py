@@ -1,20 +1,22 @@
 """Writing a trial's state while the next segment trains.
 
-A segment is answered once its state is handed over here, not once it is in the storage. Where the process dies in
-between, the trial goes on from the state before: the lost segment is trained again, with the same result, and what was
-answered stays true (`TrialSession.catch_up`). A state that could not be written is told at the next one, and stops the
-study as it would have done at once.
+A segment is answered once its state is handed over here, not once it is in the storage. Whoever goes on with the trial
+elsewhere waits for that state (`wait_for_state`). Where the process died in between, the trial goes on from the state
+before: the lost segment is trained again (`TrialSession.catch_up`), with the same result where it is trained alone, and
+what was answered stays true. A state that could not be written is told at the next one, and stops the study as it would
+have done at once.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from peftsearch.files import Place, StorageError, exists, is_local, persist
-from peftsearch.training.checkpoint import WEIGHTS, delete_states, write_state
+from peftsearch.training.checkpoint import WEIGHTS, delete_states, saved_steps, write_state
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +25,21 @@ log = logging.getLogger(__name__)
 
 AT_ONCE = 8 * 2**20
 """Bytes that are written to a local disk without a thread: that takes a few milliseconds, and copying them some too."""
+
+STATE_SECONDS = 15.0
+"""How long another worker's state is waited for: longer than a large one takes to a network drive, and less than the
+training that it saves."""
+
+
+def wait_for_state(folder: Place, step: int) -> None:
+    """Return once a trial's state after a step, or a later one, is in its folder; or after `STATE_SECONDS` without.
+
+    Raises:
+        OSError: The storage cannot be read.
+    """
+    deadline = time.monotonic() + STATE_SECONDS
+    while max(saved_steps(folder), default=0) < step and time.monotonic() < deadline:
+        time.sleep(0.2)
 
 
 class StateWriter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import psutil
@@ -71,6 +72,13 @@ def _gpu(device: torch.device) -> dict[str, float]:
     with contextlib.suppress(Exception):
         found["gpu_0_utilization_percentage"] = float(torch.cuda.utilization(device))
     return found
+
+
+def of_workers(readings: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What the workers of a group used, in order of rank: the first one's numbers under their own names, the others'
+    behind ``worker_1/`` and so on, as MLflow has them of several nodes."""
+    named = {f"worker_{rank}/{name}": value for rank, found in enumerate(readings) for name, value in found.items()}
+    return {name.removeprefix("worker_0/"): value for name, value in named.items()}
 
 
 METER = UsageMeter()

@@ -11,6 +11,7 @@ import torch
 
 from peftsearch.domains import PreparedDomain
 from peftsearch.files import StorageError, patiently
+from peftsearch.spec import StudyError
 from peftsearch.training.base_model import FrozenBase
 from peftsearch.training.distributed import PeerError, WorkerGroup
 from peftsearch.training.forgetting import GeneralText, measurable
@@ -20,6 +21,7 @@ from peftsearch.training.probe import probe
 from peftsearch.training.segment import Failure, HandedBack, Outcome, Probe, Segment, SegmentResult, Work, WorkerPlan
 from peftsearch.training.session import DivergedError, LeavingError, TrialSession, finished_result
 from peftsearch.training.shared_data import fetch
+from peftsearch.training.state_writer import wait_for_state
 from peftsearch.training.threads import counts_up_to, fastest, keep_threads, kept_threads, training_step
 
 log = logging.getLogger(__name__)
@@ -49,7 +51,10 @@ class Worker:
         self.plan = plan
         self.group = group
         self.must_leave: Callable[[], bool] = bool
-        """Asked at every step: whether this worker's machine is about to be taken away."""
+        """Asked at every step: whether this worker is to leave, because its machine is about to be taken away or the
+        study stops."""
+        self.tell: Callable[[str], None] = log.warning
+        """Told, in a sentence, what a person should know."""
         torch.set_num_threads(plan.threads)
         self.at_once = 1
         """Trials that are trained together."""
@@ -114,11 +119,19 @@ class Worker:
         return self._bases[model]
 
     def domain(self, model: str, name: str) -> PreparedDomain:
-        """A domain's data, tokenised for a model and memory-mapped at first use."""
+        """A domain's data, tokenised for a model and memory-mapped at first use.
+
+        Raises:
+            StorageError: It is not there, or not whole.
+        """
         key = (model, name)
         if key not in self._domains:
             where = self.plan.domains[key]
-            self._domains[key] = patiently(where, lambda: fetch(where), "read")
+            try:
+                self._domains[key] = patiently(where, lambda: fetch(where), "read")
+            except StudyError:
+                # The trial that asks first is not to blame, as it would be for a ValueError.
+                raise StorageError(f"the prepared data of domain {name!r} in {where} is gone or not whole") from None
         return self._domains[key]
 
     def do(self, work: Work) -> Outcome:
@@ -153,6 +166,9 @@ class Worker:
                 next(iter(self.plan.training.values())).evaluation_batch_size,
                 self.group,
                 "test" if work.read_test else "validation",
+                work.names,
+                work.prompted,
+                self.must_leave,
             )
         return self._segment(work)
 
@@ -201,6 +217,17 @@ class Worker:
         if isinstance(work, Segment):
             self._sessions.pop(work.trial.key, None)
 
+    def close(self) -> None:
+        """Drop every trial from memory; before the worker's process group is destroyed.
+
+        A DDP reducer that outlives `destroy_process_group` has the group's last reference: its destructor then waits,
+        with the GIL held, for gloo's threads, which may wait for the GIL to drop a tensor, and the process hangs
+        (https://github.com/pytorch/pytorch/issues/56297).
+        """
+        self._sessions.clear()
+        # Models and what wraps them refer to one another.
+        gc.collect()
+
     def opened(self, segment: Segment) -> TrialSession | SegmentResult:
         """The trial's state, ready for what is left of a segment; or the segment's result, where nothing is.
 
@@ -213,7 +240,7 @@ class Worker:
             folder = self.plan.study_folder
             done = None
             if self.group.rank == 0:
-                done = patiently(folder, lambda: finished_result(folder, key), "read")
+                done = patiently(folder, lambda: finished_result(folder, segment.trial), "read")
             done = self.group.from_first(done)
             if done is not None and (done.step == segment.to_step or done.stopped):
                 return done
@@ -227,9 +254,8 @@ class Worker:
         session = self.opened(segment)
         if isinstance(session, SegmentResult):
             return session
-        for step in session.budget.evaluation_steps:
-            if session.step < step < segment.to_step:
-                session.catch_up(step)
+        for step in session.owed(segment.to_step):
+            session.catch_up(step)
         result = session.run(segment.to_step, final=segment.final, read_test=segment.read_test)
         if segment.final or result.stopped:
             self.drop(segment)
@@ -242,6 +268,8 @@ class Worker:
             self._sessions.move_to_end(key)
             return session
         session = self.new_session(segment)
+        session.tell = self.tell
+        self._wait_for_state(session, segment)
         # Where no state is left of those up to the segment's end, because they were damaged, or because a trial whose
         # actor was lost is asked for an earlier step, it is trained from its start: that gives the same numbers.
         session.resume(segment.to_step)
@@ -250,6 +278,13 @@ class Worker:
         self._sessions[key] = session
         self._make_room()
         return session
+
+    def _wait_for_state(self, session: TrialSession, segment: Segment) -> None:
+        """The worker that answered the trial's last segment may still be writing its state."""
+        if segment.answered and self.group.rank == 0:
+            patiently(session.folder, lambda: wait_for_state(session.folder, segment.answered), "read")
+        # Nobody of the group looks for the state before the first has seen it.
+        self.group.from_first(None)
 
     def _make_room(self) -> None:
         """Forget the trials that were not trained for longest, beyond those that are kept."""

@@ -6,6 +6,7 @@ cluster does not run and a locked-down one may not reach.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from peftsearch.workers.slot_plan import Node
@@ -61,35 +62,57 @@ def remove_orphaned_groups() -> int:
     return removed
 
 
-def without_cleaner(callbacks: list[Any]) -> list[Any]:
-    """Ray Train's callbacks but for the one that starts a detached "cleaner" actor per run.
+def needed_callbacks(callbacks: list[Any]) -> list[Any]:
+    """Ray Train's callbacks but for two, each of which starts an actor, a process of a second or more, per slot.
 
-    It does what `remove_orphaned_groups` does, but polls the dashboard for it: where there is none it stays on the
-    cluster for ever, and with two clusters on one machine it may ask the wrong one and free groups in use.
+    The "cleaner" does what `remove_orphaned_groups` does, but polls the dashboard for it: where there is none it stays
+    on the cluster for ever, and with two clusters on one machine it may ask the wrong one and free groups in use. The
+    other hands out shards of Ray Data's datasets, of which a slot has none.
     """
-    return [callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"]
+    unneeded = {"PlacementGroupCleanerCallback", "DatasetsCallback"}
+    return [callback for callback in callbacks if type(callback).__name__ not in unneeded]
 
 
-def coordinator() -> Any | None:
-    """Handle of Ray's autoscaling coordinator; None where no run has started one."""
-    import ray
+def end_coordinator(timeout: float) -> None:
+    """End Ray's autoscaling coordinator, unless somebody else may be using it; it is started again when needed.
 
-    try:
-        return ray.get_actor(_COORDINATOR, namespace=_COORDINATOR)
-    except ValueError:
-        return None
+    Whoever uses it keeps asking the one that they found at first: Ray Train's controllers, and Ray Data's executions.
+    A run whose driver was killed used it too, and left it to the next one.
 
-
-def end_coordinator() -> None:
-    """End Ray's autoscaling coordinator, unless another driver may be using it; it is started again when needed."""
+    Args:
+        timeout: Seconds; a coordinator that does not say within these who uses it is left alone.
+    """
     import ray
     from ray._private import state
 
     mine = ray.get_runtime_context().get_job_id()
-    others = [
-        actor
-        for actor in state.actors(actor_state_name="ALIVE").values()
-        if actor["JobID"] != mine and "TrainController" in actor["ActorClassName"]
-    ]
-    if not others and (actor := coordinator()) is not None:
-        ray.kill(actor)
+    alive = state.actors(actor_state_name="ALIVE").values()
+    if any(actor["JobID"] != mine and "TrainController" in actor["ActorClassName"] for actor in alive):
+        return
+    try:
+        coordinator = ray.get_actor(_COORDINATOR, namespace=_COORDINATOR)
+    except ValueError:  # no run has started one
+        return
+    # One that is not alive answers nobody, and waits, perhaps for ever, for the machine that it was on.
+    if any(actor["Name"] == _COORDINATOR for actor in alive) and _used_by_data(coordinator, timeout):
+        return
+    ray.kill(coordinator)
+
+
+def _used_by_data(coordinator: Any, timeout: float) -> bool:
+    """Whether an execution of Ray Data has asked the coordinator for resources and may come back to it.
+
+    Executions are no actors that could be looked for: they are threads of drivers and tasks. What Ray Train asked for
+    does not count here: its controllers have been looked for, and a killed one's request would stand for three minutes.
+    """
+    import ray
+
+    def requesters(actor: Any) -> list[str]:
+        # What is within goes to Ray's process by value: that need not have this package.
+        return [name for name, request in actor._ongoing_reqs.items() if request.expiration_time > time.time()]
+
+    try:
+        found = ray.get(coordinator.__ray_call__.remote(requesters), timeout=timeout)
+    except ray.exceptions.RayError:
+        return True
+    return not all(name.startswith("train-") for name in found)

@@ -32,7 +32,7 @@ _SETTLE_SECONDS = 2.5 * BEAT_SECONDS
 
 @dataclass(frozen=True)
 class Order:
-    """The dispatcher's answer to a slot that asks for work."""
+    """The dispatcher's answer to a slot that asks for work, or says that it lives."""
 
     lease: int | None = None
     work: Work | None = None
@@ -43,6 +43,7 @@ class Order:
     ended: tuple[str, ...] = ()
     """Keys of the trials that have ended since the slot last asked, or go on elsewhere: their state can be dropped."""
     stop: bool = False
+    """There is no more work: the slot leaves. To one that is at work: it writes what it has, and hands it back."""
     rejoin: bool = False
     """The dispatcher was started anew and does not know the slot: it must `join` first."""
 
@@ -156,10 +157,15 @@ class Dispatcher:
             "slots": {number: slot.info for number, slot in self._slots.items()},
             "at_once": self.sizes.largest(),
             "notes": list(self._notes),
+            "training": sorted(
+                number
+                for number, slot in self._slots.items()
+                if any(isinstance(work, Segment) for work in slot.at_work)
+            ),
         }
 
     async def stop(self) -> None:
-        """Tell every slot to finish what it is doing and leave."""
+        """Tell every slot to leave: those that train write the state at their next step, and hand their work back."""
         self._stopping = True
         self._wake()
 
@@ -217,11 +223,11 @@ class Dispatcher:
             self._unusable[slot] = reason
             del self._slots[slot]
 
-    async def beat(self, slot: int, incarnation: str) -> bool:
-        """The slot is alive; returns whether it is known here (False: it must `join` again)."""
+    async def beat(self, slot: int, incarnation: str) -> Order:
+        """The slot is alive; it is told to stop, or to rejoin, without waiting for its next question."""
         if (mine := self._mine(slot, incarnation)) is not None:
             mine.seen = time.monotonic()
-        return slot in self._slots
+        return Order(stop=self._stopping, rejoin=slot not in self._slots)
 
     async def take(self, slot: int, incarnation: str, *, at_work: bool = False) -> Order:
         """Wait for work. Trials whose state the slot holds come first, then whatever waits longest.
@@ -289,10 +295,14 @@ class Dispatcher:
             self.sizes.found[key] = min(size, self.sizes.found.get(key, size))
             self._wake()
 
-    async def note(self, slot: int, incarnation: str, key: Hashable, size: int, text: str) -> None:
+    async def fit(self, slot: int, incarnation: str, key: Hashable, size: int, text: str) -> None:
         """No more than so many trials of a kind fit together, and what to tell a person about it."""
         known = self.sizes.of(key) or size
         self.sizes.found[key] = min(known, size)
+        await self.note(slot, incarnation, text)
+
+    async def note(self, slot: int, incarnation: str, text: str) -> None:
+        """What a person should know, in a sentence; it is told once."""
         if text not in self._notes:
             self._notes.append(text)
 
@@ -317,7 +327,7 @@ class Dispatcher:
         mine = self._mine(slot, incarnation)
         if mine is not None and lease in mine.leased:
             mine.ready, mine.doing, mine.leaving = False, [], True
-            self._requeue(mine, "its machine was taken away", blame=False)
+            self._requeue(mine, "the study stops" if self._stopping else "its machine was taken away", blame=False)
 
     async def crashed(self, slot: int, incarnation: str, lease: int, error: str) -> None:
         """The worker group is about to break over its work, and why; it will `join` again."""

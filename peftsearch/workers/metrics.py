@@ -161,8 +161,8 @@ def metrics_targets() -> list[str]:
 class Meter:
     """Tells Ray the values of metrics; Ray hands them on in a thread of its own.
 
-    Labels are names of a study file and words of this module: Ray 2.60 raises UnicodeEncodeError where one is not
-    ASCII.
+    Labels are names of a study file and words of this module. Ray 2.60 raises UnicodeEncodeError where one is not
+    ASCII, so that what is not is told as ``\\xfc`` or ``\\U0001fa7a``.
 
     Args:
         study: Label of everything that is told; None where nothing is to be told.
@@ -181,7 +181,7 @@ class Meter:
                 made = metrics.Histogram(metric.name, metric.help, list(metric.buckets), keys)
             else:
                 made = (metrics.Counter if metric.kind == "counter" else metrics.Gauge)(metric.name, metric.help, keys)
-            self._instruments[metric.name] = made.set_default_tags({"study": study})
+            self._instruments[metric.name] = made.set_default_tags(_plain({"study": study}))
 
     @property
     def on(self) -> bool:
@@ -191,12 +191,12 @@ class Meter:
     def count(self, metric: Metric, amount: float = 1.0, **labels: str) -> None:
         """Add to a counter."""
         if self.on and amount > 0:
-            self._instruments[metric.name].inc(amount, labels)
+            self._instruments[metric.name].inc(amount, _plain(labels))
 
     def observe(self, metric: Metric, value: float, **labels: str) -> None:
         """Add an observation to a histogram."""
         if self.on:
-            self._instruments[metric.name].observe(value, labels)
+            self._instruments[metric.name].observe(value, _plain(labels))
 
     def show(self, metric: Metric, values: Mapping[tuple[str, ...], float]) -> None:
         """Set series of a gauge. Ray drops a series that is not set again within two of its intervals (ran, 2.60.0): to
@@ -208,7 +208,12 @@ class Meter:
         """
         if self.on:
             for key, value in values.items():
-                self._instruments[metric.name].set(value, dict(zip(metric.labels, key, strict=True)))
+                labels = dict(zip(metric.labels, key, strict=True))
+                self._instruments[metric.name].set(value, _plain(labels))
+
+
+def _plain(labels: Mapping[str, str]) -> dict[str, str]:
+    return {name: value.encode("ascii", "backslashreplace").decode() for name, value in labels.items()}
 
 
 class DispatcherMeter:

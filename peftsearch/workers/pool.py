@@ -23,11 +23,10 @@ from peftsearch.files import Place, filesystem, is_local
 from peftsearch.training.packing_key import pack_key
 from peftsearch.training.segment import WorkerPlan
 from peftsearch.workers.cluster_state import (
-    coordinator,
     end_coordinator,
     live_nodes,
+    needed_callbacks,
     remove_orphaned_groups,
-    without_cleaner,
 )
 from peftsearch.workers.dispatcher import Dispatcher
 from peftsearch.workers.metrics import DispatcherMeter, Meter
@@ -51,6 +50,9 @@ _TIDY_SECONDS = 20.0
 
 _HEAD_SECONDS = 30.0
 """The Ray head may be away for so long; half of what Ray's own processes wait before they end themselves."""
+
+LEAVE_SECONDS = 60.0
+"""A slot that is told to leave while it trains has so long for the step that it is at, and for writing its state."""
 
 _UNWIND_SECONDS = 15.0
 """A study whose head is lost has so long to end in good order."""
@@ -125,7 +127,6 @@ class SlotPool:
         self._waiting = False
         self._head_lost = ""
         self._supervisor: threading.Thread | None = None
-        self._coordinator_was_there = True
         self._untidy_until = 0.0
 
     def start(self) -> None:
@@ -140,7 +141,6 @@ class SlotPool:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(room_seconds))
         context = ray.get_runtime_context()
         self._cluster = _Cluster(live_nodes(), context.gcs_address)
-        self._coordinator_was_there = coordinator() is not None
         self.dispatcher = (
             ray.remote(_DispatcherActor)
             .options(
@@ -196,8 +196,13 @@ class SlotPool:
         reasons = [run.broken for run in self._runs.values() if run.broken]
         return f"no slot can work: {(reasons or ['their Ray Train runs ended'])[-1]}"
 
-    def stop(self, timeout: float = 30.0) -> None:
-        """Tell the slots to leave, and wait for them."""
+    def stop(self, timeout: float = 30.0, state_timeout: float = LEAVE_SECONDS) -> None:
+        """Tell the slots to leave, and wait for them.
+
+        Args:
+            timeout: Seconds for those that train nothing.
+            state_timeout: Seconds for those that train, and write the states of their trials first.
+        """
         import ray
 
         self._stop.set()
@@ -209,22 +214,22 @@ class SlotPool:
             # Nothing that is asked of the cluster is sure to return; its processes end themselves in a while.
             self.dispatcher.stop.remote()
             return
-        at_work: set[int] = set()
+        patience: dict[int, float] = {}
         try:
-            at_work = set(ray.get(self.dispatcher.status.remote(), timeout=timeout)["slots"])
+            status = ray.get(self.dispatcher.status.remote(), timeout=timeout)
+            patience = dict.fromkeys(status["slots"], timeout) | dict.fromkeys(status["training"], state_timeout)
             ray.get(self.dispatcher.stop.remote(), timeout=timeout)
         except Exception as error:  # the dispatcher may be gone; then the slots fail and leave by themselves
             log.warning("the dispatcher did not answer: %s", error)
-        deadline = time.monotonic() + timeout
+        told = time.monotonic()
         for number, run in self._runs.items():
             # One that waits for room hears of nothing; it ends with the driver, or when it gives up.
-            if run.thread is not None and number in at_work:
-                run.thread.join(max(0.0, deadline - time.monotonic()))
+            if run.thread is not None and number in patience:
+                run.thread.join(max(0.0, told + patience[number] - time.monotonic()))
         try:
             ray.kill(self.dispatcher)
             remove_orphaned_groups()
-            if not self._coordinator_was_there:
-                end_coordinator()
+            end_coordinator(timeout)
         except Exception as error:  # the cluster is going down
             log.warning("the cluster could not be tidied up: %s", error)
 
@@ -351,11 +356,14 @@ class SlotPool:
 
         class SlotTrainer(TorchTrainer):  # type: ignore[misc]
             def _create_default_callbacks(self) -> list[Any]:
-                return without_cleaner(super()._create_default_callbacks())
+                return needed_callbacks(super()._create_default_callbacks())
 
         resources: dict[str, float] = {"CPU": self.slots.cpus}
         if self.slots.gpus:
             resources["GPU"] = self.slots.gpus
+        if self.slots.memory:
+            # So that a cluster's slots are spread over its machines as they were counted.
+            resources["memory"] = self.slots.memory
         system, path = filesystem(self.folder)
         trainer = SlotTrainer(
             slot_loop,

@@ -52,7 +52,12 @@ def slot_loop(config: dict[str, Any]) -> None:
         with contextlib.suppress(ray.exceptions.ActorDiedError):
             link.tell("join")
     worker = Worker(plan, group)
-    worker.must_leave = departure()
+    departs = departure()
+    # The others of a group leave when the first does: they ask one another.
+    worker.must_leave = lambda: link.stops.is_set() or departs()
+    if leads:
+        # Not waited for: no trial is to blame for a dispatcher that has gone.
+        worker.tell = lambda text: link.begin("note", text)
     error = ""
     try:
         worker.warm_up()
@@ -82,6 +87,8 @@ def slot_loop(config: dict[str, Any]) -> None:
         # The study is over: a dispatcher that died before that would have been started again.
         if not error:
             group.from_first(Order(stop=True))
+    finally:
+        worker.close()
 
 
 def _lead(worker: Worker, group: WorkerGroup, link: _Link, me: str) -> None:
@@ -118,7 +125,7 @@ def _lead_several(worker: Worker, link: _Link, me: str) -> None:
 
     from peftsearch.training.crew import Crew
 
-    crew = Crew(worker, lambda key, size, text: link.tell("note", key, size, text))
+    crew = Crew(worker, lambda key, size, text: link.tell("fit", key, size, text))
     works: dict[int, Work] = {}
     asked: Any = None
     stopping = False
@@ -230,6 +237,8 @@ class _Link:
         self.info: dict[str, Any] = {}
         self.doing: list[Work] = []
         self.holds: Callable[[], list[str]] = list
+        self.stops = threading.Event()
+        """Set once the dispatcher has said that the study stops."""
         self._dispatcher = dispatcher
         self.incarnation = uuid.uuid4().hex
 
@@ -251,7 +260,7 @@ class _Link:
 
     @contextlib.contextmanager
     def beating(self) -> Iterator[None]:
-        """Tell the dispatcher that this slot lives, also while a long segment trains."""
+        """Tell the dispatcher that this slot lives, also while a long segment trains, and hear whether to stop it."""
         done = threading.Event()
 
         def beat() -> None:
@@ -259,7 +268,10 @@ class _Link:
 
             while not done.wait(BEAT_SECONDS):
                 with contextlib.suppress(ray.exceptions.RayError):
-                    if not self.ask("beat"):
+                    order: Order = self.ask("beat")
+                    if order.stop:
+                        self.stops.set()
+                    if order.rejoin:
                         self.rejoin()
 
         threading.Thread(target=beat, name="heartbeat", daemon=True).start()

@@ -4,9 +4,9 @@
                                        [--device auto] [--steps 20] [--json FILE]
 
 Models are built from their configurations, with random weights: nothing is downloaded. Every trial classifies texts of
-just the length asked for, in batches of its own. "Alone" is a trial as `pack: 1` trains it; the packs are what
-`resources.pack` makes of so many. On a GPU a profile of some steps says how many kernels a step starts, and for which
-share of the time the GPU computes.
+just the length asked for, in batches of its own. "Alone" is a trial as `pack: 1` trains it, one segment from the first
+timed step to the last; the packs are what `resources.pack` makes of so many. On a GPU a profile of some steps says how
+many kernels a step starts, for which share of the time the GPU computes, and (in the file) which kernels take most.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import json
 import random
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ class Row:
     kernels_per_step: int | None = None
     computing: float | None = None
     """Share of the time in which the GPU computes."""
+    kernels: list[tuple[str, float]] = field(default_factory=list)
+    """The kernels that take most of it: name, and milliseconds per step."""
 
 
 def main() -> None:
@@ -102,48 +105,50 @@ def measure(folder: Path, options: argparse.Namespace, device: torch.device) -> 
         trial = TrialPlan(number, model, "d", method, values, seed=number)
         return worker.new_session(Segment(trial, 10**6))
 
-    def timed(step: Callable[[], None], trials: int, how: str) -> Row:
+    def timed(steps: Callable[[int], None], trials: int, how: str) -> Row:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        for _ in range(3):
-            step()
+        steps(3)
         wait(device)
         began = time.perf_counter()
-        for _ in range(options.steps):
-            step()
+        steps(options.steps)
         wait(device)
         seconds = (time.perf_counter() - began) / options.steps
         row = Row(trials, how, 1e3 * seconds, trials * options.batch_size / seconds, peak(device))
         if device.type == "cuda":
-            row.kernels_per_step, row.computing = profiled(step, device)
+            row.kernels_per_step, row.computing, row.kernels = profiled(steps, device)
         print(f"  {how} {trials}: {row.examples_per_second:.1f} examples/s", flush=True)
         return row
 
     alone = session(0)
-    rows = [timed(lambda: alone.catch_up(alone.step + 1), 1, "alone")]
+    rows = [timed(lambda count: alone.catch_up(alone.step + count), 1, "alone")]
     host = Host(base, domain, None)
     for size in options.sizes:
         pack = Pack([session(number) for number in range(size)], host)
-        rows.append(timed(pack.step, size, "packed"))
+        rows.append(timed(lambda count, pack=pack: [pack.step() for _ in range(count)], size, "packed"))  # type: ignore[misc]
         pack.close()
         del pack
     return rows
 
 
-def profiled(step: Callable[[], None], device: torch.device, steps: int = 3) -> tuple[int, float]:
-    """Kernels per step, and for which share of the time one of them runs."""
+def profiled(
+    steps: Callable[[int], None], device: torch.device, count: int = 3, most: int = 12
+) -> tuple[int, float, list[tuple[str, float]]]:
+    """Kernels per step, for which share of the time one of them runs, and the largest: name, milliseconds per step."""
     from torch.profiler import ProfilerActivity, profile
 
     wait(device)
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         began = time.perf_counter()
-        for _ in range(steps):
-            step()
+        steps(count)
         wait(device)
         seconds = time.perf_counter() - began
     kernels = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    computing = sum(event.time_range.elapsed_us() for event in kernels) / 1e6
-    return len(kernels) // steps, computing / seconds
+    taken: Counter[str] = Counter()
+    for event in kernels:
+        taken[event.name] += event.time_range.elapsed_us()
+    largest = [(name, round(time_us / 1e3 / count, 4)) for name, time_us in taken.most_common(most)]
+    return len(kernels) // count, taken.total() / 1e6 / seconds, largest
 
 
 def wait(device: torch.device) -> None:

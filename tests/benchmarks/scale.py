@@ -249,7 +249,7 @@ def run(folder: Path, trials: int, slots: int, seconds: float, scheduler: str) -
         )
         ray.get(dispatcher.wait_ready.remote())
         began = time.monotonic()
-        run_trials(study, dispatcher, lambda: slots, lambda: False)
+        run_trials(study, dispatcher, lambda: slots, lambda: False, folder)
         wall = time.monotonic() - began
         ray.get(dispatcher.stop.remote())
         spans = ray.get(simulated.spans.remote())

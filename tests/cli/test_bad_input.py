@@ -536,6 +536,67 @@ def test_wrong_use_of_the_command_line(arguments: list[str], parts: tuple[str, .
     check(peftsearch(*arguments), *parts)
 
 
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("foo:bar", "write HOST:PORT of its head"),
+        ("foo", "write HOST:PORT of its head"),
+        (":6379", "write HOST:PORT of its head"),
+        ("foo:70000", "write HOST:PORT of its head"),
+        ("me:pa55word@head:6379", "write HOST:PORT of its head"),
+        ("http://127.0.0.1:8265", "a URL of a dashboard is for 'peftsearch submit'; write HOST:PORT"),
+        ("https://me:pa55word@head:8265", "a URL of a dashboard is for 'peftsearch submit'; write HOST:PORT"),
+        ("ray://127.0.0.1:10001", "Ray Client (ray://) is not used; write HOST:PORT"),
+    ],
+)
+def test_what_is_no_address_of_a_cluster(
+    address: str, why: str, peftsearch: Cli, base: Path, project: Path, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_study(project, small_study(base))
+    result = peftsearch("run", path, "--storage", storage, "--address", address)
+    check(result, "cannot reach a Ray cluster at '", why)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    variable = peftsearch("run", path, "--storage", storage, "--address", "auto")
+    check(variable, "cannot reach a Ray cluster at '", "(RAY_ADDRESS)", why)
+    assert "pa55word@head:8265" not in result.err + variable.err
+    assert list(tree(storage)) == ["note.txt"]
+
+
+def test_ray_client_is_not_for_submitting(peftsearch: Cli, base: Path, project: Path, storage: Path) -> None:
+    path = write_study(project, small_study(base))
+    submit = ("submit", path, "--storage", storage, "--address")
+    check(peftsearch(*submit, "ray://127.0.0.1:10001"), "Ray Client (ray://) is not used; write the dashboard's URL")
+    check(peftsearch(*submit, "foo:bar"), "cannot reach a Ray cluster at 'foo:bar'", "write HOST:PORT of its head")
+    check(peftsearch(*submit, "foo:bar", "--stop"), "cannot reach a Ray cluster at 'foo:bar'")
+
+
+@pytest.mark.parametrize("place", ["note.txt", "note.txt/below"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["list"],
+        ["list", "--json"],
+        ["status", "small"],
+        ["trials", "small"],
+        ["frontier", "small"],
+        ["report", "small", "--to", "report"],
+        ["export", "small", "--to", "adapters"],
+        ["sync", "small"],
+    ],
+)
+def test_a_file_is_no_storage(command: list[str], place: str, peftsearch: Cli, storage: Path) -> None:
+    result = peftsearch(*command, "--storage", storage / place)
+    check(result, "the storage", str(storage / place), "Not a directory", "--storage")
+    check(peftsearch("ui", "--storage", storage / place), str(storage / place), "--storage")
+    assert list(tree(storage)) == ["note.txt"]
+
+
+def test_a_storage_that_is_not_there_yet_is_empty(peftsearch: Cli, storage: Path) -> None:
+    result = peftsearch("list", "--storage", storage / "new" / "below")
+    assert result.status == 0
+    assert "yet" in result.out
+
+
 def test_a_fresh_process_says_one_sentence_too(project: Path, storage: Path, base: Path) -> None:
     study = small_study(base)
     study["methods"]["lora"]["targets"] = "nothing_like_it"

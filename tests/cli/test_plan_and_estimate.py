@@ -207,10 +207,11 @@ def test_shapes_of_architectures() -> None:
     from transformers import BertConfig, GPT2Config, T5Config
 
     bert = ModelShape.of(BertConfig(vocab_size=100, hidden_size=8, num_hidden_layers=3, dtype="bfloat16"), 5000)
-    assert bert == ModelShape(5000, 800, 3, 8, 2)
-    assert ModelShape.of(GPT2Config(vocab_size=100, n_embd=8, n_layer=3), 5000) == ModelShape(5000, 800, 3, 8, 4)
+    assert bert == ModelShape(5000, 800, 3, 8, 2, 100, tied=True)
+    gpt = ModelShape.of(GPT2Config(vocab_size=100, n_embd=8, n_layer=3, tie_word_embeddings=False), 5000)
+    assert gpt == ModelShape(5000, 800, 3, 8, 4, 100, tied=False)
     encoder_decoder = T5Config(vocab_size=100, d_model=8, num_layers=3, num_decoder_layers=2)
-    assert ModelShape.of(encoder_decoder, 5000) == ModelShape(5000, 800, 5, 8, 4)
+    assert ModelShape.of(encoder_decoder, 5000) == ModelShape(5000, 800, 5, 8, 4, 100, tied=True)
     assert ModelShape.of(object(), 5000) == ModelShape(5000, 0, 0, 0, 4)
 
 

@@ -106,15 +106,28 @@ def test_log_counts_confirmations() -> None:
         progress.planned(make_run())
         clock.now += INTERVAL
         progress.confirmations(0, 0, 6)
+        clock.now += INTERVAL
+        # Its reading, which comes first, is news of a trial that has ended long ago.
+        progress.trial_changed(trial(0, TrialState.COMPLETE))
         progress.confirmations(1, 0, 6)
+        progress.confirmations(2, 0, 6)
         clock.now += INTERVAL
         progress.confirmations(4, 1, 6)
         progress.confirmations(5, 1, 6)
     assert [line.split(";")[0] for line in lines(file) if "confirmations" in line] == [
         "0 of 6 confirmations",
+        "1 of 6 confirmations",
         "4 of 6 confirmations, 1 failed",
         "5 of 6 confirmations, 1 failed",
     ]
+
+
+def test_the_log_of_a_study_stopped_in_its_confirmations_ends_with_their_count() -> None:
+    progress, file, _, _ = make_progress()
+    with progress:
+        progress.planned(make_run())
+        progress.confirmations(1, 0, 6)
+    assert lines(file)[-1].startswith("1 of 6 confirmations; ")
 
 
 def test_the_live_view_counts_confirmations() -> None:
@@ -267,7 +280,7 @@ def test_stopping_is_said_once_in_a_log() -> None:
         while not file.getvalue() and time.monotonic() < deadline:
             time.sleep(0.01)
     (line,) = lines(file)
-    assert "after the running segment" in line
+    assert "running trials write their state" in line
     assert "second Ctrl-C" in line
 
 

@@ -73,7 +73,7 @@ def test_what_is_no_storage(
 def test_an_object_store_that_does_not_answer(peftsearch: Cli, base: Path, project: Path, cache: Path) -> None:
     path = write_study(project, {**small_study(base), "tracking": POSTGRES})
     uri = f"s3://bucket/a?scheme=http&endpoint_override=127.0.0.1:{free_port()}&region=us-east-1"
-    for command in (("run", path), ("status", "small"), ("list",)):
+    for command in (("run", path), ("status", "small"), ("list",), ("ui",)):
         refused(peftsearch(*command, "--storage", uri), "the storage s3://bucket/a", "--storage")
 
 
@@ -106,7 +106,7 @@ def test_reading_a_storage_in_an_object_store(
     found = peftsearch("list", "--storage", uri, "--json")
     assert json.loads(found.out) == {"storage": uri, "studies": [], "unreadable": {}} or not found.status
     refused(peftsearch("status", "other", "--storage", uri), "no study 'other' in the storage s3://studies/reading")
-    refused(peftsearch("ui", "--storage", uri), "MLflow's SQLite store cannot be in an object store")
+    refused(peftsearch("ui", "--storage", uri), "there is no study in 's3://studies/reading", "--storage")
     health = json.loads(peftsearch("doctor", "--storage", uri, "--json").out)
     assert "the bucket answers" in json.dumps(health)
 

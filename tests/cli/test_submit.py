@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from peftsearch.cli.app import run_app
 from peftsearch.spec import StudyError, StudyFile
 from peftsearch.study import Study
 from peftsearch.submit import check_arrival, package
+from peftsearch.submit.job_server import JobServer
 from peftsearch.submit.jobs import job_command, job_environment, job_prefix
 from peftsearch.submit.passwords import refuse_passwords
 from peftsearch.submit.storage_mark import STORAGE_MARK, mark_storage
@@ -467,6 +469,55 @@ def test_a_password_does_not_reach_rays_list_of_jobs(
     assert re.match(rf"Error: {where}: holds a password or token, .*PGPASSWORD .*MLFLOW_TRACKING_PASSWORD", told), told
     assert "hunter" not in told
     assert not (tmp_path / "storage").exists()
+
+
+def test_the_login_of_a_clusters_address_is_not_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy in front of the dashboard may ask for one."""
+    path = tmp_path / "study.yaml"
+    opened(tmp_path, tmp_path / "storage")
+
+    def interrupted(*_: object, **__: object) -> int:
+        raise KeyboardInterrupt
+
+    for ending, status in ((interrupted, 130), (lambda *_, **__: 0, 0)):
+        monkeypatch.setattr("peftsearch.submit.run_as_job", ending)
+        command = ["submit", str(path), "--storage", str(tmp_path / "storage"), "--no-follow"]
+        command += ["--address", f"http://me:{PASSWORD}@127.0.0.1:8265", "--set", f"description=token={PASSWORD}"]
+        assert run_app(command) == status
+        told = capsys.readouterr().err
+        assert PASSWORD not in told
+        assert "--address 'http://me:***@127.0.0.1:8265'" in told
+
+
+def test_a_cluster_that_is_open_is_named_without_the_login_of_its_address() -> None:
+    import ray
+
+    class Dashboard(http.server.BaseHTTPRequestHandler):
+        """What Ray's dashboard answers a client at first."""
+
+        def do_GET(self) -> None:
+            jobs = self.path == "/api/jobs/"
+            answer = json.dumps([] if jobs else {"ray_version": ray.__version__, "ray_commit": "", "version": "4"})
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    told: list[str] = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Dashboard) as dashboard:
+        threading.Thread(target=dashboard.serve_forever, daemon=True).start()
+        place = f"127.0.0.1:{dashboard.server_port}"
+        server = JobServer(f"http://me:{PASSWORD}@{place}", told.append)
+        dashboard.shutdown()
+    assert told[0].startswith(f"anybody who reaches the Ray cluster at http://me:***@{place} can run code on it")
+    with pytest.raises(ConnectionError, match=re.escape(f"http://me:***@{place}' does not answer")) as caught:
+        server.jobs("peftsearch-")
+    assert PASSWORD not in str(caught.value) + "".join(told)
 
 
 def test_a_study_without_passwords_travels(tmp_path: Path) -> None:

@@ -5,13 +5,25 @@ from __future__ import annotations
 import copy
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
-from cluster_files import CLUSTER, LAUNCHED, SCRIPTS, compose, installed, kubernetes, launched, of_kind, pod_templates
+from cluster_files import (
+    CLUSTER,
+    LAUNCHED,
+    SCRIPTS,
+    Document,
+    compose,
+    installed,
+    kubernetes,
+    launched,
+    of_kind,
+    pod_templates,
+)
 
 KUBERNETES = "1.34"
 
@@ -50,25 +62,73 @@ def test_kubernetes_objects_meet_kubernetes_schema() -> None:
 def test_pods_of_kuberay_objects_meet_kubernetes_schema() -> None:
     from kubernetes_validate import ValidationError, validate
 
-    found = [item for document in of_kind(kubernetes(), "RayCluster", "RayJob") for item in pod_templates(document)]
-    assert len(found) == 5
+    found = [item for document in of_kind(kubernetes(), "RayCluster", "RayJob") for item in pods(document)]
+    assert len(found) == 6
     for place, template in found:
-        metadata = {"name": "x"}
         try:
-            validate(
-                {"apiVersion": "v1", "kind": "PodTemplate", "metadata": metadata, "template": template},
-                KUBERNETES,
-                strict=True,
-            )
+            validate(pod_template(template), KUBERNETES, strict=True)
         except ValidationError as error:
             raise AssertionError(f"{place}: {error}") from None
+    autoscaler = dict(found)["RayCluster/peftsearch.spec.autoscalerOptions"]
+    autoscaler["spec"]["containers"][0]["securityContext"]["runAsNonroot"] = True
+    with pytest.raises(ValidationError, match="runAsNonroot"):
+        validate(pod_template(autoscaler), KUBERNETES, strict=True)
+
+
+def pods(document: Document) -> Iterator[tuple[str, Document]]:
+    """Every pod template of KubeRay's object, and one for its autoscaler's container, with its place."""
+    yield from pod_templates(document)
+    if options := document["spec"].get("rayClusterSpec", document["spec"]).get("autoscalerOptions"):
+        container = {key: copy.deepcopy(options[key]) for key in ("resources", "securityContext")}
+        place = f"{document['kind']}/{document['metadata']['name']}.spec.autoscalerOptions"
+        yield place, {"spec": {"containers": [{"name": "autoscaler", **container}]}}
+
+
+def pod_template(template: Document) -> Document:
+    return {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": template}
+
+
+def fields_of(kind: str) -> Document:
+    fields = yaml.safe_load((Path(__file__).parent / "kuberay_fields.yaml").read_text())
+    return {**fields, "$ref": f"#/$defs/{kind}"}
 
 
 @pytest.mark.parametrize("kind", ["RayCluster", "RayJob"])
 def test_kuberay_objects_use_only_fields_that_we_looked_up(kind: str) -> None:
-    fields = yaml.safe_load((Path(__file__).parent / "kuberay_fields.yaml").read_text())
     (document,) = of_kind(kubernetes(), kind)
-    jsonschema.validate(document, {**fields, "$ref": f"#/$defs/{kind}"})
+    jsonschema.validate(document, fields_of(kind))
+
+
+@pytest.mark.parametrize("kind", ["RayCluster", "RayJob"])
+def test_a_typing_error_in_any_field_of_a_kuberay_object_is_seen(kind: str) -> None:
+    """Kubernetes drops fields that it does not know, in silence: a limit with a typing error is none."""
+    (document,) = of_kind(kubernetes(), kind)
+    validator = jsonschema.Draft202012Validator(fields_of(kind))
+    places = list(own_fields(document))
+    assert len(places) > 20
+    unseen = []
+    for *path, field in places:
+        broken = copy.deepcopy(document)
+        place: Any = broken
+        for step in path:
+            place = place[step]
+        place[f"{field}s"] = place.pop(field)
+        if validator.is_valid(broken):
+            unseen.append((*path, field))
+    assert not unseen
+
+
+def own_fields(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The place of every field that is KubeRay's: neither Kubernetes' (`pods`) nor a name of our own."""
+    others = ("labels", "rayStartParams", "template", "submitterPodTemplate", "resources", "securityContext")
+    if isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from own_fields(item, (*path, number))
+    elif isinstance(value, dict):
+        for field, item in value.items():
+            yield (*path, field)
+            if field not in others:
+                yield from own_fields(item, (*path, field))
 
 
 def closed(schema: Any) -> Any:

@@ -22,11 +22,12 @@ import psutil
 import pytest
 import yaml
 from dashboard_files import PROMETHEUS, dashboard, queries
-from tracking_study import study_facts
+from tracking_study import study_facts, trial
 
 from peftsearch.driver import ray_cluster
 from peftsearch.monitoring import StudyMetrics
 from peftsearch.study import Study
+from peftsearch.workers.metrics import PLANNED
 
 SECONDS = 2
 """How often Ray renews its numbers and Prometheus reads them, which both do every 10 seconds elsewhere."""
@@ -202,3 +203,27 @@ def test_where_ray_exports_nothing_nothing_is_measured(tmp_path: Path, monkeypat
         # Dispatcher and slots are told this, and measure nothing.
         assert measured_as is None
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_metric_named_in_any_letters_takes_no_other_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_metrics_report_interval_ms", str(1000 * SECONDS))
+    facts = study_facts("lettered")
+    legal = facts.domains["legal"].model_copy(update={"metric": "f1/🩺"})
+    facts = facts.model_copy(update={"domains": {**facts.domains, "legal": legal}})
+    metrics = StudyMetrics(facts, [trial(0), trial(1)], lambda: 0)
+    wanted = {metric.exported[0] for metric in (*metrics.numbers(), PLANNED)}
+    with ray_cluster(None), metrics.exporting(tmp_path / "studies" / "lettered", 2) as measured_as:
+        assert measured_as == "lettered"
+        (group,) = json.loads((tmp_path / "prometheus" / "lettered.json").read_text())
+
+        def told() -> str:
+            with urllib.request.urlopen(f"http://{group['targets'][0]}/metrics", timeout=30) as answer:
+                lines = answer.read().decode().splitlines()
+            return "\n".join(line for line in lines if 'study="lettered"' in line)
+
+        wait_for(lambda: wanted <= {line.partition("{")[0] for line in told().splitlines()}, 60)
+        found = told()
+    assert {line.partition("{")[0] for line in found.splitlines()} >= wanted
+    assert r"f1/\\U0001fa7a" in found

@@ -10,7 +10,17 @@ from tracking_study import study_facts, trial
 from peftsearch.frontier.front import domain_fronts
 from peftsearch.monitoring import StudyMetrics
 from peftsearch.spec import TrialRecord, TrialState
-from peftsearch.workers.metrics import BACKLOG, BEST, FRONT, HYPERVOLUME, METHOD_BEST, TRIALS
+from peftsearch.workers.metrics import (
+    BACKLOG,
+    BEST,
+    FRONT,
+    HYPERVOLUME,
+    METHOD_BEST,
+    SEGMENT_SECONDS,
+    SEGMENTS,
+    TRIALS,
+    Meter,
+)
 
 
 def trials(count: int) -> list[TrialRecord]:
@@ -68,3 +78,11 @@ def test_a_study_without_a_finished_trial_has_no_best_one() -> None:
     numbers = metrics.numbers()
     assert numbers[BEST] == numbers[METHOD_BEST] == {}
     assert set(numbers[HYPERVOLUME].values()) == set(numbers[FRONT].values()) == {0.0}
+
+
+def test_ray_takes_labels_in_any_letters() -> None:
+    """Of its own, it raises UnicodeEncodeError where a label is not ASCII (ray 2.60)."""
+    meter = Meter("s")
+    meter.show(BEST, {("Kündigung", "f1/🩺"): 0.5, ("legal", "accuracy"): 0.6})
+    meter.count(SEGMENTS, slot="0", domain="Kündigung", method="lora", outcome="done")
+    meter.observe(SEGMENT_SECONDS, 1.0, domain="Kündigung", method="lora", part="training")

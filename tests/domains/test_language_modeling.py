@@ -211,7 +211,12 @@ def test_learning_lowers_perplexity(kind: str, method: str, models: dict[str, Pa
     results = run.train(method, **({"learning_rate": 1e-2} if method == "full" else {}))
     assert results[-1].scores["perplexity"] < results[0].scores["perplexity"]
     if method == "full":
-        assert results[-1].scores["perplexity"] < run.probe()["unigram"]["perplexity"]
+        baselines = run.probe()
+        assert results[-1].scores["perplexity"] < baselines["unigram"]["perplexity"]
+        # What the model knows before it is tuned: these know nothing.
+        untuned = baselines["zero_shot"]["perplexity"]
+        assert results[0].scores["perplexity"] < untuned
+        assert untuned > baselines["unigram"]["perplexity"]
     if kind == "decoder":
         # Nearly all texts have as many tokens: the mean over texts is that over tokens.
         assert math.log(results[-1].scores["perplexity"]) == pytest.approx(results[-1].loss, rel=0.05)

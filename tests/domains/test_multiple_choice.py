@@ -195,4 +195,10 @@ def test_learning_beats_the_guesses(kind: str, models: dict[str, Path], tmp_path
     run = TaskRun.make(tmp_path, models[kind], {"task": "multiple_choice"}, questions(160), epochs=5)
     results = run.train("lora", rank=16, learning_rate=1e-2, targets="all-linear")
     assert results[-1].loss < results[0].loss
-    assert results[-1].scores["accuracy"] > max(guess["accuracy"] for guess in run.probe().values()) + 0.3
+    baselines = run.probe()
+    linear = baselines.pop("linear_probe", None)
+    guessed = max(guess["accuracy"] for guess in baselines.values())
+    assert results[-1].scores["accuracy"] > guessed + 0.3
+    assert (linear is not None) == (kind == "encoder")
+    if linear is not None:
+        assert linear["accuracy"] > guessed + 0.1

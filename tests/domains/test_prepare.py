@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 from domain_files import WORDS, rows, save_tokenizer, write_json_lines
+from tiny_models import tiny_encoder_decoder
+from transformers import AutoTokenizer
 
 from peftsearch.domains import PreparedDomain, load_raw, prepare_domain
 from peftsearch.spec import DomainFacts, StudyError, StudyFile, StudySpec
@@ -244,6 +246,19 @@ def test_unusable_tokenizer(tmp_path: Path, study: Make, cache: Path, kwargs: di
         prepare(file, str(save_tokenizer(tmp_path / "t", **kwargs)), cache)
     assert sentence in file.explain(caught.value)
     assert not cache.exists()
+
+
+def test_where_positions_are_relative_texts_may_be_longer_than_the_tokenizer_says(
+    tmp_path: Path, study: Make, cache: Path
+) -> None:
+    """As Flan-T5 is trained on 1,024 tokens of PubMed, and its tokenizer says 512."""
+    model = str(tiny_encoder_decoder(tmp_path / "t5"))
+    assert AutoTokenizer.from_pretrained(model).model_max_length == 128
+    records = [{"text": "the tenant shall pay " * 60, "label": f"c{number % 2}"} for number in range(20)]
+    write_json_lines(tmp_path / "a.jsonl", [{**row, "text": f"{n} {row['text']}"} for n, row in enumerate(records)])
+    file = study({"source": "a.jsonl"}, max_length=200)
+    prepared = prepare_domain("d", file.spec, folder=file.folder, model_location=model, revision=None, cache=cache)
+    assert {len(ids) for ids in prepared.split("train")["input_ids"]} == {200}
 
 
 def test_no_tokenizer(tmp_path: Path, study: Make, cache: Path) -> None:

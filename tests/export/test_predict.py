@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import io
 import json
-import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
+from card_code import run_card
 from hub_server import card_errors
 from task_data import task_domain
-from tiny_models import SAMPLES, tiny_encoder, tiny_encoder_decoder
+from tiny_models import SAMPLES, tiny_decoder, tiny_encoder, tiny_encoder_decoder
 from trained_study import train_study
 
 from peftsearch.cli.app import run_app
@@ -35,16 +32,6 @@ pytestmark = pytest.mark.slow
 WRITING = ("summarization", "instruction")
 READING = tuple(task for task in TASKS if task not in WRITING)
 INPUTS = {"question_answering": ("question", "context"), "multiple_choice": ("question", "choices")}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet_machine() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -195,13 +182,52 @@ def test_each_text_has_a_perplexity_of_its_own(exported: dict[str, ExportedAdapt
 @pytest.mark.parametrize("task", TASKS)
 def test_the_code_of_a_merged_models_card_runs(task: str, merged: dict[str, ExportedAdapter]) -> None:
     card = (Path(str(merged[task].folder)) / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(compile(code, "card", "exec"), {})
+    printed, _ = run_card(card)
     # How well an encoder fills in words takes more than a card can show. (A tiny model may well write an empty text.)
-    assert bool(printed.getvalue()) == (task != "language_modeling")
+    assert bool(printed) == (task != "language_modeling")
     assert ("pipeline_tag: fill-mask" in card) == (task == "language_modeling")
     assert card_errors(card) == []
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+@pytest.mark.parametrize("task", ["classification", "relation", "multi_label"])
+def test_a_cards_pipeline_gives_the_labels_that_predict_gives(
+    task: str, form: str, exported: dict[str, ExportedAdapter], merged: dict[str, ExportedAdapter]
+) -> None:
+    item = (exported if form == "adapter" else merged)[task]
+    _, rows = validation(exported, task)
+    found = Predictor.load(Path(str(item.folder))).predict([{"text": row["text"]} for row in rows])
+    _, space = run_card((Path(str(item.folder)) / "README.md").read_text())
+    more = {"top_k": None, "function_to_apply": "sigmoid"} if task == "multi_label" else {}
+    answers = space["pipe"]([row["text"] for row in rows], truncation=True, max_length=48, **more)
+    if task == "multi_label":
+        labels = [{one["label"] for one in answer if one["score"] >= 0.5} for answer in answers]
+        assert labels == [set(row[""]) for row in found]
+    else:
+        assert [answer["label"] for answer in answers] == [row[""] for row in found]
+        assert [answer["score"] for answer in answers] == pytest.approx([row["probability"] for row in found], abs=1e-4)
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_a_cards_pipeline_finds_the_entities_that_predict_finds(
+    form: str, exported: dict[str, ExportedAdapter], merged: dict[str, ExportedAdapter]
+) -> None:
+    item = (exported if form == "adapter" else merged)["token_classification"]
+    _, rows = validation(exported, "token_classification")
+    found = Predictor.load(Path(str(item.folder))).predict([{"tokens": row["tokens"]} for row in rows])
+    _, space = run_card((Path(str(item.folder)) / "README.md").read_text())
+    texts = [" ".join(row["tokens"]) for row in rows]
+    assert [
+        [(one["entity_group"], text[one["start"] : one["end"]]) for one in answer]
+        for text, answer in zip(texts, space["pipe"](texts), strict=True)
+    ] == [[(one["type"], one["text"]) for one in row["entities"]] for row in found]
+    assert any(row["entities"] for row in found)
+
+
+def test_a_decoders_pipeline_writes_what_its_card_writes(tmp_path: Path) -> None:
+    (item,) = _train(tiny_decoder(tmp_path / "model"), ("instruction",), tmp_path).export(tmp_path / "adapters")
+    _, space = run_card((Path(str(item.folder)) / "README.md").read_text())
+    assert space["written"][0]["generated_text"].strip() == space["write"]("A text.")
 
 
 # --- files ---

@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from trained_study import CONFIGURATIONS, document, lively_base, train_study
 
 from peftsearch.cli.app import run_app
@@ -19,13 +18,9 @@ from peftsearch.study import Study
 pytestmark = pytest.mark.slow
 
 
-def test_a_registered_export_is_used_by_its_alias(
-    tiny_base: Path, topics_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_registered_export_is_used_by_its_alias(tiny_base: Path, topics_csv: Path, tmp_path: Path) -> None:
     import mlflow
 
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
     base = lively_base(tiny_base, tmp_path / "model")
     data = document("registered", str(base), topics_csv, {"legal": "lora"}) | {"tracking": {"mlflow": "auto"}}
     storage = tmp_path / "storage"
@@ -56,8 +51,20 @@ def test_a_registered_export_is_used_by_its_alias(
     (answer,) = Predictor.load(folder).predict([{"text": "any breach of the agreement"}])
     assert "contract" in str(answer)
 
-    # What has been registered is no business of sync.
+    # What was measured stands with the version, and where the folder is with the trial's run.
     client = mlflow.MlflowClient(study.mlflow_tracking_uri, study.mlflow_tracking_uri)
     before = client.get_model_version_by_alias("legal", "best")
+    assert before.tags["latency_ms"] == f"{item['speed']['latency_ms']:.4g}"
+    assert before.tags["examples_per_second"] == f"{item['speed']['examples_per_second']:.4g}"
+    assert client.get_run(str(record.mlflow_run_id)).data.tags["exported"] == item["folder"]
+    # Both are no business of sync.
     study.sync()
     assert dict(client.get_model_version_by_alias("legal", "best")) == dict(before)
+    assert client.get_run(str(record.mlflow_run_id)).data.tags["exported"] == item["folder"]
+
+    # An export is none the worse for what MLflow does not take.
+    client.delete_run(str(record.mlflow_run_id))
+    told: list[str] = []
+    study.export(tmp_path / "again", told=told.append)
+    assert "does not know of the exports" in told[-1]
+    assert (tmp_path / "again" / "legal" / "00000-lora" / "README.md").is_file()

@@ -34,6 +34,7 @@ CLOCKS = {
 """What the clock, the machine's speed and the number of attempts put into a trial."""
 
 _STATUS = {TrialState.COMPLETE: "FINISHED", TrialState.PRUNED: "KILLED", TrialState.FAILED: "FAILED"}
+_STORAGE = re.compile(r"--storage [^\s`'\"\\<&]+")
 Key = tuple[str, ...]
 
 
@@ -163,7 +164,8 @@ def shown(uri: str, study: str) -> dict[Key, Any]:
     def plain(text: str) -> str:
         for before, after in names.items():
             text = text.replace(before, after)
-        return text
+        # Commands name the storage, and each study here has its own.
+        return _STORAGE.sub("--storage STORAGE", text)
 
     seen: dict[Key, Any] = {}
     for run in runs:
@@ -244,7 +246,7 @@ def _without_times(note: str) -> str:
     """A page without what the clock fills: a column of its table, and how much longer a dearer trial trains."""
     lines = []
     column = None
-    note = re.sub(r"; training takes [\d.,]+ times the time", "", note)
+    note = re.sub(r"; training takes (as long|[\d.,]+ times the time)", "", note)
     for line in note.splitlines():
         cells = line.split("|")
         if "train s" in line:

@@ -10,17 +10,27 @@ import select
 import signal
 import sqlite3
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
+from forks import Fork
 
 WARDEN = Path(__file__).with_name("warden.py")
 PATIENCE = 900.0
 """Seconds after which nothing is waited for any more; machines that run these tests may be busy."""
+
+RAY_PARTS = {
+    "worker killed": ("RayTrainWorker",),
+    "dispatcher killed": ("DispatcherActor",),
+    "slot's controller killed": ("TrainController",),
+    "whole slot killed": ("TrainController", "RayTrainWorker"),
+    # As Ray Tune names every trainable that has resources.
+    "trial actor killed": ("ResourceTrainable",),
+}
+"""By fault, what the titles of the processes hold that are killed; the study goes on after each by itself."""
 
 
 def evaluations(storage: Path, name: str) -> int:
@@ -53,23 +63,21 @@ class Driver:
     def __init__(self, study: Path, storage: Path, name: str, *options: str, terminal: str = "-") -> None:
         self.storage, self.name, self.terminal = storage, name, terminal
         self.log = storage.with_name(f"{storage.name}-{name}.log")
-        command = [sys.executable, "-m", "peftsearch", "run", str(study), "--storage", str(storage), "--name", name]
+        command = ["run", str(study), "--storage", str(storage), "--name", name, *options]
         self.began = time.monotonic()
         self._said = self.log.stat().st_size if self.log.exists() else 0
-        self._warden = subprocess.Popen(
-            [sys.executable, "-S", "-E", str(WARDEN), str(self.log), terminal, *command, *options],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self._warden.stdout is not None
-        self.pid = int(self._warden.stdout.readline().split()[1])
+        reading, writing = os.pipe()
+        self._warden = Fork(command, out=writing, err=2, warden=(str(self.log), terminal))
+        os.close(writing)
+        self._tells = os.fdopen(reading)
+        self.pid = int(self._tells.readline().split()[1])
         self._status: int | None = None
         self._ended = threading.Event()
         threading.Thread(target=self._follow, daemon=True).start()
 
     def _follow(self) -> None:
-        assert self._warden.stdout is not None
-        line = self._warden.stdout.readline()
+        with self._tells:
+            line = self._tells.readline()
         self._status = int(line.split()[1]) if line else None
         self._ended.set()
 
@@ -96,7 +104,7 @@ class Driver:
             if not self.running:
                 return bool(condition())
             assert time.monotonic() < deadline, f"waited in vain; the driver says:\n{self.output[-3000:]}"
-            time.sleep(0.05)
+            time.sleep(0.1)
         return True
 
     def wait_progress(self, further: int = 1, seconds: float = PATIENCE) -> bool:
@@ -143,6 +151,14 @@ class Driver:
         """Send a signal to the driver alone."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
+
+    def kill(self, *titles: str) -> int:
+        """SIGKILL to all processes of these titles at once; returns how many there were."""
+        victims = [process for title in titles for process in self.processes(title)]
+        for victim in victims:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
+        return len(victims)
 
     def interrupt(self) -> None:
         """Ctrl-C, as a terminal does it: SIGINT to the whole foreground process group."""

@@ -22,7 +22,7 @@ class Row:
         happened: What followed.
         lost: Trials that never ended.
         duplicated: Trials that are in the ledger or in MLflow twice.
-        seconds: From each injection to the next evaluation in the ledger.
+        seconds: From each injection to the next evaluation in the ledger, unless ``happened`` says from what else.
     """
 
     fault: str

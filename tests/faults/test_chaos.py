@@ -7,6 +7,7 @@ after another until the time is up; each must end as the one to which nothing ha
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import signal
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from agreement import Undisturbed, assert_ended_trials_are_kept, assert_undisturbed
-from injections import Driver
+from injections import RAY_PARTS, Driver
 from mlflow_proxy import Proxy
 from table import Row
 from tracking_study import Server
@@ -66,17 +67,17 @@ class Chaos:
 
     def inject(self) -> None:
         """One fault, at a random moment; returns when the study has gone on, or has ended."""
-        kinds: list[Callable[[], None]] = [
-            self.driver_killed,
-            self.worker_killed,
-            self.mlflow_fails,
-            self.mlflow_fails,
-            self.mlflow_restarted,
-            self.interrupted,
-            self.checkpoint_damaged,
-            self.ledger_locked,
-        ]
-        kind = self.chance.choice(kinds)
+        kinds: dict[str, Callable[[], bool]] = {
+            "driver killed": self.driver_killed,
+            **{fault: functools.partial(self.killed, *titles) for fault, titles in RAY_PARTS.items()},
+            "MLflow fails": self.mlflow_fails,
+            "MLflow restarted": self.mlflow_restarted,
+            "Ctrl-C": self.interrupted,
+            "checkpoint damaged": self.checkpoint_damaged,
+            "ledger locked": self.ledger_locked,
+        }
+        # MLflow fails in four ways.
+        fault = self.chance.choice([*kinds, "MLflow fails"])
         moment = self.chance.choice(["warming up", "training", "training"])
         pause = self.chance.uniform(0.0, 8.0 if moment == "warming up" else 0.5)
         if moment == "training":
@@ -85,10 +86,12 @@ class Chaos:
         if not self.driver.running:
             return
         before, began = self.driver.evaluations(), time.monotonic()
-        self.log.append(f"{began - self.began:6.1f} s, {before} evaluations: {kind.__name__} ({moment})")
+        self.log.append(f"{began - self.began:6.1f} s, {before} evaluations: {fault} ({moment})")
         ended = self.records()
-        kind()
-        self.faults[kind.__name__.replace("_", " ")] += 1
+        if kinds[fault]():
+            self.faults[fault] += 1
+        else:
+            self.log.append("         there was nothing to do it to")
         assert_ended_trials_are_kept(ended, self.records())
         if self.driver.reach(before + 1):
             self.seconds.append(time.monotonic() - began)
@@ -112,19 +115,17 @@ class Chaos:
         """Begin another one."""
         self.driver = self.start(self.name)
 
-    # --- faults ---
+    # --- faults; each returns whether it was done ---
 
-    def driver_killed(self) -> None:
+    def driver_killed(self) -> bool:
         self.driver.signal(signal.SIGKILL)
         self._continue()
+        return True
 
-    def worker_killed(self) -> None:
-        workers = self.driver.workers()
-        if workers:
-            with contextlib.suppress(Exception):  # it may have ended by itself
-                self.chance.choice(workers).kill()
+    def killed(self, *titles: str) -> bool:
+        return self.driver.kill(*titles) > 0
 
-    def mlflow_fails(self) -> None:
+    def mlflow_fails(self) -> bool:
         way = self.chance.choice(["error", "lost", "hang", "refuse"])
         pause = self.chance.uniform(0.5, 4.0)
         self.log.append(f"         MLflow: {way} for {pause:.1f} s")
@@ -135,20 +136,23 @@ class Chaos:
         time.sleep(pause)
         self.proxy.mode = "pass"
         self.proxy.listen()
+        return True
 
-    def mlflow_restarted(self) -> None:
+    def mlflow_restarted(self) -> bool:
         self.server.kill()
         self.server.start()
+        return True
 
-    def interrupted(self) -> None:
+    def interrupted(self) -> bool:
         self.driver.interrupt()
         if self.chance.random() < 0.5:
             time.sleep(self.chance.uniform(0.0, 2.0))
             self.driver.interrupt()
         assert self.driver.wait(180) in (0, 130, -signal.SIGINT), self.driver.output[-3000:]
         self._continue()
+        return True
 
-    def checkpoint_damaged(self) -> None:
+    def checkpoint_damaged(self) -> bool:
         self.driver.signal(signal.SIGKILL)
         self.driver.wait()
         self.driver.leftovers()
@@ -164,15 +168,17 @@ class Chaos:
             file.write_bytes(content)
             self.log.append(f"         {file.parent.name}/{file.name} damaged at byte {place}")
         self._continue()
+        return bool(files)
 
-    def ledger_locked(self) -> None:
+    def ledger_locked(self) -> bool:
         file = self.storage / "studies" / self.name / "ledger.db"
         if not file.exists():
-            return
+            return False
         with contextlib.closing(sqlite3.connect(file, timeout=30, isolation_level=None)) as connection:
             connection.execute("BEGIN EXCLUSIVE")
             time.sleep(self.chance.uniform(1.0, 4.0))
             connection.execute("ROLLBACK")
+        return True
 
     def _continue(self) -> None:
         self.driver.wait()

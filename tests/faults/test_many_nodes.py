@@ -6,6 +6,7 @@ The machines are raylets of their own on this one, which is how Ray tests itself
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,10 +15,10 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from agreement import Account, account
+from agreement import Undisturbed, assert_undisturbed
 from injections import Driver
-from study_runs import ledger
 from table import Row
+from tracking_study import Server
 
 from peftsearch.spec import TrialState
 from peftsearch.study import Study
@@ -32,6 +33,8 @@ OURS = (
     "SynchronizationActor",
     "Coordinator",
 )
+
+NOTHING: dict[str, Any] = {"actors": [], "placement groups": [], "processes": []}
 
 
 class Machines:
@@ -76,6 +79,13 @@ class Machines:
             "processes": [title for title in titles if any(ours in title for ours in OURS)],
         }
 
+    def leaves(self, expected: dict[str, Any] = NOTHING, seconds: float = 30) -> dict[str, Any]:
+        """`left_behind`, once it is as expected; else after so many seconds."""
+        deadline = time.monotonic() + seconds
+        while (found := self.left_behind()) != expected and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return found
+
     def end(self) -> None:
         """Take down what is left."""
         self._cluster.shutdown()
@@ -119,6 +129,7 @@ def test_machines_leave_and_join_in_mid_study(
     tmp_path: Path,
     tiny_base: Path,
     topics_csv: Path,
+    mlflow_server: Server,
     note: Callable[[Row], None],
 ) -> None:
     """Three slots on two machines; the larger machine is lost, then the other one too; then a third one joins."""
@@ -126,7 +137,8 @@ def test_machines_leave_and_join_in_mid_study(
     quiet = drive(path, tmp_path / "quiet", "nodes", "--set", "resources.slots=1")
     assert quiet.wait() == 0, quiet.output[-3000:]
     small, large = machines.add(1, small=1.0), machines.add(2, large=1.0)
-    driver = drive(path, tmp_path / "storage", "nodes", "--address", machines.address)
+    options = ("--address", machines.address, "--set", f"tracking.mlflow={mlflow_server.uri}")
+    driver = drive(path, tmp_path / "storage", "nodes", *options)
     seconds = []
 
     def lose(machine: Any, seen: Callable[[], bool]) -> None:
@@ -139,7 +151,10 @@ def test_machines_leave_and_join_in_mid_study(
     goal = driver.evaluations() + 3
     lose(large, lambda: driver.evaluations() >= goal)
     lose(small, lambda: "the study waits" in driver.output)
+    before, joined = driver.evaluations(), time.monotonic()
     machines.add(1)
+    assert driver.reach(before + 1), driver.output[-3000:]
+    resumed = time.monotonic() - joined
     assert driver.wait() == 0, driver.output[-3000:]
     assert driver.leftovers() == []
     assert "has room again" in driver.output
@@ -148,18 +163,37 @@ def test_machines_leave_and_join_in_mid_study(
     records = study.trials()
     assert [record.number for record in records] == list(range(14))
     assert all(record.state is TrialState.COMPLETE for record in records)
-    assert ledger("nodes", tmp_path / "storage") == ledger("nodes", tmp_path / "quiet")
-    counted = account(study, None)
-    assert counted == Account(lost=0, duplicated=0)
-    deadline = time.monotonic() + 30
-    nothing: dict[str, Any] = {"actors": [], "placement groups": [], "processes": []}
-    while machines.left_behind() != nothing and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert machines.left_behind() == nothing
-    for fault, happened, took in zip(
-        ("machine lost", "all machines lost"),
-        ("its slots are given up, their work goes on in the others", "the study waits, and goes on when one joins"),
-        seconds,
-        strict=True,
+    undisturbed = Undisturbed(path, tmp_path / "quiet", "nodes", mlflow_server.uri)
+    counted = assert_undisturbed(study, undisturbed, mlflow_server.uri)
+    assert machines.leaves() == NOTHING
+    waits = f"after {seconds[1]:.0f} s the study says that it waits; it goes on when one joins (seconds: from then)"
+    for fault, happened, took in (
+        ("machine lost", "its slots are given up, their work goes on in the others", seconds[0]),
+        ("all machines lost", waits, resumed),
     ):
-        note(Row(fault, "SIGKILL to a raylet of a cluster of three", happened, 0, 0, (took,)))
+        injected = "SIGKILL to a raylet of a cluster of three"
+        note(Row(fault, injected, happened, counted.lost, counted.duplicated, (took,)))
+
+
+def test_what_a_killed_driver_leaves_on_a_cluster_is_ended_by_the_next(
+    machines: Machines, drive: Callable[..., Driver], tmp_path: Path, tiny_base: Path, topics_csv: Path
+) -> None:
+    """Ray's detached actor outlives the driver (if it did not, this test would be pointless), and no further one."""
+    path = study_file(tmp_path, tiny_base, topics_csv, slots=1)
+    machines.add(1)
+
+    def run() -> Driver:
+        options = ("--address", machines.address, "--set", "search.trials=2")
+        return drive(path, tmp_path / "storage", "nodes", *options)
+
+    killed = run()
+    assert killed.wait_progress(2), killed.output[-3000:]
+    killed.signal(signal.SIGKILL)
+    assert killed.leftovers() == []
+    left = machines.leaves(seconds=5)
+    assert left["actors"] == ["_AutoscalingCoordinatorActor"]
+    driver = run()
+    assert driver.wait() == 0, driver.output[-3000:]
+    assert driver.leftovers() == []
+    assert "Traceback" not in driver.output
+    assert machines.leaves() == NOTHING

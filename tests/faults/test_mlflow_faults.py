@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from agreement import Undisturbed, assert_mlflow_agrees, assert_undisturbed, differences, shown
+from forks import command
 from injections import Driver
 from mlflow_proxy import Proxy
-from study_runs import command
 from table import Row
 from tracking_study import Server
 

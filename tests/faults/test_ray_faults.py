@@ -1,4 +1,4 @@
-"""SIGKILL to the parts of Ray that a study rests on: the dispatcher, a slot's controller, a whole slot, the head."""
+"""SIGKILL to the parts of Ray that a study rests on: worker, dispatcher, controller, a whole slot, the head."""
 
 from __future__ import annotations
 
@@ -8,41 +8,24 @@ from pathlib import Path
 
 import pytest
 from agreement import Undisturbed, assert_undisturbed
-from injections import Driver
+from injections import RAY_PARTS, Driver
 from table import Row
 
 from peftsearch.study import Study
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
-PARTS = {
-    "dispatcher killed": (
-        ["DispatcherActor"],
-        "Ray starts another one and repeats the calls to it; slots join again with what they hold and do",
-    ),
-    "slot's controller killed": (
-        ["TrainController"],
-        "its placement group is removed, and the slot started again",
-    ),
-    "whole slot killed": (
-        ["TrainController", "RayTrainWorker"],
-        "the slot is started again, and goes on from the trial's checkpoint",
-    ),
-    "trial actor killed": (
-        # As Ray Tune names every trainable that has resources.
-        ["ResourceTrainable"],
-        "Ray Tune starts another one, which asks for the evaluation that comes next",
-    ),
+HAPPENED = {
+    "worker killed": "Ray Train starts a new one, which goes on from the trial's checkpoint",
+    "dispatcher killed": "Ray starts another and repeats the calls to it; slots join again with what they hold and do",
+    "slot's controller killed": "its placement group is removed, and the slot started again",
+    "whole slot killed": "the slot is started again, and goes on from the trial's checkpoint",
+    "trial actor killed": "Ray Tune starts another one, which asks for the evaluation that comes next",
 }
-"""By fault: what the titles of the processes hold, and what follows."""
 
 
 def kill(driver: Driver, *titles: str) -> None:
-    """SIGKILL to all processes of these titles at once."""
-    victims = [process for title in titles for process in driver.processes(title)]
-    assert victims, [process.cmdline() for process in driver.processes()]
-    for victim in victims:
-        victim.kill()
+    assert driver.kill(*titles), [process.cmdline() for process in driver.processes()]
 
 
 def test_parts_of_ray_die_one_after_the_other(
@@ -54,7 +37,7 @@ def test_parts_of_ray_die_one_after_the_other(
     """
     driver = drive(undisturbed.file, tmp_path, "parts", "--set", f"tracking.mlflow={undisturbed.uri}")
     seconds = []
-    for titles, _ in PARTS.values():
+    for titles in RAY_PARTS.values():
         assert driver.wait_progress(3), "the study ended before the fault"
         before, killed = driver.evaluations(), time.monotonic()
         kill(driver, *titles)
@@ -68,9 +51,9 @@ def test_parts_of_ray_die_one_after_the_other(
     assert driver.leftovers() == []
     assert "Traceback" not in driver.output
     counted = assert_undisturbed(study, undisturbed, undisturbed.uri)
-    for (fault, (titles, happened)), took in zip(PARTS.items(), seconds, strict=True):
+    for (fault, titles), took in zip(RAY_PARTS.items(), seconds, strict=True):
         injected = f"SIGKILL to {' and '.join(f'`{title}`' for title in titles)} in mid-study"
-        note(Row(fault, injected, happened, counted.lost, counted.duplicated, (took,)))
+        note(Row(fault, injected, HAPPENED[fault], counted.lost, counted.duplicated, (took,)))
 
 
 def test_the_head_dies_and_the_same_command_continues(
@@ -85,20 +68,25 @@ def test_the_head_dies_and_the_same_command_continues(
     assert driver.wait() == 1, driver.output[-3000:]
     took = time.monotonic() - killed
     assert driver.leftovers() == []
+    before, began = driver.evaluations(), time.monotonic()
     assert "the Ray head at" in driver.output
     assert "continues the study" in driver.output
     assert "Traceback" not in driver.output
     study = Study.open("head", tmp_path)
     assert study.status()["state"] == "interrupted"
     again = drive(undisturbed.file, tmp_path, "head", *options)
+    assert again.reach(before + 1), again.output[-3000:]
+    seconds = took + time.monotonic() - began
     assert again.wait() == 0, again.output[-3000:]
     counted = assert_undisturbed(study, undisturbed, undisturbed.uri)
     note(
         Row(
             "Ray head killed",
             "SIGKILL to `gcs_server` in mid-study",
-            f"after {took:.0f} s the driver ends with one sentence and status 1; the same command continues",
+            f"after {took:.0f} s the driver ends with one sentence and status 1; the same command continues "
+            "(seconds: both together, with Ray's start)",
             counted.lost,
             counted.duplicated,
+            (seconds,),
         )
     )

@@ -18,8 +18,9 @@ from agreement import (
     assert_mlflow_agrees,
     assert_undisturbed,
 )
+from forks import command
 from injections import Driver
-from study_runs import command
+from study_runs import essence
 from table import Row
 from tracking_study import Server
 
@@ -40,16 +41,22 @@ def test_a_trial_that_diverges_or_does_not_fit_fails_alone(
 ) -> None:
     """A learning rate and a weight decay under which weights grow ten million times at each step, and a bottleneck that
     needs 1 GB of a worker that may have no more than 400 MB beside what it has already."""
-    path = write_study(
-        "misfits",
-        methods={
-            "full": {"learning_rate": [1e-8, 10.0]},
-            "adapter": {"bottleneck": [4, 65536], "learning_rate": 1e-8},
-        },
-        search={"trials": 2, "sampler": "grid", "scheduler": "none"},
-        training={"epochs": 2, "evaluations": 2, "batch_size": 16, "max_length": 16, "weight_decay": 1e6},
-        tracking={"mlflow": mlflow_server.uri},
-    )
+
+    def misfits(rate: float, bottleneck: int) -> Path:
+        return write_study(
+            "misfits",
+            methods={
+                "full": {"learning_rate": [1e-8, rate]},
+                "adapter": {"bottleneck": [4, bottleneck], "learning_rate": 1e-8},
+            },
+            search={"trials": 2, "sampler": "grid", "scheduler": "none"},
+            training={"epochs": 2, "evaluations": 2, "batch_size": 16, "max_length": 16, "weight_decay": 1e6},
+            tracking={"mlflow": mlflow_server.uri},
+        )
+
+    quiet = drive(misfits(2e-8, 12), tmp_path / "quiet", "misfits", "--set", "tracking.mlflow=off")
+    assert quiet.wait() == 0, quiet.output[-3000:]
+    path = misfits(10.0, 65536)
     driver = drive(path, tmp_path / "storage", "misfits")
     assert driver.wait_progress(1)
     (worker,) = driver.workers()
@@ -71,6 +78,10 @@ def test_a_trial_that_diverges_or_does_not_fit_fails_alone(
     diverged, misfit = found["full", 10.0].error or "", found["adapter", 65536].error or ""
     assert "loss" in diverged
     assert "memory" in misfit
+    # The others find what they find in a study without these two.
+    fitting = [essence(record) for key, record in found.items() if key not in failed]
+    without = {record.number: essence(record) for record in Study.open("misfits", tmp_path / "quiet").trials()}
+    assert fitting == [without[trial["number"]] for trial in fitting]
     # Their own fault: they are not tried again.
     assert {record.retries for record in found.values()} == {0}
     assert_mlflow_agrees(study, mlflow_server.uri)
@@ -103,7 +114,8 @@ def test_data_that_is_gone_or_another_is_one_sentence_and_costs_nothing(
     path = tmp_path / "moved.yaml"
     path.write_text(yaml.safe_dump(document))
     storage = tmp_path / "storage"
-    driver = drive(path, storage, "moved", "--set", "tracking.mlflow=off")
+    options = ("--set", f"tracking.mlflow={undisturbed.uri}")
+    driver = drive(path, storage, "moved", *options)
     assert driver.wait_progress(2)
     data.unlink()
     assert driver.wait_progress(3), "the study ended with its data file"
@@ -113,7 +125,7 @@ def test_data_that_is_gone_or_another_is_one_sentence_and_costs_nothing(
     before = Study.open("moved", storage).trials()
 
     def refused() -> str:
-        done = command("run", path, "--storage", storage, "--name", "moved", "--set", "tracking.mlflow=off")
+        done = command("run", path, "--storage", storage, "--name", "moved", *options)
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
         assert Study.open("moved", storage).trials() == before
@@ -126,10 +138,10 @@ def test_data_that_is_gone_or_another_is_one_sentence_and_costs_nothing(
     assert "the data of domain 'topics'" in changed
     assert "has changed since the study 'moved' began" in changed
     data.write_bytes(content)
-    driver = drive(path, storage, "moved", "--set", "tracking.mlflow=off")
+    driver = drive(path, storage, "moved", *options)
     assert driver.wait() == 0, driver.output[-3000:]
     assert_ended_trials_are_kept(before, Study.open("moved", storage).trials())
-    counted = assert_undisturbed(Study.open("moved", storage), undisturbed, None)
+    counted = assert_undisturbed(Study.open("moved", storage), undisturbed, undisturbed.uri)
     happened = "a running study goes on; starting it again is refused in one sentence until the data is back"
     note(
         Row(

@@ -2,7 +2,7 @@
 
 `python warden.py LOG TERMINAL COMMAND...` runs the command in a session of its own, with its output appended to LOG, or
 with TERMINAL (the path of one; "-" for none) as its controlling terminal. Tells on standard output: ``started PID``,
-``ended STATUS`` (negative: the signal that killed it). Has no import that takes time: it is started for every run.
+``ended STATUS`` (negative: the signal that killed it). Has no import that takes time.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import sys
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-def main(log: str, terminal: str, command: list[str]) -> None:
-    """See the module."""
+def watch(log: str, terminal: str) -> bool:
+    """Fork: True in the child, which is to become the command; False here, when all that it left has ended."""
     # Orphans below this process become its children, and not those of the machine's init (prctl(2)).
     if ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise OSError("this kernel has no child subreapers")
@@ -33,16 +33,21 @@ def main(log: str, terminal: str, command: list[str]) -> None:
             files = 3 * [os.open(terminal, os.O_RDWR)]
         for number, file in enumerate(files):
             os.dup2(file, number)
-        os.execvp(command[0], command)
-    print("started", started, flush=True)
+        return True
+    tell(f"started {started}")
     while True:
         try:
             pid, status = os.wait()
         except ChildProcessError:
-            return
+            return False
         if pid == started:
-            print("ended", os.waitstatus_to_exitcode(status), flush=True)
+            tell(f"ended {os.waitstatus_to_exitcode(status)}")
 
 
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3:])
+def tell(line: str) -> None:
+    """A line on standard output, past whatever Python has for it."""
+    os.write(1, f"{line}\n".encode())
+
+
+if __name__ == "__main__" and watch(*sys.argv[1:3]):
+    os.execvp(sys.argv[3], sys.argv[3:])

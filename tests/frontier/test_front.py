@@ -222,6 +222,9 @@ def test_latency_is_a_limit_too() -> None:
     assert [choice.record.number for choice in found] == [5, 9]
     with pytest.raises(StudyError, match=r"at most 1 ms for an example: the fastest, trial 5 \(lora\), takes 2 ms"):
         choose(FRONT, "best", max_latency=1.0, latencies=took)
+    # Nought is a limit too.
+    with pytest.raises(StudyError, match="no trial that is left takes at most 1 ms"):
+        choose(FRONT, "best", min_metric=0.0, max_latency=1.0, latencies=took)
 
 
 @pytest.mark.parametrize(

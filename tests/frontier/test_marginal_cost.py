@@ -32,6 +32,11 @@ def test_each_trial_of_a_front_against_the_next_one() -> None:
     assert "(201 times), 500,000 for each 0.01; training takes 20 times the time." in second.sentence("accuracy")
 
 
+def test_as_long_is_said_of_equal_times() -> None:
+    cheaper, dearer = (r.model_copy(update={"train_seconds": s}) for r, s in ((SMALL, 7.2), (KNEE, 7.25)))
+    assert MarginalCost(cheaper, dearer, "maximize").sentence("accuracy").endswith("; training takes as long.")
+
+
 def test_equals_cost_nothing_and_are_no_step() -> None:
     twin = SMALL.model_copy(update={"number": 4})
     assert [cost.dearer.number for cost in marginal_costs([SMALL, twin, KNEE], "maximize")] == [5]

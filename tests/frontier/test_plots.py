@@ -82,6 +82,8 @@ def test_png_has_a_panel_per_domain(facts: StudyFacts, records: list[TrialRecord
     both, one = (imread(io.BytesIO(front_png(records, facts, domain))) for domain in (None, "legal"))
     assert both.shape[1] == 2 * one.shape[1]
     assert front_png(records, facts) == front_png(records, facts)
+    # MLflow shows a note's picture in its own size, in a column of less than 600 pixels.
+    assert imread(io.BytesIO(domain_report(records, facts, "legal").files["front.png"])).shape[1] < 580
 
 
 def test_report(facts: StudyFacts, records: list[TrialRecord]) -> None:
@@ -98,10 +100,25 @@ def test_report(facts: StudyFacts, records: list[TrialRecord]) -> None:
     assert report.metrics["baseline_majority"] == 0.21
     assert report.step == sum(record.state is not TrialState.RUNNING for record in front.records)
     assert "peftsearch export example --to adapters --domain clinical --pick knee" in report.note
+    assert "--storage" not in report.note
     assert re.search(r"^\| trial \| method \|", report.note, re.MULTILINE)
     assert domain_report(records, facts, "clinical") == report
     with pytest.raises(StudyError, match="no domain"):
         domain_report(records, facts, "medical")
+
+
+def test_commands_of_a_report_name_a_storage_of_its_own(facts: StudyFacts, records: list[TrialRecord]) -> None:
+    report = domain_report(records, facts, "clinical", "/data/our trials")
+    assert "--domain clinical --pick knee --storage '/data/our trials'\n" in report.note
+    assert "--pick knee --storage '/data/our trials'" in report.files["front.html"].decode()
+
+
+def test_notes_leave_out_settings_that_are_empty(facts: StudyFacts) -> None:
+    record = make_record(0, 0.5, 10, hyperparameters={"tokens": 4, "init_text": "", "targets": None, "dropout": 0.0})
+    note = domain_report([record], facts, "clinical").note
+    assert "tokens=4 dropout=0" in note.replace("\\", "")
+    assert "init" not in note
+    assert "targets" not in note
 
 
 def test_notes_of_large_fronts_fit(facts: StudyFacts) -> None:

@@ -21,10 +21,21 @@ from frontier_study import confirm, confirm_best, make_facts, make_record, make_
 from peftsearch.domains import get_task
 from peftsearch.frontier.report import write_report
 from peftsearch.frontier.report.comparisons import compare_domain
-from peftsearch.frontier.report.results import macro_average, results, score_by_task
+from peftsearch.frontier.report.results import macro_average, results, score_by_task, task_type
 from peftsearch.frontier.report.sensitivity import bins, importance, sensitivities
 from peftsearch.frontier.report.significance import Predicted, compare, holm, read_predictions
-from peftsearch.spec import Baseline, Confirmed, Reading, StudyError, StudyFacts, StudySpec, TrialRecord, TrialState
+from peftsearch.spec import (
+    Baseline,
+    Confirmed,
+    FailedBaseline,
+    Reading,
+    StudyError,
+    StudyFacts,
+    StudyFile,
+    StudySpec,
+    TrialRecord,
+    TrialState,
+)
 
 NASTY = "</script><script>alert('x')</script> \"quoted\" | & `code` _it_ 🩺"
 
@@ -195,6 +206,32 @@ def test_baselines_of_the_test_split_stand_beside_the_methods(probe: float, sent
     assert rows(tmp_path / "report" / "baselines.csv")[1]["test"] == str(probe)
 
 
+def test_readings_of_baselines_and_failed_baselines_are_reported(tmp_path: Path) -> None:
+    facts = make_facts()
+    domain = facts.domains["clinical"]
+    known = domain.baselines["package:tiny/model"]
+    tested = {"test_value": 0.2, "test_scores": {"accuracy": 0.2}, "test_read_at": "2026-01-01T12:00:00.000+00:00"}
+    known["majority"] = known["majority"].model_copy(update={**tested, "test_examples": domain.rows["test"]})
+    known["zero_shot"] = Baseline(title="zero-shot prompting", value=0.41, examples=200, **tested, test_examples=50)
+    known["few_shot"] = Baseline(title="few-shot prompting (4)", value=0.42, examples=200)
+    del known["linear_probe"]
+    error = FailedBaseline(title="few-shot prompting (4)", split="test", error="out of memory")
+    domain.failed_baselines["package:tiny/model"] = {"few_shot": error}
+    records = [confirm(make_record(0, 0.8, 1000), facts, tmp_path, 0.8)]
+    write_report(tmp_path / "report", records, facts, make_spec(facts), tmp_path)
+    text = (tmp_path / "report" / "report.md").read_text()
+    (zero,) = (line for line in text.splitlines() if line.startswith("| zero-shot prompting"))
+    (few,) = (line for line in text.splitlines() if line.startswith("| few-shot prompting"))
+    assert f"0.200 (on 50 of {domain.rows['test']:,})" in zero
+    assert f"0.420† (on 200 of {domain.rows['validation']:,})" in few
+    assert "Not computed on the test split: few-shot prompting (4) (clinical). out of memory" in text
+    assert "5 readings, 2 of them by baselines." in text
+    assert "Tuning paid" in text
+    readings = [row for row in rows(tmp_path / "report" / "readings.csv") if row["method"] == "baseline zero_shot"]
+    assert [(row["test_examples"], row["read_at"]) for row in readings] == [("50", tested["test_read_at"])]
+    assert rows(tmp_path / "report" / "failed_baselines.csv")[0]["error"] == "out of memory"
+
+
 def test_a_method_is_represented_by_what_validation_chose(tmp_path: Path) -> None:
     """Never by the test split, which would make a lucky configuration look like a good one."""
 
@@ -238,6 +275,13 @@ def test_averages_need_every_domain() -> None:
     # BLURB: within each task type first, then over the types.
     assert score_by_task([0.8, 0.6, 0.1], ["ner", "ner", "qa"]) == pytest.approx((0.7 + 0.1) / 2)
     assert score_by_task([0.8, None, 0.1], ["ner", "ner", "qa"]) is None
+
+
+def test_blurb_has_six_task_types() -> None:
+    """Gu et al. 2021, table 1: entities, PICO, relations, similarity, document classification, questions."""
+    domains = StudyFile.load(Path(__file__).parents[2] / "studies" / "blurb.yaml").spec.domains
+    kinds = [task_type(domain.task, str(domain.metric)) for domain in domains.values()]
+    assert [kinds.count(kind) for kind in dict.fromkeys(kinds)] == [5, 1, 3, 1, 1, 2]
 
 
 def test_averages_stand_in_the_table(study: Report) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import sqlite3
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,17 @@ from cli_study import save_base, small_study, write_study
 from fuzzing import LONG, damage, no_hang
 from security_files import Outcome, run_here, write_project
 
+from peftsearch.holder import Holder, _machine
 from peftsearch.preparing import plan_facts, save_facts, write_files
 from peftsearch.spec import Reading, Rung, StudyFacts
 from peftsearch.study import Study
 from peftsearch.study_ledger import driver_ledger
 
 SEEDS = range(1000 if LONG else 8)
+LEASE = "drivers/000001.json"
+OTHERS_LEASE = Holder(
+    "t", "there", "another boot", 7, "8", since="2026-01-01T00:00:00Z", heard="2026-01-01T00:00:09Z", released=True
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +65,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     ledger.close()
     with sqlite3.connect(study.folder.path / "ledger.db") as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    (study.folder.path / LEASE).parent.mkdir()
+    (study.folder.path / LEASE).write_text(json.dumps(asdict(OTHERS_LEASE)))
     (study.folder.path / "driver.json").write_text(json.dumps({"state": "interrupted", "since": "2026-01-01T00:00:00"}))
     return path, storage
 
@@ -162,7 +170,13 @@ def test_ledger_that_is_none(kind: str, copy: Any, capfd: pytest.CaptureFixture[
     look(storage, capfd, kind)
 
 
-FILES = ("study.json", "facts.json", "driver.json")
+FILES = ("study.json", "facts.json", "driver.json", LEASE)
+
+
+def changed_lease(**changes: Any) -> bytes:
+    return json.dumps(asdict(OTHERS_LEASE) | {"released": False} | changes).encode()
+
+
 CONTENTS: dict[str, bytes] = {
     "empty": b"",
     "null": b"null",
@@ -175,6 +189,10 @@ CONTENTS: dict[str, bytes] = {
     "utf-16": '{"study": 1}'.encode("utf-16"),
     "bytes": bytes(range(256)),
     "surrogate": b'{"study": "\\ud800", "since": "\\ud800"}',
+    "naive time": changed_lease(heard="2026-01-01"),
+    "process of this machine": changed_lease(machine=_machine(), pid="\x00"),
+    "no process number": changed_lease(machine=_machine(), pid=-7),
+    "huge process number": changed_lease(machine=_machine(), pid=10**30),
     "other types": b'{"study": [], "domains": 1, "since": 7, "until": {}, "state": [], "error": 3, "pid": "x"}',
 }
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from holders import Driver, another_machine, eventually
+from small_disk import fill
 
 from peftsearch import holder
 from peftsearch.spec import StudyError
@@ -176,6 +177,22 @@ def test_a_driver_that_cannot_see_its_storage_looks_before_it_writes(
             (folder / "drivers").unlink()
             away.rename(folder / "drivers")
             check.result(timeout=20)
+
+
+def test_a_full_disk_is_no_storage_that_comes_back(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is waited for shortly: a study would otherwise hang for ten minutes instead of saying what is wrong."""
+    for name, seconds in (("BEAT", 0.2), ("SILENCE", 4.0), ("FULL", 1.0)):
+        monkeypatch.setattr(holder, name, seconds)
+    with holder.hold(small_disk, "s") as lease:
+        filler = fill(small_disk)
+        # Until the last heartbeat is too long ago to write without another look.
+        time.sleep(3.0)
+        began = time.monotonic()
+        with pytest.raises(RuntimeError, match=r"No space left on device.*run the study again"):
+            lease.check()
+        assert time.monotonic() - began < 60
+        filler.unlink()
+        lease.check()
 
 
 def test_a_lease_costs_little_to_check(tmp_path: Path) -> None:

@@ -53,13 +53,13 @@ def build(architecture: str, task: str, **kwargs: Any) -> tuple[PreTrainedModel,
     if (architecture, task) == ("decoder", "answer"):
         # transformers 5.23 calls this one backbone "transformer", and loads none of the checkpoint's "model" without:
         kwargs["key_mapping"] = {r"^model\.": "transformer."}
+    # Made at the first call, from random numbers: before the seed.
+    where = folder(architecture)
     torch.manual_seed(1)
     with quiet_loading():
-        model, info = getattr(transformers, auto).from_pretrained(
-            folder(architecture), output_loading_info=True, **head, **kwargs
-        )
+        model, info = getattr(transformers, auto).from_pretrained(where, output_loading_info=True, **head, **kwargs)
     roots = fresh_modules(model, info["missing_keys"])
-    return model.requires_grad_(False).eval(), AttachContext(peft_task, str(folder(architecture)), (), roots)
+    return model.requires_grad_(False).eval(), AttachContext(peft_task, str(where), (), roots)
 
 
 def batch(architecture: str, task: str = "classify", side: str = "right") -> dict[str, Tensor]:

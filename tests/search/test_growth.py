@@ -177,3 +177,31 @@ def test_tpe_sorts_no_more_than_it_is_shown(monkeypatch: pytest.MonkeyPatch) -> 
     assert lengths == [BEST + OTHERS + 1200 - (1200 - RECENT) // EVERY * EVERY]
     # It has learnt: a higher x has a better first objective.
     assert proposed > 0.4
+
+
+def test_a_joint_proposal_looks_at_no_trial_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = open_ledger(tmp_path)
+    run = open_run(ledger, trials=10, allocation="joint", scheduler="none")
+    looked, made = [], []
+    whole, create = Ledger.records, optuna.trial.create_trial
+
+    def records(self: Ledger) -> Any:
+        looked.append(1)
+        return whole.fget(self)  # type: ignore[attr-defined]
+
+    def counted(**options: Any) -> Any:
+        made.append(1)
+        return create(**options)
+
+    monkeypatch.setattr(Ledger, "records", property(records))
+    monkeypatch.setattr(optuna.trial, "create_trial", counted)
+    started = 0
+    while (record := run.next_trial()) is not None:
+        started += 1
+        assert not looked
+        for index in range(2):
+            run.evaluated(record.number, result(record, index), 0, final=index == 1)
+        looked.clear()
+    assert started == 3 * 10
+    # Once when it is started, once when it has ended.
+    assert len(made) <= 2 * started

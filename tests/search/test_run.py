@@ -51,10 +51,10 @@ def result(record: TrialRecord, index: int) -> SegmentResult:
     return SegmentResult(BUDGET.evaluation_steps[index], 1 - value, 1.0, {"accuracy": value}, 1.0, 0.1, 10**6)
 
 
-def drive(run: StudyRun) -> None:
-    while (record := run.next_trial()) is not None:
+def drive(run: StudyRun, evaluate: Any = None, stop_after: int | None = None) -> None:
+    while (stop_after is None or len(run.ledger.records) < stop_after) and (record := run.next_trial()) is not None:
         for index in range(len(record.rungs), 4):
-            if not run.evaluated(record.number, result(record, index), 0, final=index == 3):
+            if not run.evaluated(record.number, (evaluate or result)(record, index), 0, final=index == 3):
                 break
 
 
@@ -69,6 +69,45 @@ def test_every_cell_gets_its_share_in_turns(tmp_path: Path) -> None:
     assert run.finished()
     assert [record.method for record in ledger.records] == ["lora", "prompt", "full"] * 6
     assert {record.state for record in ledger.records} == {TrialState.COMPLETE, TrialState.PRUNED}
+
+
+def by_method(good: str) -> Any:
+    """Results of which those of one method are by far the best, at any size."""
+
+    def evaluate(record: TrialRecord, index: int) -> SegmentResult:
+        value = (0.9 if record.method == good else 0.3) + index * 0.01
+        return SegmentResult(BUDGET.evaluation_steps[index], 1 - value, 1.0, {"accuracy": value}, 1.0, 0.1, 10**6)
+
+    return evaluate
+
+
+@pytest.mark.parametrize("good", ["lora", "full"])
+def test_with_joint_allocation_methods_share_their_trials_and_the_better_one_gets_most(
+    good: str, tmp_path: Path
+) -> None:
+    ledger = open_ledger(tmp_path)
+    run = open_run(ledger, trials=10, allocation="joint", scheduler="none")
+    assert run.planned == 30
+    drive(run, by_method(good))
+    assert run.finished()
+    methods = [record.method for record in ledger.records]
+    assert len(methods) == 30
+    assert methods[:6] == ["lora", "prompt", "full"] * 2
+    had = {method: methods.count(method) for method in ("lora", "prompt", "full")}
+    assert min(had.values()) >= 2
+    assert max(had, key=had.__getitem__) == good
+    assert had[good] > 12
+
+
+def test_an_interrupted_study_goes_on_with_the_methods_that_it_would_have_had(tmp_path: Path) -> None:
+    for name in ("whole", "halves"):
+        (tmp_path / name).mkdir()
+    whole, halves = open_ledger(tmp_path / "whole"), open_ledger(tmp_path / "halves")
+    drive(open_run(whole, allocation="joint"))
+    drive(open_run(halves, allocation="joint"), stop_after=11)
+    drive(open_run(halves, allocation="joint"))
+    assert states(halves) == states(whole)
+    assert len(whole.records) == 18
 
 
 def test_where_trials_are_trained_together_turns_are_longer(tmp_path: Path) -> None:

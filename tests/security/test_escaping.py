@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from browser import CHROMIUM, chromium
+from card_code import code_of
 
 from peftsearch.spec import DomainFacts, ModelFacts, StudyFacts, TrialRecord, TrialState
 
@@ -253,9 +254,7 @@ def test_model_cards(payload: str, tmp_path: Path) -> None:
     assert matter.keys() == harmless.keys()
     assert "license" not in matter
     assert structure(body) == structure(expected.split("---\n", 2)[2])
-    code = re.search(r"^```python\n(.*?)^```$", body, re.DOTALL | re.MULTILINE)
-    assert code
-    ast.parse(code[1])
+    ast.parse(code_of(body))
 
 
 @pytest.mark.parametrize("payload", [*PAYLOADS, EVERYTHING], ids=range(len(PAYLOADS) + 1))

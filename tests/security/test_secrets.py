@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,63 @@ def test_no_password_survives(word: str) -> None:
     assert without_passwords(url) == "postgresql://someone@host/base"
     note_secrets(url)
     assert password not in hide_secrets(f"could not log in with {password} to {url}")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("password: pa55word", "password: ***"),
+        ("log in with password: pa55word, please", "log in with password: ***, please"),
+        ("db.password : pa55word\nuser: me", "db.password : ***\nuser: me"),
+        ("password=pa55word", "password=***"),
+        ("password=pa55:word: refused", "password=***: refused"),
+        ("password='two words' for me", "password='***' for me"),
+        ('password = "it\'s \\"two\\" words" for me', 'password = "***" for me'),
+        ("password='pa55word", "password=***"),
+        ("password=b'pa55word'", "password='***'"),
+        ("{'user': 'me', 'password': 'pa55word', 'port': 5}", "{'user': 'me', 'password': '***', 'port': 5}"),
+        ('{"hf_token": "pa55 word", "a": 1}', '{"hf_token": "***", "a": 1}'),
+        ('"{\\"api_key\\": \\"pa55 word\\", \\"a\\": 1}"', '"{\\"api_key\\": \\"***\\", \\"a\\": 1}"'),
+        ("Server=h;Pwd=pa55word;Port=5", "Server=h;Pwd=***;Port=5"),
+        ("Authorization: Bearer pa55word.x-y_z=", "Authorization: Bearer ***"),
+        ("{'Authorization': 'Basic bWU6cGE1NXdvcmQ='}", "{'Authorization': 'Basic ***'}"),
+        ("sent bearer abcdefghijklmnopqrst twice", "sent bearer *** twice"),
+        ("with Bearer TOKEN", "with Bearer ***"),
+        ("401 for hf_pa55wordabcdefghijkl: no", "401 for ***: no"),
+        ("key AKIAIOSFODNN7EXAMPLE or ASIAIOSFODNN7EXAMPLE.", "key *** or ***."),
+    ],
+)
+def test_secrets_that_are_known_by_what_is_around_them_or_by_their_looks(text: str, shown: str) -> None:
+    assert hide_secrets(text) == shown
+    assert hide_secrets(shown) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "wrong password: see the manual",
+        "the token: is it set?",
+        "methods.prompt.tokens: 4",
+        "methods: {prompt: {tokens: {low: 4, high: 64}}}",
+        "domains:\n  secret:\n    task: classification\n  token: {task: tagging}",
+        "password:\n  see the manual",
+        "asks for a token and none was shown: put the cluster's into RAY_AUTH_TOKEN, and set RAY_AUTH_MODE=token",
+        "the tokenizer has no end token: the model could not learn where an answer ends",
+        "the bearer of this letter, a bearer token, Basic authentication, bearer instruments",
+        "hf_transfer and hf_hub_download of huggingface_hub, hf_tokenizers",
+        "AKIA is how such a key begins",
+        "KeyError: 'password'",
+    ],
+)
+def test_sentences_without_secrets_are_left_as_they_are(text: str) -> None:
+    assert hide_secrets(text) == text
+
+
+def test_hiding_takes_no_long_time() -> None:
+    began = time.process_time()
+    for text in ("password" * 20_000, "token: '" * 20_000, 'secret=\\"' * 20_000, "Bearer " * 20_000, "a.b-" * 5_000):
+        hide_secrets(text)
+    assert time.process_time() - began < 10
 
 
 def test_an_error_cannot_quote_a_password() -> None:

@@ -46,6 +46,7 @@ def put(place: str, value: Any) -> Edit:
         (put("description", "what for"), ()),
         (put("resources.slots", 3), ()),
         (put("tracking.mlflow", "off"), ()),
+        (put("confirm.prompted_examples", 20), ()),
         (put("search.trials", 5), ("trials per cell: 5 instead of 4",)),
         (put("confirm.seeds", 3), ("seeds to confirm with: 3 instead of 2",)),
         (put("domains.news", {"data": {"source": "c.csv"}}), ("the domain news",)),

@@ -4,7 +4,10 @@ behaviour."""
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import pickle
+import resource
 import threading
 import uuid
 from pathlib import Path
@@ -106,6 +109,65 @@ def test_of_many_that_create_a_file_one_succeeds(root: Place) -> None:
     assert not files.create_json(where, {"another": 1})
 
 
+@pytest.fixture(params=["EPERM", "ENOTSUP", "EOPNOTSUPP", "ENOSYS"])
+def without_hard_links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system that has none; this machine's have."""
+    number = getattr(errno, request.param)
+
+    def link(source: Path, target: Path) -> None:
+        raise OSError(number, os.strerror(number), str(source), None, str(target))
+
+    monkeypatch.setattr(os, "link", link)
+
+
+@pytest.mark.usefixtures("without_hard_links")
+def test_without_hard_links_one_creates_a_file_all_the_same(tmp_path: Path) -> None:
+    where = tmp_path / "studies" / "holder.json"
+    start = threading.Barrier(8)
+    made: list[int] = []
+
+    def contend(number: int) -> None:
+        start.wait()
+        if files.create_json(where, {"number": number}):
+            made.append(number)
+
+    threads = [threading.Thread(target=contend, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [files.read_json(where)] == [{"number": number} for number in made]
+    assert files.names(where.parent) == ["holder.json"]
+
+
+def test_without_hard_links_a_file_that_cannot_be_filled_is_no_file(tmp_path: Path) -> None:
+    where = tmp_path / "holder.json"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            files._create_in_place(where, bytes(1000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not where.exists()
+    files._create_in_place(where, bytes(1000))
+    with pytest.raises(FileExistsError):
+        files._create_in_place(where, b"another")
+    assert where.read_bytes() == bytes(1000)
+
+
+def test_another_error_of_a_link_is_not_taken_for_their_absence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(*_: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(OSError, match="Input/output error"):
+        files.create_bytes(tmp_path / "holder.json", b"x")
+    assert files.names(tmp_path) == []
+
+
 def test_folders_are_copied_between_storages(root: Place, tmp_path: Path) -> None:
     source = tmp_path / "source"
     (source / "train").mkdir(parents=True)
@@ -185,3 +247,26 @@ def test_what_cannot_be_read_or_written_is_tried_again(tmp_path: Path, monkeypat
     monkeypatch.setattr(files, "PAUSES", (3600.0,))
     with pytest.raises(FileNotFoundError):
         files.patiently(path, (tmp_path / "none").read_bytes, "read")
+
+
+@pytest.mark.parametrize(
+    "uri", ["abfs://container@account.dfs.core.windows.net/a", "hdfs://me@host:8020/a?replication=2", "s3://bucket/a"]
+)
+def test_files_can_be_put_wherever_pyarrow_writes(uri: str) -> None:
+    target = files.writable_place(uri)
+    address, mark, options = uri.partition("?")
+    assert str(target / "b") == f"{address}/b{mark}{options}"
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "abfs://container:hunter2@account.dfs.core.windows.net/a",
+        "hdfs://host/a?kerb_ticket=1&token=hunter2",
+        "s3://key:hunter2@bucket/a",
+    ],
+)
+def test_no_credentials_in_a_target(uri: str) -> None:
+    with pytest.raises(StudyError, match=r"the target .* is given with credentials") as error:
+        files.writable_place(uri)
+    assert "hunter2" not in str(error.value)

@@ -1,16 +1,16 @@
-"""Whole studies: one in an object store is the same as one in a folder; one on a full disk ends, and goes on later."""
+"""A whole study in an object store is the same as one in a folder."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forks import command
 from postgres_server import PostgresServer
 from s3_server import SECRET, S3Server
-from study_runs import command, essence, ledger
+from study_runs import essence, ledger
 
 from peftsearch import files
 from peftsearch.study import Study
@@ -83,29 +83,3 @@ def test_a_study_in_an_object_store_is_that_in_a_folder(
     assert f"trial {number}" in refused.stderr
     assert "is damaged" in refused.stderr
     assert "Traceback" not in refused.stderr
-
-
-def test_a_study_on_a_full_disk_ends_with_one_sentence_and_goes_on_when_there_is_room(
-    write_study: Callable[..., Path], tmp_path: Path, small_disk: Path
-) -> None:
-    study = write_study("tiny", **SMALL)
-    run(study, tmp_path / "undisturbed")
-    assert command("validate", study, "--storage", small_disk).returncode == 0
-    # The trials' files have no room; what the driver writes, outside of their folder, has.
-    trials = small_disk / "studies" / "tiny" / "trials"
-    trials.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(trials)], check=True)
-    try:
-        done = command("run", study, "--storage", small_disk, timeout=PATIENCE)
-        assert done.returncode != 0
-        assert "Traceback" not in done.stderr
-        last = done.stderr.strip().splitlines()[-1]
-        assert f"cannot write {trials}/0000" in last
-        assert "No space left on device" in last
-        assert "run the study again" in last
-        states = {record.state.value for record in Study.open("tiny", small_disk).trials()}
-        assert states == {"RUNNING"}
-    finally:
-        subprocess.run(["umount", "-l", str(trials)], check=True)
-    run(study, small_disk)
-    assert ledger("tiny", small_disk) == ledger("tiny", tmp_path / "undisturbed")

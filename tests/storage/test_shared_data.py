@@ -72,6 +72,31 @@ def test_data_that_is_in_the_storage_is_not_copied_again(
     assert connection.get_file_info(path).mtime_ns == before
 
 
+@pytest.mark.parametrize("damage", ["gone", "cut short", "altered"])
+def test_damaged_data_in_the_storage_is_made_anew(
+    damage: str,
+    plan: StudyPlan,
+    published: WorkerPlan,
+    s3_server: S3Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (key,) = published.domains
+    arrow = next((plan.prepared[key].folder / "train").glob("*.arrow"))
+    where = published.domains[key] / f"train/{arrow.name}"
+    content = files.read_bytes(where)
+    if damage == "gone":
+        files.delete(where)
+    else:
+        files.write_bytes(where, content[:-9] if damage == "cut short" else content[:-9] + bytes(9))
+        assert files.read_bytes(where) != content
+    monkeypatch.setenv("PEFTSEARCH_CACHE", str(tmp_path / "worker"))
+    storage = files.place(s3_server.storage(tmp_path.name))
+    again = publish(plan.for_workers(storage / "studies" / "tiny", threads=1), storage)
+    assert files.read_bytes(where) == content
+    assert fetch(again.domains[key]).facts() == plan.prepared[key].facts()
+
+
 def test_data_in_a_folder_is_read_where_it_is(plan: StudyPlan) -> None:
     (prepared,) = plan.prepared.values()
     assert fetch(prepared.folder).folder == prepared.folder

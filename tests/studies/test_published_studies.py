@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -47,12 +48,10 @@ def offline(**extra: str) -> dict[str, str]:
     return {**os.environ, **proxies, "no_proxy": "", "NO_PROXY": "", "OMP_NUM_THREADS": "1", **extra}
 
 
-@pytest.fixture(scope="module")
-def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What validate says of every file, by the file's name."""
-    storage = tmp_path_factory.mktemp("storage")
+def validated(files: list[Path], storage: Path) -> dict[str, dict[str, Any]]:
+    """What validate says of study files, by the file's name."""
     done = subprocess.run(
-        [sys.executable, "-c", VALIDATE, str(storage), *map(str, FILES)],
+        [sys.executable, "-c", VALIDATE, str(storage), *map(str, files)],
         env=offline(HF_HUB_OFFLINE="1", HF_HOME=str(storage / "hub")),
         capture_output=True,
         text=True,
@@ -61,6 +60,11 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     assert done.returncode == 0, done.stderr[-2000:]
     said = [json.loads(line) for line in done.stdout.splitlines()]
     return {Path(each["path"]).stem: each for each in said}
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return validated(FILES, tmp_path_factory.mktemp("storage"))
 
 
 @pytest.mark.slow
@@ -72,8 +76,8 @@ def test_validate_passes_without_a_network(plans: dict[str, dict[str, Any]], pat
         assert not said["unchecked"]
         return
     spec = StudyFile.load(path).spec
-    # Which, why, and what it means: one sentence for each model and each domain.
-    assert len(said["unchecked"]) == len(spec.models) + len(spec.domains)
+    # Which, why, and what it means: one sentence for each model, each domain and the general text.
+    assert len(said["unchecked"]) == len(spec.models) + len(spec.domains) + (spec.forgetting is not None)
     assert all(sentence in said["printed"] for sentence in said["unchecked"])
     for model in spec.models:
         assert any(sentence.startswith(f"Model {model.path}: ") for sentence in said["unchecked"])
@@ -81,6 +85,20 @@ def test_validate_passes_without_a_network(plans: dict[str, dict[str, Any]], pat
     assert len(said["counts"]) == len(spec.models) * len(spec.methods)
     assert "of GPU memory per worker" in said["printed"]
     assert "GPU hours" in said["printed"] or "on this machine" in said["printed"]
+
+
+@pytest.mark.slow
+def test_measured_studies_are_valid_where_neither_their_data_nor_their_model_is(tmp_path: Path) -> None:
+    files = sorted((STUDIES / "measured").glob("*.yaml"))
+    assert len(files) == 12
+    # Beside this copy there is no ../shared/data.
+    copies = [Path(shutil.copy(path, tmp_path)) for path in files]
+    for name, said in validated(copies, tmp_path / "storage").items():
+        spec = StudyFile.load(tmp_path / f"{name}.yaml").spec
+        assert spec.name == name
+        assert any("is not here; planned with what 'expected' says" in sentence for sentence in said["unchecked"])
+        assert len(said["counts"]) == len(spec.methods) >= 3
+        assert spec.confirm.seeds == 3
 
 
 @pytest.mark.slow

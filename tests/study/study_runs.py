@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+from forks import command
 
 from peftsearch.spec import TrialRecord
 from peftsearch.study import Study
 
 _CLOCKS = {"train_seconds", "evaluation_seconds", "peak_memory_bytes"}
-
-
-def command(*arguments: object, timeout: float = 480) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "peftsearch", *map(str, arguments)], capture_output=True, text=True, timeout=timeout
-    )
 
 
 def run(path: Path, storage: Path, *options: str) -> None:

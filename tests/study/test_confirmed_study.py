@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import yaml
-from study_runs import command, ledger, run
+from forks import command
+from study_runs import ledger, run
 
 from peftsearch.domains.prepare import MANIFEST, _described
 from peftsearch.spec import Baseline, Confirmed, Reading, TrialState
@@ -170,7 +171,7 @@ def test_a_driver_killed_while_confirming_goes_on_with_the_same_readings(
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 480
     while time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
+        time.sleep(0.1)
         try:
             if readings(tmp_path):
                 break

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import yaml
+from forks import command
 from postgres_server import PostgresServer, remove, start_server
-from study_runs import command, ledger, run
+from study_runs import ledger, run
 
 from peftsearch.spec import TrialState
 from peftsearch.study import Study
@@ -76,7 +77,7 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 def wait_for_trials(storage: Path, ended: int, name: str = "tiny", process: Any = None) -> None:
     deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
-        time.sleep(0.1)
+        time.sleep(0.2)
         assert process is None or process.poll() is None, process.stderr.read()[-3000:]
         try:
             if sum(r.state is not TrialState.RUNNING for r in Study.open(name, storage).trials()) >= ended:

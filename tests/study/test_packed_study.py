@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
-from study_runs import command, run
+from forks import command
+from study_runs import run
 
 from peftsearch.spec import TrialRecord, TrialState
 from peftsearch.study import Study

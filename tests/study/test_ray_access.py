@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from peftsearch.ray_access import check_access, refused, token_of_our_own, token_of_the_user
+from peftsearch.ray_access import check_access, check_address, refused, token_of_our_own, token_of_the_user
 from peftsearch.spec import StudyError
 
 NAMES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -79,10 +79,18 @@ def test_somebody_elses_cluster_is_shown_the_users_token_where_there_is_one(home
         assert token_that_ray_shows() not in (None, "e" * 64)
 
 
+@pytest.mark.parametrize("address", ["auto", "127.0.0.1:6379", "head.example.org:1", "[::1]:6379", "my_head:65535"])
+def test_what_has_the_form_of_an_address(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    check_address(address)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    check_address("auto")
+
+
 def test_an_address_without_a_cluster_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     with pytest.raises(StudyError, match=f"cannot reach a Ray cluster at '127.0.0.1:{port}': Connection refused"):
         check_access(f"127.0.0.1:{port}")
-    with pytest.raises(StudyError, match="cannot reach a Ray cluster at 'nonsense'"):
+    with pytest.raises(StudyError, match="cannot reach a Ray cluster at 'nonsense': write HOST:PORT"):
         check_access("nonsense")

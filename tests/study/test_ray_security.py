@@ -1,13 +1,17 @@
-"""A running study answers nobody: its ports are on loopback, and its Ray asks for a token that only it knows."""
+"""A running study answers nobody: its ports are on loopback, its Ray asks for a token that only it knows, and the
+sockets of that are where nobody else can put others."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from ipaddress import ip_address
 from pathlib import Path
 from socket import AF_INET, AF_INET6
@@ -66,11 +70,11 @@ def somebodys_cluster(home: Path, **settings: str) -> Iterator[str]:
 
 
 @contextmanager
-def running(path: Path, storage: Path, home: Path) -> Iterator[psutil.Process]:
+def running(path: Path, storage: Path, home: Path, **settings: str) -> Iterator[psutil.Process]:
     """The driver of a study, once it trains."""
     command = [sys.executable, "-m", "peftsearch", "run", str(path), "--storage", str(storage)]
     log = (storage.parent / "driver.log").open("w")
-    driver = subprocess.Popen(command, env=environment(home), stdout=log, stderr=log)
+    driver = subprocess.Popen(command, env=environment(home, **settings), stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + 600
         while time.monotonic() < deadline:
@@ -109,6 +113,15 @@ def gcs_address(processes: list[psutil.Process]) -> str:
     return f"127.0.0.1:{port}"
 
 
+def sockets(processes: list[psutil.Process]) -> set[Path]:
+    """The paths of Ray's sockets, as those who listen or talk there name them."""
+    found = set()
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            found |= {Path(connection.laddr) for connection in process.net_connections("unix") if connection.laddr}
+    return {path for path in found if path.parent.name == "sockets"}
+
+
 def reachable() -> list[str]:
     """This machine's addresses for others; without one, everything would be on loopback by itself."""
     addresses = [
@@ -121,9 +134,8 @@ def reachable() -> list[str]:
 
 
 @pytest.mark.skipif(not reachable(), reason="this machine has no address but loopback")
-@pytest.mark.parametrize("workers", [1, 2])
 def test_a_running_study_listens_on_loopback_and_admits_nobody_without_its_token(
-    write_study: Callable[..., Path], tmp_path: Path, workers: int
+    write_study: Callable[..., Path], tmp_path: Path
 ) -> None:
     home = tmp_path / "home"
     home.mkdir()
@@ -131,7 +143,7 @@ def test_a_running_study_listens_on_loopback_and_admits_nobody_without_its_token
         "guarded",
         methods={"lora": {}},
         search={"trials": 400, "scheduler": "none"},
-        resources={"workers_per_trial": workers, "cpus_per_worker": 1, "slots": 1},
+        resources={"workers_per_trial": 2, "cpus_per_worker": 1, "slots": 1},
     )
     with running(path, tmp_path / "storage", home) as driver:
         processes = family(driver)
@@ -173,6 +185,44 @@ def test_a_running_study_listens_on_loopback_and_admits_nobody_without_its_token
     assert not list(home.rglob("*auth*"))
     told = subprocess.run(["grep", "-rlF", token, str(tmp_path)], capture_output=True, text=True).stdout
     assert not told
+
+
+def test_nobody_reaches_a_studys_sockets_and_no_folder_of_ray_outlives_it(
+    write_study: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = write_study("hidden", methods={"lora": {}}, search={"trials": 400, "scheduler": "none"})
+    # As the system's: open to everybody.
+    temporary = Path(tempfile.mkdtemp(prefix="ps-", dir="/tmp"))
+    temporary.chmod(0o1777)
+
+    def run() -> AbstractContextManager[psutil.Process]:
+        return running(path, tmp_path / "storage", tmp_path, TMPDIR=str(temporary))
+
+    def folders() -> set[str]:
+        return {item.name for item in temporary.iterdir() if "ray" in item.name}
+
+    def private(folder: Path) -> bool:
+        found = folder.stat()
+        return found.st_uid == os.getuid() and stat.S_IMODE(found.st_mode) == 0o700
+
+    try:
+        with run() as driver:
+            processes = family(driver)
+            paths = sockets(processes)
+            assert {path.name for path in paths} == {"plasma_store", "raylet"}
+            for socket in paths:
+                assert temporary in socket.parents
+                assert any(private(folder) for folder in socket.parents), socket
+            killed = folders()
+            driver.kill()
+        assert psutil.wait_procs(processes, timeout=120)[1] == []
+        assert folders() == killed
+        with run():
+            assert len(folders()) == 1
+            assert not folders() & killed
+        assert folders() == set()
+    finally:
+        shutil.rmtree(temporary)
 
 
 def test_a_cluster_that_anybody_may_use_is_joined_with_a_warning(

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from study_runs import command, ledger, run
+from forks import command
+from study_runs import run
 
 from peftsearch.holder import hold
 from peftsearch.spec import TrialState
@@ -158,141 +155,12 @@ def test_a_changed_question_is_refused_and_more_trials_extend(finished: tuple[Pa
     assert "Traceback" not in done.stderr
 
 
-def test_same_seed_one_slot_same_ledger(finished: tuple[Path, Path], tmp_path: Path) -> None:
-    storage, path = finished
-    run(path, tmp_path, "--set", "tracking.mlflow=off")
-    assert ledger("tiny", tmp_path) == ledger("tiny", storage)
-
-
-def test_stopped_and_continued_it_ends_with_the_same_ledger(finished: tuple[Path, Path], tmp_path: Path) -> None:
-    storage, path = finished
-    arguments = [sys.executable, "-m", "peftsearch", "run", str(path), "--storage", str(tmp_path)]
-    arguments += ["--set", "tracking.mlflow=off"]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        time.sleep(0.2)
-        try:
-            ended = sum(r.state is not TrialState.RUNNING for r in Study.open("tiny", tmp_path).trials())
-        except Exception:  # the ledger is being created
-            continue
-        if ended >= 5:
-            break
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr[-2000:]
-    assert "peftsearch run" in stderr
-    assert "Traceback" not in stderr
-    stopped = Study.open("tiny", tmp_path)
-    assert stopped.status()["state"] == "interrupted"
-    assert 5 <= sum(r.state is not TrialState.RUNNING for r in stopped.trials()) < 16
-    run(path, tmp_path, "--set", "tracking.mlflow=off")
-    assert ledger("tiny", tmp_path) == ledger("tiny", storage)
-
-
-def test_a_driver_killed_outright_is_continued_too(finished: tuple[Path, Path], tmp_path: Path) -> None:
-    storage, path = finished
-    arguments = [sys.executable, "-m", "peftsearch", "run", str(path), "--storage", str(tmp_path)]
-    arguments += ["--set", "tracking.mlflow=off"]
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        time.sleep(0.1)
-        try:
-            if len(Study.open("tiny", tmp_path).trials()) >= 4:
-                break
-        except Exception:  # the ledger is being created
-            continue
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert Study.open("tiny", tmp_path).status()["state"] == "interrupted"
-    run(path, tmp_path, "--set", "tracking.mlflow=off")
-    assert ledger("tiny", tmp_path) == ledger("tiny", storage)
-
-
 def test_a_second_driver_is_told_who_holds_the_study(finished: tuple[Path, Path]) -> None:
     storage, path = finished
     with hold(Study.open("tiny", storage).folder.path, "tiny"):
         done = command("run", path, "--storage", storage)
     assert done.returncode == 2
     assert "is being run by process" in done.stderr
-
-
-def test_two_workers_train_one_trial_together(write_study: Callable[..., Path], tmp_path: Path) -> None:
-    """Under DDP (gloo), with half of each batch per worker: the result of one worker, up to rounding."""
-    sections: dict[str, Any] = {
-        "methods": {"lora": {"rank": 4, "learning_rate": 5e-3}, "full": {"learning_rate": 1e-3}},
-        "search": {"trials": 1, "scheduler": "none"},
-        # Dropout masks are drawn per worker, so only a model without dropout is the same for any number of them.
-        "training": {"epochs": 2, "evaluations": 2, "batch_size": 16, "max_length": 16, "precision": "fp32"},
-    }
-    base = tmp_path / "base"
-    original = write_study()
-    import shutil
-
-    import yaml
-
-    shutil.copytree(yaml.safe_load(original.read_text())["model"], base)
-    config = json.loads((base / "config.json").read_text())
-    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (base / "config.json").write_text(json.dumps(config))
-    sections["model"] = str(base)
-    one = write_study("one", **sections)
-    two = write_study("two", **sections, resources={"workers_per_trial": 2, "cpus_per_worker": 1, "slots": 1})
-    run(one, tmp_path)
-    run(two, tmp_path)
-    alone, together = Study.open("one", tmp_path).trials(), Study.open("two", tmp_path).trials()
-    assert len(alone) == len(together) == 2
-    for a, b in zip(alone, together, strict=True):
-        assert a.state is b.state is TrialState.COMPLETE
-        assert [r.loss for r in b.rungs] == pytest.approx([r.loss for r in a.rungs], rel=1e-4)
-        assert [r.train_loss for r in b.rungs] == pytest.approx([r.train_loss for r in a.rungs], rel=1e-4)
-
-
-def test_a_diverging_or_misfit_trial_fails_and_the_study_goes_on(
-    write_study: Callable[..., Path], tmp_path: Path
-) -> None:
-    path = write_study(
-        "faulty",
-        methods={"full": {"learning_rate": [1e-3, 10.0]}, "prompt": {"tokens": [2, 64]}},
-        search={"trials": 4, "sampler": "random", "scheduler": "none"},
-        training={"epochs": 1, "evaluations": 2, "batch_size": 16, "max_length": 16, "max_grad_norm": 1e9},
-    )
-    run(path, tmp_path)
-    records = Study.open("faulty", tmp_path).trials()
-    assert len(records) == 8
-    failed = [record for record in records if record.state is TrialState.FAILED]
-    assert any("64 soft tokens" in (record.error or "") for record in failed)
-    assert all(record.error for record in failed)
-    assert sum(record.state is TrialState.COMPLETE for record in records) == 8 - len(failed) >= 2
-
-
-def test_a_killed_worker_costs_no_trial(finished: tuple[Path, Path], tmp_path: Path) -> None:
-    """SIGKILL to the slot's worker in mid-study: Ray Train restarts it, and the ledger is that of a quiet run."""
-    import psutil
-
-    storage, path = finished
-    arguments = [sys.executable, "-m", "peftsearch", "run", str(path), "--storage", str(tmp_path)]
-    arguments += ["--set", "tracking.mlflow=off"]
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        time.sleep(0.1)
-        try:
-            if len(Study.open("tiny", tmp_path).trials()) >= 4:
-                break
-        except Exception:  # the ledger is being created
-            continue
-    workers = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if "RayTrainWorker" in " ".join(child.cmdline())
-    ]
-    assert workers
-    workers[0].kill()
-    _, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr[-3000:]
-    assert ledger("tiny", tmp_path) == ledger("tiny", storage)
 
 
 def test_models_with_different_tokenizers_are_compared_in_one_study(

@@ -16,8 +16,10 @@ from typing import Any
 import optuna
 import pytest
 from postgres_server import PostgresServer, remove, start_server
+from small_disk import fill
 
 from peftsearch.spec import Reading, Rung, StudyError, TrialRecord
+from peftsearch.tracking import database
 from peftsearch.tracking.database import on_network
 from peftsearch.tracking.ledger import Ledger, LedgerCell
 
@@ -152,6 +154,25 @@ def test_patience_ends_in_one_sentence_and_nothing_is_lost(tmp_path: Path) -> No
         assert isinstance(ledger.failure, RuntimeError)
         process.kill()
     assert [record.number for record in Ledger(url, "s").records] == [0, 1, 2, 3]
+    run_study_on(Ledger(url, "s", CELLS))
+
+
+def test_a_full_disk_is_waited_for_shortly_and_nothing_is_lost(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no server that comes back by itself: with the patience for those, a study would hang for ten minutes."""
+    monkeypatch.setattr(database, "FULL", 1.0)
+    url = f"sqlite:///{small_disk / 'ledger.db'}"
+    ledger = Ledger(url, "s", CELLS, patience=600)
+    run_study(ledger, trials=4)
+    before = essence(ledger.records)
+    filler = fill(small_disk)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"disk is full\): nothing that it holds is lost, run the study again"):
+        run_study_on(ledger)
+    assert time.monotonic() - began < 60
+    filler.unlink()
+    assert essence(Ledger(url, "s").records) == before
     run_study_on(Ledger(url, "s", CELLS))
 
 

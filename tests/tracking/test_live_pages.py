@@ -20,8 +20,10 @@ from typing import Any
 import pytest
 from browser import CHROMIUM, chromium
 from optuna.samplers import RandomSampler
+from s3_server import S3Server
 from tracking_study import MODEL, study_facts
 
+from peftsearch.files import Place, place
 from peftsearch.holder import hold
 from peftsearch.spec import Rung, StudyError, StudySpec
 from peftsearch.storage import StudyFolder, write_json
@@ -33,7 +35,7 @@ from peftsearch.tracking.ui import serve_ui
 CELL = LedgerCell("clinical/lora", MODEL, "clinical", "lora", "accuracy", "maximize")
 
 
-def begin(storage: Path, name: str = "made-up", mlflow: str = "auto") -> Study:
+def begin(storage: Place, name: str = "made-up", mlflow: str = "auto", ledger: str = "auto") -> Study:
     """A study in a storage that has trained nothing yet."""
     from mlflow import MlflowClient
 
@@ -45,16 +47,16 @@ def begin(storage: Path, name: str = "made-up", mlflow: str = "auto") -> Study:
             "domains": {key: {"metric": "accuracy", "data": {"source": "x.csv"}} for key in facts.domains},
             "methods": {"lora": {}, "prompt": {}},
             "search": {"trials": 4},
-            "tracking": {"mlflow": mlflow},
+            "tracking": {"mlflow": mlflow, "ledger": ledger},
         }
     )
     folder = StudyFolder(storage, name)
-    folder.path.mkdir(parents=True)
     write_json(folder.spec, {"study": spec.model_dump(mode="json")})
     write_json(folder.facts, facts.model_dump(mode="json"))
     study = Study.open(name, storage)
     Ledger(study.ledger_url, name, [CELL]).close()
     if mlflow == "auto":
+        assert isinstance(storage, Path)
         MlflowClient(tracking_uri=default_tracking_uri(storage)).create_experiment(name)
     return study
 
@@ -192,6 +194,34 @@ def test_a_study_that_tracks_elsewhere_has_its_page(tmp_path: Path) -> None:
     study = begin(tmp_path, mlflow="off")
     with ui(tmp_path) as (port, _):
         assert get(f"http://127.0.0.1:{port}/peftsearch/studies/{study.name}")[0] == 200
+
+
+@pytest.mark.slow
+def test_a_study_in_an_object_store_has_its_page(
+    tmp_path: Path, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from test_ui_hosts import ui
+
+    monkeypatch.setenv("PEFTSEARCH_CACHE", str(tmp_path / "cache"))
+    storage = place(s3_server.storage("pages"))
+    with pytest.raises(StudyError, match="there is no study in 's3://studies/pages"):
+        serve_ui(storage, port=1)
+    study = begin(storage, mlflow="off", ledger=f"sqlite:///{tmp_path / 'ledger.db'}")
+    number = train(study, 0.5, 100)
+    with ui(storage) as (port, process):
+        page = f"http://127.0.0.1:{port}/peftsearch/studies/{study.name}"
+        assert get(page)[0] == 200
+        status, _, body = get(f"{page}/data.json")
+        assert (status, json.loads(body)["trials"]["number"]) == (200, [number]), body
+        # It is live: the ledger is read again.
+        later = train(study, 0.7, 1000)
+        deadline = time.monotonic() + 60
+        while (shown := json.loads(get(f"{page}/data.json")[2])["trials"]["number"]) == [number]:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        assert sorted(shown) == [number, later]
+    assert process.stderr is not None
+    assert "An object store holds no MLflow runs" in process.stderr.read()
 
 
 def test_mlflow_finds_the_pages() -> None:

@@ -337,7 +337,7 @@ def test_of_a_trial_that_has_ended_little_is_kept_and_the_rest_is_asked_for(
     mirror.connect()
     mirror.write(trial(0))
     known = mirror._trials[0]
-    assert (known.params, known.metrics, len(known.tags) <= 6) == ({}, {}, True)
+    assert (known.params, known.metrics, len(known.tags) <= 7) == ({}, {}, True)
     before = store.everything(study)
     mirror.write(trial(0))
     assert store.everything(study) == before
@@ -554,6 +554,61 @@ def test_a_trial_that_mlflow_refuses_blocks_nobody(sqlite_storage: Path, study: 
     assert not tracker.close(60)
     assert "unheard-of" in str(tracker.last_error)
     assert set(store.children(study)) == {1, 2, 3}
+
+
+def test_a_lost_answer_is_asked_for_again_and_nothing_else(
+    sqlite_storage: Path, study: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(default_tracking_uri(sqlite_storage), default_artifacts(sqlite_storage))
+    facts, records = study_facts(study), [trial(number) for number in range(13)]
+    mirror = Mirror(store.uri, default_artifacts(sqlite_storage), facts)
+    mirror.connect()
+    for record in records[:12]:
+        mirror.write(record)
+    client, read = mirror.client, []
+    search, create = client.search_runs, client.create_run
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        page = search(*arguments, **options)
+        read.extend(run.info.run_id for run in page)
+        return page
+
+    def lost(*arguments: Any, **options: Any) -> Any:
+        create(*arguments, **options)
+        raise ConnectionError("the answer was lost")
+
+    monkeypatch.setattr(client, "search_runs", counted)
+    with monkeypatch.context() as patched:
+        patched.setattr(client, "create_run", lost)
+        with pytest.raises(ConnectionError):
+            mirror.write(records[12])
+    mirror.connect()
+    mirror.write(records[12])
+    assert read == [mirror.run_id(12)]
+    # `children` sees that no trial has two.
+    assert set(store.children(study)) == set(range(13))
+    assert [step for step, _ in store.history(store.children(study)[12], "loss")] == [10, 20, 30]
+
+
+def test_what_somebody_deletes_while_the_study_runs_stops_no_page(sqlite_storage: Path, study: str) -> None:
+    store = Store(default_tracking_uri(sqlite_storage), default_artifacts(sqlite_storage))
+    facts, records = study_facts(study), [trial(number) for number in range(4)]
+    tracker = store.tracker(facts)
+    for record in records:
+        tracker.update(record)
+    assert tracker.flush(60)
+    store.client.delete_run(store.children(study)[2].info.run_id)
+    store.client.delete_run(store.parents(study)["clinical"].info.run_id)
+    for domain, page in reports(records, facts).items():
+        tracker.report(domain, page)
+    assert tracker.flush(60), tracker.last_error
+    assert set(store.parents(study)) == {"clinical", "legal"}
+    experiment = store.client.get_experiment_by_name(study)
+    assert experiment is not None
+    store.client.delete_experiment(experiment.experiment_id)
+    tracker.update(trial(4))
+    assert tracker.close(60), tracker.last_error
+    assert 4 in store.children(study)
 
 
 @pytest.fixture

@@ -91,7 +91,8 @@ def test_the_queries_of_the_documentation_find_what_they_say(client: MlflowClien
         ('tags.pick LIKE "%smallest%"', [0, 6]),
         ('tags.state = "PRUNED"', [5]),
         ('tags.domain = "legal" and tags.method = "prompt"', [1, 2]),
-        ("metrics.value > 0.78 and metrics.trainable_parameters < 100000", [3]),
+        ('tags.method_best = "true"', [2, 4, 6]),
+        ('tags.state = "COMPLETE" and metrics.value > 0.5 and metrics.trainable_parameters < 100000', [3, 6]),
     ],
 )
 def test_filters_of_the_documentation(client: MlflowClient, query: str, found: list[int]) -> None:
@@ -117,7 +118,54 @@ def test_the_views_name_what_the_runs_have(client: MlflowClient) -> None:
         assert set(state["selectedColumns"]) <= known | {"metrics.`confirmed_test_mean`"}
         assert state["orderByKey"] in known
         counts[saved["name"]] = len(client.search_runs([experiment.experiment_id], state["searchFilter"]))
-    assert counts == {"Trials": 7, "Front": 5, "Methods": 6}
+    assert counts == {"Trials": 7, "Front": 5, "Methods": 3}
+
+
+def test_the_methods_compared_are_trials_that_were_trained(client: MlflowClient, tmp_path: Path) -> None:
+    """Of a metric of which less is better, too, and for each model."""
+    facts = study_facts("compared")
+    legal = facts.domains["legal"].model_copy(update={"metric": "perplexity", "direction": "minimize"})
+    (model,) = facts.models
+    facts = facts.model_copy(
+        update={
+            "domains": {**facts.domains, "legal": legal},
+            "models": {model: facts.models[model], "other": facts.models[model]},
+        }
+    )
+    made = [
+        ("lora", 9.0, 100, TrialState.COMPLETE, model),
+        ("lora", 5.0, 900, TrialState.COMPLETE, model),
+        ("lora", 7.0, 300, TrialState.COMPLETE, "other"),
+        ("lora", 2.0, 500, TrialState.PRUNED, model),
+        ("prompt", 20.0, 10, TrialState.COMPLETE, model),
+        ("prompt", 30.0, 70, TrialState.COMPLETE, model),
+    ]
+    records = [
+        trial(n, 1, state, domain="legal", method=method, value=value, trainable_parameters=parameters, model=name)
+        for n, (method, value, parameters, state, name) in enumerate(made)
+    ]
+
+    def write() -> None:
+        reports = {"legal": domain_report(records, facts, "legal")}
+        sync(client.tracking_uri, records, facts, reports, default_artifacts(tmp_path))
+
+    write()
+    experiment = client.get_experiment_by_name("compared")
+    assert experiment is not None
+    view = json.loads(json.loads(experiment.tags[f"{VIEW}{METHODS}"])["state"])
+    assert "groupBy" not in view
+    runs = client.search_runs([experiment.experiment_id], view["searchFilter"])
+    assert {int(run.data.tags["peftsearch.number"]) for run in runs} == {1, 2, 4}
+    # One that is beaten later is no longer its method's best.
+    records.append(trial(6, domain="legal", method="prompt", value=10.0))
+    write()
+    runs = client.search_runs([experiment.experiment_id], view["searchFilter"])
+    assert {int(run.data.tags["peftsearch.number"]) for run in runs} == {1, 2, 6}
+
+
+def test_the_table_of_trials_says_how_each_ended() -> None:
+    views = {key: json.loads(json.loads(text)["state"]) for key, text in saved_views(study_facts(STUDY)).items()}
+    assert "tags.`state`" in views[f"{VIEW}{TRIALS}"]["selectedColumns"]
 
 
 def test_views_leave_out_what_is_the_same_for_all() -> None:

@@ -12,7 +12,9 @@ import pytest
 from tracking_study import study_facts, trial
 
 from peftsearch.export.folder import PROVENANCE
+from peftsearch.export.noted import note_exports
 from peftsearch.export.registry import Registered, Registry, aliases_of, check_registry, register
+from peftsearch.export.speed import Speed
 from peftsearch.spec import StudyError, TrialRecord
 from peftsearch.tracking.mlflow_tracker import default_artifacts, default_tracking_uri, sync
 
@@ -61,10 +63,13 @@ def place(request: pytest.FixtureRequest, sqlite_storage: Path) -> Place:
     return found
 
 
+SPEED = Speed(1.23456, 2.5, 812.345, 64, 50, "A processor", 2)
+
+
 def adapter_folder(folder: Path, content: str = "weights") -> Path:
     folder.mkdir(parents=True)
     (folder / "adapter_model.safetensors").write_text(content)
-    (folder / PROVENANCE).write_text(json.dumps({"weights": {"sha256": content}}))
+    (folder / PROVENANCE).write_text(json.dumps({"weights": {"sha256": content}, "speed": SPEED.as_json()}))
     return folder
 
 
@@ -100,6 +105,37 @@ def test_an_export_is_found_by_its_alias_with_its_run(place: Place, tmp_path: Pa
     assert len(place.client.search_model_versions(f"name = '{place.domain}'")) == 2
     merged = place.register(first, tmp_path / "first", "best-merged", form="merged")
     assert merged.version == "3"
+
+
+def test_a_version_says_how_fast_it_was_and_a_run_where_it_was_exported(place: Place, tmp_path: Path) -> None:
+    first, _ = place.records
+    place.register(first, adapter_folder(tmp_path / "first"), "best")
+    tags = {"latency_ms": "1.235", "latency_p95_ms": "2.5", "examples_per_second": "812.3"}
+    tags |= {"batch_size": "64", "hardware": "A processor", "threads": "2"}
+    version = place.client.get_model_version_by_alias(place.domain, "best")
+    assert tags.items() <= version.tags.items()
+    # Exported and timed again: the same version.
+    known = json.loads((tmp_path / "first" / PROVENANCE).read_text())
+    (tmp_path / "first" / PROVENANCE).write_text(json.dumps({**known, "speed": {**known["speed"], "latency_ms": 9.0}}))
+    assert place.register(first, tmp_path / "first").version == str(version.version)
+    assert place.client.get_model_version(place.domain, version.version).tags["latency_ms"] == "9"
+
+    run = str(first.mlflow_run_id)
+    where = {"exported": "/a/b/00000-lora", "pushed": "https://huggingface.co/me/legal"}
+    assert note_exports(place.registry.tracking_uri, {run: where}) is None
+    place.sync()
+    assert where.items() <= place.client.get_run(run).data.tags.items()
+
+
+def test_a_server_that_is_away_is_one_sentence(tmp_path: Path) -> None:
+    assert note_exports(f"sqlite:///{tmp_path}/mlflow.db", {"a" * 32: {"exported": "x"}}) is None
+    assert not list(tmp_path.iterdir()), "no store is made for it"
+    said = note_exports("http://me:hunter2@127.0.0.1:9", {"a" * 32: {"exported": "x"}})
+    assert said is not None
+    assert said.startswith("MLflow at http://")
+    assert "does not know of the exports" in said
+    assert "hunter2" not in said
+    assert "\n" not in said
 
 
 def test_names_that_are_taken_are_refused(place: Place, tmp_path: Path) -> None:

@@ -28,10 +28,11 @@ class Warnings(SilentEvents):
 def test_a_study_whose_report_fails_is_finished(
     write_study: Callable[..., Path], topics_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def report(records: Iterable[TrialRecord], facts: StudyFacts, domain: str) -> DomainReport:
+    def report(records: Iterable[TrialRecord], facts: StudyFacts, domain: str, storage: str | None) -> DomainReport:
+        assert storage == str(tmp_path / "storage")
         if domain == "broken":
             raise OverflowError("no picture\nof this")
-        return domain_report(records, facts, domain)
+        return domain_report(records, facts, domain, storage)
 
     data = {"data": {"source": str(topics_csv), "split": {"group": "document", "validation": 0.25, "test": 0.2}}}
     file = write_study(domains={"broken": data, "whole": data}, methods={"layer_norm": {}}, tracking={"mlflow": "auto"})

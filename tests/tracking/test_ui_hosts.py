@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from peftsearch.files import Place
 from peftsearch.spec import StudyError
 from peftsearch.tracking.ui import reachable_names, serve_ui
 
@@ -45,13 +46,13 @@ def ask(port: int, host: str, origin: str | None = None) -> int:
 
 
 @contextmanager
-def ui(storage: Path, *options: str) -> Iterator[tuple[int, subprocess.Popen[str]]]:
+def ui(storage: Place, *options: str) -> Iterator[tuple[int, subprocess.Popen[str]]]:
     """The command, until its server answers."""
     port = free_port()
     command = [sys.executable, "-m", "peftsearch", "ui", "--storage", str(storage), "--port", str(port), *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline and process.poll() is None:
             with suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
+import itertools
 import os
 import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,8 @@ class GroupRun:
         workers: Processes.
         limits: Rank -> bytes of address space that the last worker's process may take beyond what it has with the base
             loaded.
+        unloadable: The rank that fails to load the model when it is asked to once more.
+        leave: How often the first worker of the first process answers that it need not leave, before it must.
     """
 
     plan: WorkerPlan
@@ -37,6 +42,8 @@ class GroupRun:
     strategy: str
     workers: int = 2
     limits: dict[int, int] = field(default_factory=dict)
+    unloadable: int | None = None
+    leave: int | None = None
 
 
 @dataclass
@@ -79,6 +86,7 @@ def run_group(run: GroupRun) -> GroupResult:
 def _main(handed: Path, rank: int) -> None:
     import torch
     from torch import distributed
+    from torch.nn.parallel import DistributedDataParallel
 
     from peftsearch.training.distributed import WorkerGroup
     from peftsearch.training.worker import Worker
@@ -97,12 +105,35 @@ def _main(handed: Path, rank: int) -> None:
         base = worker.base(next(iter(run.plan.models)))
         if rank in run.limits and pieces is run.work[-1]:
             _limit(run.limits[rank])
+        if rank == 0 and run.leave is not None and pieces is run.work[0]:
+            worker.must_leave = partial(_after, itertools.count(), run.leave)
+        if run.unloadable is not None:
+            base._templates.clear()
+            if rank == run.unloadable:
+                _fails_once(base)
         fingerprints.append(base.fingerprint())
         outcomes += [worker.do(piece) for piece in pieces]
         fingerprints.append(base.fingerprint())
+        worker.close()
+        left = [thing for thing in gc.get_objects() if isinstance(thing, DistributedDataParallel)]
+        assert not left, "a model in DDP outlives its worker: whoever destroys its process group may hang"
     (handed.parent / f"{rank}.pickle").write_bytes(pickle.dumps((outcomes, fingerprints)))
     distributed.barrier()
     distributed.destroy_process_group()
+
+
+def _fails_once(base: Any) -> None:
+    load = base._load
+
+    def fails(*arguments: Any, **options: Any) -> Any:
+        base._load = load
+        raise ValueError("a damaged file")
+
+    base._load = fails
+
+
+def _after(asked: Iterator[int], times: int) -> bool:
+    return next(asked) >= times
 
 
 def _limit(more: int) -> None:

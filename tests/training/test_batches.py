@@ -33,7 +33,11 @@ class Waits(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        aten = torch.ops.aten
+        self.count += func in (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default)
+        if func in (aten.index.Tensor, aten.index_put.default, aten._index_put_impl_.default):
+            # A mask in brackets is looked up as the numbers of its places.
+            self.count += any(at is not None and at.dtype == torch.bool for at in args[1])
         return func(*args, **(kwargs or {}))
 
 
@@ -89,8 +93,10 @@ def test_whether_a_batch_is_full_is_found_on_the_host() -> None:
     assert load({"attention_mask": mask}, torch.device("cpu")).full is False
     assert load({"attention_mask": mask[:1]}, torch.device("cpu")).full is True
     assert load({"input_ids": mask}, torch.device("cpu")).full is None
+    # A decoder without a mask of its own reads nothing padded but its encoder's texts.
     both = {"attention_mask": mask, "decoder_input_ids": mask}
-    assert load(both, torch.device("cpu")).full is None
+    assert load(both, torch.device("cpu")).full is False
+    assert load({**both, "decoder_attention_mask": mask}, torch.device("cpu")).full is None
 
 
 def test_the_next_item_is_made_while_one_is_used() -> None:

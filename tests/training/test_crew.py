@@ -107,6 +107,42 @@ def test_a_worker_that_must_leave_writes_everybodys_state(plan: StudyPlan, tmp_p
         assert_alike(outcome, expected[number])
 
 
+def test_where_one_that_is_trained_alone_is_handed_back_so_are_the_others(plan: StudyPlan, tmp_path: Path) -> None:
+    worker = new_worker(plan, tmp_path)
+    crew = Crew(worker, silent)
+    for number in range(2):
+        crew.join(number, segments(plan, number)[0])
+    for _ in range(3):
+        assert crew.advance() == {}
+    worker.must_leave = lambda: True
+    crew.done(2, worker.do(segments(plan, 2)[0]))
+    assert crew.advance() == {number: HandedBack() for number in range(3)}
+    assert crew.idle
+    assert [saved_steps(trial_folder(tmp_path, f"{number:05d}")) for number in range(3)] == [[3], [3], [0]]
+
+
+def test_a_worker_that_must_leave_before_an_evaluation_makes_it_elsewhere(plan: StudyPlan, tmp_path: Path) -> None:
+    expected = {n: new_worker(plan, tmp_path / "alone").do(segments(plan, n)[0]) for n in range(2)}
+    worker = new_worker(plan, tmp_path / "packed")
+    crew = Crew(worker, silent)
+    for number in range(2):
+        crew.join(number, segments(plan, number)[0])
+    while not crew._ended:
+        assert crew.advance() == {}
+    # Asked once more between the trials' steps, and then by the evaluation.
+    asked = iter(range(100))
+    worker.must_leave = crew.members[0].session.must_leave = lambda: next(asked) >= 1
+    assert drain(crew) == {number: HandedBack() for number in range(2)}
+    to_step = segments(plan, 0)[0].to_step
+    for number in range(2):
+        assert saved_steps(trial_folder(tmp_path / "packed", f"{number:05d}")) == [to_step]
+    other = new_worker(plan, tmp_path / "packed")
+    assert_alike(other.do(segments(plan, 0)[0]), expected[0])
+    crew = Crew(other, silent)
+    crew.join(1, segments(plan, 1)[0])
+    assert_alike(drain(crew)[1], expected[1])
+
+
 def test_whoever_fails_leaves_alone(plan: StudyPlan, tmp_path: Path) -> None:
     expected = new_worker(plan, tmp_path / "alone").do(segments(plan, 0)[0])
     crew = Crew(new_worker(plan, tmp_path / "packed"), silent)

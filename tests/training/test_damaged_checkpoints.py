@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lone_worker import new_worker, numbers
 from s3_server import S3Server
+from small_disk import fill
 
 from peftsearch import files
 from peftsearch.files import Place, StorageError
@@ -45,6 +47,7 @@ LORA = {
     "learning_rate": 5e-3,
 }
 TENSORS = {"b": torch.arange(12.0).reshape(3, 4), "a": torch.tensor(7, dtype=torch.int64), "empty": torch.zeros(0)}
+OF = "the trial's digest"
 META = {"step": 4, "result": {"loss": 0.1, "scores": {"accuracy": 1 / 3}}, "best_value": None}
 
 
@@ -108,17 +111,17 @@ def test_of_a_trial_the_two_latest_states_are_kept_and_a_damaged_one_is_left_out
     for step in (4, 8, 12):
         write_state(folder, step, TENSORS, {**META, "step": step})
     assert saved_steps(folder) == [12, 8]
-    assert [meta["step"] for _, meta in sound_states(folder, 12)] == [12, 8]
-    assert [meta["step"] for _, meta in sound_states(folder, 11)] == [8]
+    assert [meta["step"] for _, meta in sound_states(folder, 12, OF)] == [12, 8]
+    assert [meta["step"] for _, meta in sound_states(folder, 11, OF)] == [8]
     files.write_bytes(folder / state_name(12), STORED[: len(STORED) // 2])
     with caplog.at_level(logging.WARNING):
-        tensors, meta = next(sound_states(folder, 12))
+        tensors, meta = next(sound_states(folder, 12, OF))
     assert same((tensors, {**meta, "step": 4}))
     assert meta["step"] == 8
     assert "state-00000012.safetensors of trial folder 00003 is damaged" in caplog.text
     # Written again, it takes the place of the damaged one, and the sound one before it stays.
     write_state(folder, 12, TENSORS, {**META, "step": 12})
-    assert [meta["step"] for _, meta in sound_states(folder, 12)] == [12, 8]
+    assert [meta["step"] for _, meta in sound_states(folder, 12, OF)] == [12, 8]
     # A trial that began anew keeps nothing of the attempt before.
     write_state(folder, 4, TENSORS, META)
     assert saved_steps(folder) == [4]
@@ -127,7 +130,7 @@ def test_of_a_trial_the_two_latest_states_are_kept_and_a_damaged_one_is_left_out
 def test_a_state_under_the_name_of_another_step_is_left_out(tmp_path: Path) -> None:
     write_state(tmp_path, 4, TENSORS, META)
     os.replace(tmp_path / state_name(4), tmp_path / state_name(8))
-    assert list(sound_states(tmp_path, 8)) == []
+    assert list(sound_states(tmp_path, 8, OF)) == []
 
 
 def test_checkpoints_without_the_second_checksum_are_still_read(tmp_path: Path) -> None:
@@ -154,11 +157,11 @@ def steps_of(plan: StudyPlan) -> tuple[int, ...]:
     return tuple(plan.budgets["topics", "lora"].evaluation_steps)
 
 
-def train(plan: StudyPlan, folder: Place, count: int | None = None) -> list[Any]:
+def train(plan: StudyPlan, folder: Place, count: int | None = None, what: TrialPlan | None = None) -> list[Any]:
     """A trial's first segments, each by a worker of its own: every one resumes."""
     steps = steps_of(plan)
     return [
-        numbers(new_worker(plan, folder).do(Segment(trial(plan), step, final=step == steps[-1])))
+        numbers(new_worker(plan, folder).do(Segment(what or trial(plan), step, final=step == steps[-1])))
         for step in steps[:count]
     ]
 
@@ -204,6 +207,21 @@ def test_a_trial_goes_on_from_the_state_before_a_damaged_one_with_the_same_numbe
     )
 
 
+@pytest.mark.parametrize("trained", [2, None])
+def test_the_files_of_another_trial_under_the_same_number_are_not_taken_for_its_own(
+    trained: int | None, plan: StudyPlan, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The ledger was restored from a copy, and its sampler proposes something else now.
+    other = replace(trial(plan), hyperparameters=LORA | {"learning_rate": 1e-3})
+    undisturbed = train(plan, tmp_path / "a", what=other)
+    train(plan, tmp_path / "b", trained)
+    with caplog.at_level(logging.WARNING):
+        assert train(plan, tmp_path / "b", what=other) == undisturbed
+    assert "of another trial" in caplog.text
+    _, meta = read_checkpoint(trial_folder(tmp_path / "b", "00000") / WEIGHTS)
+    assert meta["trial"] == other.digest
+
+
 def test_a_segment_before_the_latest_state_begins_at_the_state_before_it(plan: StudyPlan, tmp_path: Path) -> None:
     undisturbed = train(plan, tmp_path, 3)
     steps = steps_of(plan)
@@ -225,16 +243,6 @@ def test_a_trial_in_an_object_store_is_trained_and_resumed_as_in_a_folder(
 # --- a full disk ---
 
 
-def fill(folder: Path) -> Path:
-    filler = folder / "filler"
-    with filler.open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError:
-            return filler
-
-
 def test_a_full_disk_leaves_the_earlier_state_and_no_part_of_the_new_one(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,7 +255,7 @@ def test_a_full_disk_leaves_the_earlier_state_and_no_part_of_the_new_one(
     with pytest.raises(StorageError, match=f"cannot write {folder / state_name(8)}: No space left on device$"):
         write_state(folder, 8, large, {"step": 8})
     assert sorted(folder.iterdir()) == before
-    assert same(next(sound_states(folder, 8)))
+    assert same(next(sound_states(folder, 8, OF)))
 
 
 def test_a_segment_waits_for_room_on_a_full_disk(plan: StudyPlan, small_disk: Path, tmp_path: Path) -> None:

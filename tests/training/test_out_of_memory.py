@@ -61,7 +61,8 @@ def test_the_worker_stays_warm_and_the_next_trial_is_as_on_a_fresh_one(
 
 
 def test_one_worker_that_cannot_build_its_model_tells_the_others(plan: StudyPlan, tmp_path: Path) -> None:
-    work = [too_large_to_build(plan), segment(plan, "lora", 2)]
+    # Larger than the room of one worker, and not so large that the other one takes long to build it.
+    work = [segment(plan, "adapter", 0, bottleneck=4_000_000), segment(plan, "lora", 2)]
     found = run_group(GroupRun(plan.for_workers(tmp_path / "one", threads=1), [work], "ddp", 2, {1: ROOM}))
     for failure, result in found.outcomes:
         assert isinstance(failure, Failure)

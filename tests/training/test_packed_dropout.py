@@ -49,7 +49,7 @@ def test_gradients_are_compared_without_dropout(tmp_path: Path) -> None:
     rates = [session.plan.hyperparameters["dropout"] for session in pack.sessions]
     pack.step()
     indices = [session.order.batch(session.step) for session in pack.sessions]
-    first, second = pack._gradients(indices), pack._gradients(indices)
+    first, second = (pack._gradients(indices, pack._parts(indices)) for _ in range(2))
     pack.close()
     assert [mine != own for mine, own in zip(first.tolist(), second.tolist(), strict=True)] == [r > 0 for r in rates]
 
@@ -71,9 +71,10 @@ def test_losses_of_packed_trials_are_spread_as_those_alone(of_base: float, tmp_p
     pack._train()
     indices = [session.order.batch(session.step) for session in pack.sessions]
     packed: dict[int, list[float]] = {session.plan.number: [] for session in sessions}
+    parts = pack._parts(indices)
     for draw in range(DRAWS):
         torch.manual_seed(draw)
-        for session, loss in zip(pack.sessions, pack._gradients(indices).tolist(), strict=True):
+        for session, loss in zip(pack.sessions, pack._gradients(indices, parts).tolist(), strict=True):
             packed[session.plan.number].append(loss)
     pack.close()
     together = [torch.tensor(packed[number], dtype=torch.float64) for number in range(len(MEMBERS))]

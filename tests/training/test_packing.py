@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +13,17 @@ import pytest
 import torch
 import yaml
 from task_data import task_domain
+from test_batches import Waits
 from test_recompute import Kept
 from tiny_models import SAMPLES, tiny_decoder, tiny_encoder, tiny_encoder_decoder
 
 from peftsearch.methods import METHODS
 from peftsearch.search.plan import StudyPlan, plan_study
 from peftsearch.spec import StudyFile
+from peftsearch.training.batches import in_thread
 from peftsearch.training.distributed import WorkerGroup
 from peftsearch.training.packing import NotPackableError, Pack
+from peftsearch.training.packing import pack as pack_module
 from peftsearch.training.packing.host import Host
 from peftsearch.training.packing_key import pack_key
 from peftsearch.training.segment import Segment, TrialPlan
@@ -177,6 +181,46 @@ def test_every_step_equals_that_of_the_trial_alone(kind: str, task: str, method:
         assert_same(mine, own)
 
 
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [("decoder", "language_modeling"), ("decoder", "summarization"), ("encoder-decoder", "summarization")],
+)
+def test_no_step_waits_for_the_device(kind: str, task: str, tmp_path: Path) -> None:
+    trials = Trials(planned(tmp_path, kind, task), tmp_path / "study")
+    with Waits() as waits:
+        trials.session(9, "lora", SAMPLES["lora"])._train(2)
+    # The loss is read once, at the end of a segment.
+    assert waits.count == 1
+    configurations = [("prompt", MEMBERS["prompt"][0]), ("prompt", MEMBERS["prompt"][2]), ("lora", SAMPLES["lora"])]
+    members = [trials.session(n, method, values, seed=n) for n, (method, values) in enumerate(configurations)]
+    pack = trials.pack(members)
+    with Waits() as waits:
+        pack.step()
+        pack.step()
+    pack.close()
+    assert waits.count == 0
+
+
+def test_a_pack_whose_batches_are_made_ahead_trains_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = Trials(planned(tmp_path, "encoder", "classification", gradient_accumulation=2), tmp_path / "study")
+    configurations = [("prompt", SAMPLES["prompt"]), ("lora", SAMPLES["lora"])]
+
+    def losses() -> list[dict[int, list[float]]]:
+        members = [trials.session(n, method, values, seed=n) for n, (method, values) in enumerate(configurations)]
+        found = []
+        # Apart and together again: what was made ahead in between counts for nothing. Over the end of a pass.
+        for _ in range(2):
+            pack = trials.pack(members)
+            found.append(together(pack, 4))
+            pack.close()
+        return found
+
+    expected = losses()
+    monkeypatch.setattr(pack_module, "ahead", lambda items, make, device: in_thread(items, make))
+    assert losses() == expected
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
 MIXED = [
     ("lora", SAMPLES["lora"]),
     ("adapter", {**SAMPLES["adapter"], "placement": "parallel"}),
@@ -244,8 +288,9 @@ def test_activations_are_computed_twice_where_they_are_alone(tmp_path: Path) -> 
         trials = Trials(plan, folder / "study")
         pack = trials.pack([trials.session(n, *MIXED[n], seed=n) for n in range(3)])
         pack._train()
+        indices = [session.order.batch(session.step) for session in pack.sessions]
         with Kept() as found:
-            pack._gradients([session.order.batch(session.step) for session in pack.sessions])
+            pack._gradients(indices, pack._parts(indices))
         pack.close()
         kept[wanted] = found.now
         compare(trials, MIXED)

@@ -16,6 +16,7 @@ from tiny_models import SAMPLES
 from peftsearch.search.plan import StudyPlan, plan_study
 from peftsearch.spec import StudyFile
 from peftsearch.training.checkpoint import saved_steps, trial_folder
+from peftsearch.training.data_order import DataOrder
 from peftsearch.training.segment import HandedBack, Segment, TrialPlan
 from peftsearch.training.worker import Worker
 
@@ -59,6 +60,42 @@ def test_a_segment_that_is_cut_short_goes_on_elsewhere_to_the_same_numbers(
     assert leaving_worker(plan, folder, 1).do(second) == HandedBack()
     found.append(numbers(new_worker(plan, folder).do(second)))
     assert found == expected
+
+
+@pytest.mark.parametrize("patience", [None, 1])
+@pytest.mark.parametrize("batch", [0, 1])
+def test_an_evaluation_is_given_up_and_none_of_its_steps(
+    batch: int, patience: int | None, write_study: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {"epochs": 2, "evaluations": 2, "batch_size": 16, "max_length": 16, "precision": "fp32"}
+    training |= {"evaluation_batch_size": 16, "patience": patience}
+    plan = plan_study(StudyFile.load(write_study(methods={"lora": {}}, training=training)), tmp_path / "cache")
+    first, second = segments(plan)
+    undisturbed = new_worker(plan, tmp_path / "undisturbed")
+    expected = [numbers(undisturbed.do(first)), numbers(undisturbed.do(second))]
+
+    folder = tmp_path / "disturbed"
+    # Once a step, once before the evaluation, and once a batch of it.
+    assert leaving_worker(plan, folder, first.to_step + batch).do(first) == HandedBack()
+    assert saved_steps(trial_folder(folder, "00000")) == [first.to_step]
+    if patience is not None:
+        # Where the evaluation was recorded before and is only passed by, early stopping goes by it all the same.
+        assert leaving_worker(plan, folder, batch).do(second) == HandedBack()
+        assert saved_steps(trial_folder(folder, "00000")) == [first.to_step]
+    trained: list[int] = []
+    batch_of = DataOrder.batch
+
+    def noted(order: DataOrder, step: int) -> list[int]:
+        trained.append(step)
+        return batch_of(order, step)
+
+    monkeypatch.setattr(DataOrder, "batch", noted)
+    found = [numbers(new_worker(plan, folder).do(first))]
+    assert trained == []
+    assert leaving_worker(plan, folder, second.to_step - first.to_step + batch).do(second) == HandedBack()
+    found.append(numbers(new_worker(plan, folder).do(second)))
+    assert found == expected
+    assert trained == list(range(first.to_step, second.to_step))
 
 
 WAITS = """

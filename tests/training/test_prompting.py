@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GPT2Config
 from writing_study import MODELS, plan_and_worker, study, topic_rows, train
 
-from peftsearch.training import prompting
-from peftsearch.training.prompting import Question, _balanced, _common, _spread, answer_scores
-from peftsearch.training.segment import Probe, ProbeResult
+from peftsearch.training import asking, prompting
+from peftsearch.training.asking import balanced
+from peftsearch.training.likelihood import Question, answer_scores, common
+from peftsearch.training.prompting import _spread
+from peftsearch.training.segment import PROMPTED, Probe, ProbeResult
 
 AUTO = {"encoder-decoder": AutoModelForSeq2SeqLM, "decoder": AutoModelForCausalLM}
 CPU = torch.device("cpu")
@@ -59,36 +62,94 @@ def test_an_answers_likelihood_is_that_of_one_plain_forward_pass(
             assert score == pytest.approx(wanted, rel=1e-4)
 
 
+def rigged(kind: str, place: Path, words: tuple[str, ...], folder: Path) -> Path:
+    """A model for which the first of some words is likely everywhere, and the others are unlikely."""
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    model = AUTO[kind].from_pretrained(place)
+    tokens = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in words]
+    with torch.no_grad():
+        # The last layer's states are normalised, so that a row of the head that follows their mean wins everywhere.
+        model.lm_head.weight[tokens] = 0.0
+        hidden = torch.zeros(model.config.hidden_size)
+        handle = model.lm_head.register_forward_pre_hook(
+            lambda _, inputs, seen=hidden: seen.copy_(inputs[0].mean((0, 1)))
+        )
+        ids = torch.tensor([tokenizer("text : dog label :")["input_ids"]])
+        model(input_ids=ids, **({"decoder_input_ids": torch.tensor([[0]])} if kind != "decoder" else {}))
+        handle.remove()
+        for token in tokens:
+            model.lm_head.weight[token] = -20 * hidden / hidden.norm() ** 2
+        model.lm_head.weight[tokens[0]] *= -1
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_label_that_a_rigged_model_prefers_wins(kind: str, places: dict[str, Path], tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(places[kind])
     rows = {"train": labelled(16), "validation": labelled(8)}
-    for favourite in ("good", "bad"):
-        model = AUTO[kind].from_pretrained(places[kind])
-        with torch.no_grad():
-            # The last layer's states are normalised, so that a row of the head that follows their mean wins everywhere.
-            model.lm_head.weight[tokenizer(favourite, add_special_tokens=False)["input_ids"]] = 0.0
-            others = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("good", "bad")]
-            hidden = torch.zeros(model.config.hidden_size)
-            handle = model.lm_head.register_forward_pre_hook(
-                lambda _, inputs, seen=hidden: seen.copy_(inputs[0].mean((0, 1)))
-            )
-            ids = torch.tensor([tokenizer("text : dog label :")["input_ids"]])
-            model(input_ids=ids, **({"decoder_input_ids": torch.tensor([[0]])} if kind != "decoder" else {}))
-            handle.remove()
-            for token in others:
-                model.lm_head.weight[token] = -20 * hidden / hidden.norm() ** 2
-            model.lm_head.weight[tokenizer(favourite, add_special_tokens=False)["input_ids"]] *= -1
-        folder = tmp_path / favourite
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    for words in (("good", "bad"), ("bad", "good")):
+        folder = rigged(kind, places[kind], words, tmp_path / words[0])
         found, _ = baselines(study(folder / "study", folder, {"task": "classification"}, rows), folder)
-        share = 0.25 if favourite == "good" else 0.75
+        share = 0.25 if words[0] == "good" else 0.75
         assert found.scores["zero_shot"]["accuracy"] == share
         assert found.titles["zero_shot"] == "zero-shot prompting"
         assert "on all validation examples" in found.details["zero_shot"]
         assert found.details["few_shot"].startswith("4 training examples in the prompt; ")
         assert found.parameters["zero_shot"] == 0
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_each_of_several_labels_is_asked_about_by_itself(
+    kind: str, places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {
+        split: [{"text": row["text"], "label": ["animal"] * ("dog" in row["text"]) + ["text"]} for row in topic_rows(n)]
+        for split, n in (("train", 16), ("validation", 8))
+    }
+    for words in (("yes", "no"), ("no", "yes")):
+        folder = rigged(kind, places[kind], words, tmp_path / words[0])
+        found, (plan, worker) = baselines(study(folder / "study", folder, {"task": "multi_label"}, rows), folder)
+        # Nearly every label, of which 2 + 8 of 16 are right; or nearly none.
+        score = found.scores["zero_shot"]["micro_f1"]
+        assert score > 0.6 if words[0] == "yes" else score < 0.3
+        assert "training examples in the prompt; the labels for which yes" in found.details["few_shot"]
+    domain, tokenizer = worker.domain(next(iter(plan.models)), "d"), AutoTokenizer.from_pretrained(places[kind])
+    asked = asking.ASKED["multi_label"](domain, tokenizer, domain.split("validation")[:], 512, 2)
+    assert asked is not None
+    assert asked.shots == 2
+    assert len(asked.questions) == 8 * 2
+    assert asked.decide([np.array([-1.0, -2.0]), np.array([-2.0, -1.0])] * 8) == [[1, 0]] * 8
+    prompt = tokenizer.decode(asked.questions[1].prompt)
+    # One that applies and one that does not.
+    assert prompt.count("yes or no? answer : yes") == prompt.count("yes or no? answer : no") == 1
+    assert "does the label text apply, yes or no? answer :" in prompt[-60:]
+    # Where a label's question costs as much as an example may, two labels leave half of the examples.
+    monkeypatch.setattr(prompting, "PROMPTS", 1)
+    base = worker.base(next(iter(plan.models)))
+    assert prompting.Prompting(base, domain, 2, CPU, "validation", 4).examples == 2
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_score_is_the_mean_of_the_scales_numbers(kind: str, places: dict[str, Path], tmp_path: Path) -> None:
+    pairs = [{"text": f"dog {n}", "text_pair": "red house", "label": float(n % 5)} for n in range(24)]
+    rows = {"train": pairs[:16], "validation": pairs[16:]}
+    data = {"columns": {"text": "text", "text_pair": "text_pair", "label": "label"}}
+    domain_spec = {"task": "similarity", "options": {"range": [0, 4]}, "data": data}
+    found, (plan, worker) = baselines(study(tmp_path, places[kind], domain_spec, rows), tmp_path)
+    assert {"zero_shot", "few_shot"} <= set(found.scores)
+    domain, tokenizer = worker.domain(next(iter(plan.models)), "d"), AutoTokenizer.from_pretrained(places[kind])
+    asked = asking.ASKED["similarity"](domain, tokenizer, domain.split("validation")[:], 512, 2)
+    assert asked is not None
+    equal, certain = np.zeros(5), np.array([0.0, 0.0, 0.0, 0.0, 50.0])
+    assert asked.decide([equal, certain]) == pytest.approx([2.0, 4.0])
+    assert "by their probabilities" in asked.how
+
+
+def test_the_numbers_of_a_scale() -> None:
+    assert asking.scale_numbers(0.0, 5.0).tolist() == [0, 1, 2, 3, 4, 5]
+    assert asking.scale_numbers(0.0, 1.0) == pytest.approx(np.arange(11) / 10)
+    assert asking.scale_numbers(0.0, 100.0) == pytest.approx(np.arange(11) * 10)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -168,26 +229,40 @@ def test_texts_are_written_without_and_with_shots(kind: str, places: dict[str, P
 
 def test_shots_are_balanced_over_labels_and_always_the_same() -> None:
     labels = [0] * 90 + [1] * 9 + [2]
-    chosen = _balanced(labels, 6)
-    assert chosen == _balanced(labels, 6)
+    chosen = balanced(labels, 6)
+    assert chosen == balanced(labels, 6)
     assert len({labels[row] for row in chosen[:3]}) == 3
     assert abs(sum(labels[row] == 0 for row in chosen) - sum(labels[row] == 1 for row in chosen)) <= 1
-    assert len(set(_balanced([0, 1], 10))) == 2
+    assert len(set(balanced([0, 1], 10))) == 2
 
 
 def test_at_most_200_examples_spread_over_the_split() -> None:
-    rows = _spread(1000)
+    rows = _spread(1000, PROMPTED)
     assert len(rows) == 200
     assert rows[0] == 0
     assert rows[-1] == 999
     assert max(np.diff(rows)) <= 6
-    assert _spread(3) == [0, 1, 2]
+    assert _spread(3, PROMPTED) == [0, 1, 2]
+    assert _spread(1000, None) == list(range(1000))
 
 
-def test_what_prompts_begin_with_in_common() -> None:
-    assert _common([[1, 2, 3], [1, 2], [1, 2, 4]]) == 2
-    assert _common([[1], [2]]) == 0
-    assert _common([[1, 2]]) == 2
+@pytest.mark.parametrize("limit", [None, 6])
+def test_the_test_split_is_prompted_as_a_whole_unless_the_study_limits_it(
+    limit: int | None, places: dict[str, Path], tmp_path: Path
+) -> None:
+    rows = {"train": labelled(16), "validation": labelled(8), "test": labelled(12)}
+    plan, worker = plan_and_worker(study(tmp_path, places["decoder"], {"task": "classification"}, rows), tmp_path)
+    found = worker.do(Probe(next(iter(plan.models)), "d", read_test=True, prompted=limit))
+    assert isinstance(found, ProbeResult), found
+    assert found.examples == {"majority": 12, "zero_shot": limit or 12, "few_shot": limit or 12}
+    assert ("on 6 of 12 test examples" if limit else "on all test examples") in found.details["zero_shot"]
+    assert found.read_at is not None
+
+
+def test_what_prompts_begin_with_incommon() -> None:
+    assert common([[1, 2, 3], [1, 2], [1, 2, 4]]) == 2
+    assert common([[1], [2]]) == 0
+    assert common([[1, 2]]) == 2
 
 
 def test_an_encoder_is_not_prompted(tmp_path: Path) -> None:
@@ -196,6 +271,13 @@ def test_an_encoder_is_not_prompted(tmp_path: Path) -> None:
     rows = {"train": labelled(16), "validation": labelled(8)}
     found, _ = baselines(study(tmp_path, tiny_encoder(tmp_path / "m"), {"task": "classification"}, rows), tmp_path)
     assert set(found.scores) == {"majority", "linear_probe"}
+
+
+def test_a_prompt_that_has_no_room_in_the_model_fails_before_the_model_sees_it() -> None:
+    model = SimpleNamespace(config=GPT2Config(n_positions=8))
+    prompting._check_length(model, [Question([1] * 6, [[2, 3]])])
+    with pytest.raises(ValueError, match="have 9 tokens, the model has 8 positions"):
+        prompting._check_length(model, [Question([1], [[2]]), Question([1] * 7, [[2, 3], [2]])])
 
 
 def test_tuning_beats_prompting(places: dict[str, Path], tmp_path: Path) -> None:

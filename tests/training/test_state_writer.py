@@ -6,7 +6,9 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from peftsearch.training import checkpoint, state_writer
 from peftsearch.training.checkpoint import WEIGHTS, saved_steps, sound_states, trial_folder, write_checkpoint
 from peftsearch.training.distributed import WorkerGroup
 from peftsearch.training.segment import Failure, Segment, SegmentResult, TrialPlan
-from peftsearch.training.state_writer import WRITER, StateWriter
+from peftsearch.training.session import TrialSession
+from peftsearch.training.state_writer import WRITER, StateWriter, wait_for_state
 from peftsearch.training.worker import Worker
 
 
@@ -66,7 +69,7 @@ def test_a_state_is_what_it_was_when_it_was_handed_over(tmp_path: Path, monkeypa
     assert saved_steps(tmp_path) == []
     go_on.set()
     writer.wait()
-    ((tensors, _),) = sound_states(tmp_path, 3)
+    ((tensors, _),) = sound_states(tmp_path, 3, "any")
     assert torch.equal(tensors["x"], torch.arange(5.0))
 
 
@@ -185,3 +188,38 @@ def test_a_worker_that_dies_before_its_state_is_written_loses_no_answer(plan: St
     rest = [numbers(again.do(segment)) for segment in segments(plan)[2:]]
     assert [*answered, *rest] == whole
     assert [file.name for file in trial_folder(folder, "00000").iterdir()] == [WEIGHTS]
+
+
+def test_a_trial_goes_on_elsewhere_from_the_state_that_is_still_being_written(
+    plan: StudyPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third, *_ = segments(plan)
+    whole = Worker(plan.for_workers(tmp_path / "undisturbed", threads=1), WorkerGroup())
+    expected = [numbers(whole.do(segment)) for segment in (first, second, third)][-1]
+
+    folder = tmp_path / "two slots"
+    one = Worker(plan.for_workers(folder, threads=1), WorkerGroup())
+    one.do(first)
+    one.do(second)
+    WRITER.wait()
+    (state,) = trial_folder(folder, "00000").glob(f"*{second.to_step}.safetensors")
+    state.rename(tmp_path / "on its way")
+    trained: list[int] = []
+    monkeypatch.setattr(TrialSession, "catch_up", lambda _, step: trained.append(step))
+    arrival = threading.Timer(1.0, lambda: (tmp_path / "on its way").rename(state))
+    arrival.start()
+    other = Worker(plan.for_workers(folder, threads=1), WorkerGroup())
+    result = other.do(replace(third, answered=second.to_step))
+    arrival.join()
+    assert trained == []
+    assert numbers(result) == expected
+
+
+def test_a_state_that_never_comes_is_not_waited_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_writer, "STATE_SECONDS", 0.5)
+    writer = StateWriter()
+    writer.write(tmp_path, 4, {"x": torch.ones(1)}, {"step": 4})
+    writer.wait()
+    began = time.monotonic()
+    wait_for_state(tmp_path, 8)
+    assert 0.5 <= time.monotonic() - began < 5

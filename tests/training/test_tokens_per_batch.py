@@ -75,7 +75,8 @@ def test_the_estimate_of_memory_knows_the_limit(write_study: Make, tmp_path: Pat
     def memory(**training: Any) -> int:
         plan = planned(write_study, tmp_path, TRAINING | training)
         shapes = model_shapes(plan.models, plan.model_facts)
-        costs = MemoryCosts(plan.spec, [item.cell for item in plan.cells], shapes, {"topics": 16})
+        scored = dict.fromkeys(plan.prepared)
+        costs = MemoryCosts(plan.spec, [item.cell for item in plan.cells], shapes, {"topics": 16}, scored)
         return costs(plan.cells[0].cell, plan.cells[0].largest)
 
     assert memory() < memory(tokens_per_batch=1024) == memory(tokens_per_batch=None)

@@ -15,9 +15,18 @@ from tiny_models import SAMPLES, tiny_decoder, tiny_encoder
 from peftsearch.methods import METHODS
 from peftsearch.search.plan import StudyPlan, plan_study
 from peftsearch.spec import StudyFile
-from peftsearch.training.checkpoint import WEIGHTS, read_checkpoint, trial_folder
+from peftsearch.training.checkpoint import WEIGHTS, read_checkpoint, saved_steps, trial_folder
 from peftsearch.training.distributed import WorkerGroup
-from peftsearch.training.segment import Failure, Outcome, Segment, SegmentResult, TrialPlan
+from peftsearch.training.segment import (
+    Failure,
+    HandedBack,
+    Outcome,
+    Probe,
+    ProbeResult,
+    Segment,
+    SegmentResult,
+    TrialPlan,
+)
 from peftsearch.training.worker import Worker
 
 USUAL = ("lora", "adapter", "prompt", "full")
@@ -104,6 +113,21 @@ def assert_same_weights(folder: Path, other: Path, number: int, theirs: int, tol
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_where_one_worker_must_leave_both_do_at_the_same_step(
+    strategy: str, plans: dict[str, StudyPlan], tmp_path: Path
+) -> None:
+    plan, two = plans["encoder"], tmp_path / "two"
+    (first, _) = segments(plan, "lora")
+    handed = plan.for_workers(two, threads=1)
+    # They ask before the first step, sooner or later once more, and before the evaluation.
+    assert run_group(GroupRun(handed, [[first]], strategy, leave=1)).outcomes == [[HandedBack()], [HandedBack()]]
+    (step,) = saved_steps(trial_folder(two, "00000"))
+    assert 0 < step <= first.to_step
+    continued = run_group(GroupRun(handed, [[first]], strategy)).outcomes
+    assert_same(continued[0], alone(plan, tmp_path / "one", [first]))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_workers_give_what_one_gives_also_when_interrupted(
     strategy: str, plans: dict[str, StudyPlan], tmp_path: Path
 ) -> None:
@@ -140,6 +164,20 @@ def test_two_workers_give_what_one_gives_also_when_interrupted(
         assert all(fingerprint == before_and_after[0] for fingerprint in before_and_after)
 
 
+def test_what_each_worker_of_a_group_used_is_told(plans: dict[str, StudyPlan], tmp_path: Path) -> None:
+    plan = plans["encoder"]
+    found = run_group(GroupRun(plan.for_workers(tmp_path, threads=1), [segments(plan, "lora")[:1]], "ddp"))
+    ((first,), (second,)) = found.outcomes
+    assert isinstance(first, SegmentResult), first
+    assert isinstance(second, SegmentResult), second
+    assert first.usage == second.usage
+    others = {name for name in first.usage if "/" in name}
+    assert {f"worker_1/{name}" for name in first.usage.keys() - others} == others
+    assert first.usage["process_memory_usage_megabytes"] > 0
+    # Two processes: they do not use the very same memory and time.
+    assert any(first.usage[f"worker_1/{name}"] != first.usage[name] for name in first.usage.keys() - others)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", METHODS_OF)
 def test_every_method_gives_the_same_on_parts_of_the_base(
@@ -161,3 +199,18 @@ def test_every_method_gives_the_same_on_parts_of_the_base(
         assert before.items() <= after.items()
     # A worker holds a part only.
     assert found.fingerprints[0][0] != found.fingerprints[1][0]
+
+
+def test_a_baseline_that_one_worker_cannot_load_is_noted_by_both_and_they_go_on(
+    plans: dict[str, StudyPlan], tmp_path: Path
+) -> None:
+    plan = plans["encoder"]
+    (model,) = plan.models
+    work = [Probe(model, "topics"), segments(plan, "lora")[0]]
+    found = run_group(GroupRun(plan.for_workers(tmp_path, 1), [work], "fsdp", unloadable=0))
+    for probed, trained in found.outcomes:
+        assert isinstance(probed, ProbeResult)
+        assert "majority" in probed.scores
+        assert set(probed.failures) == {"linear_probe"}
+        assert "a damaged file" in probed.failures["linear_probe"]
+        assert isinstance(trained, SegmentResult)

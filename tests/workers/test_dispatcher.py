@@ -8,7 +8,7 @@ import pytest
 from dispatcher_runs import held_by_the_first_of_two, outcome, queued, run, segment, started, take
 
 from peftsearch.training.segment import Failure
-from peftsearch.workers.dispatcher import Dispatcher
+from peftsearch.workers.dispatcher import Dispatcher, Order
 from peftsearch.workers.packing import Sizes
 
 
@@ -174,6 +174,25 @@ def test_slots_are_told_to_stop() -> None:
     run(scenario)
 
 
+def test_a_slot_that_trains_hears_of_the_stop_and_what_it_hands_back_is_handed_to_nobody() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(max_retries=0)
+        await started(dispatcher, 0, 1)
+        (asked,) = await queued(dispatcher, segment(0))
+        order = await take(dispatcher, 0)
+        assert (await dispatcher.status())["training"] == [0]
+        assert await dispatcher.beat(0, "life-0") == Order()
+        await dispatcher.stop()
+        assert await dispatcher.beat(0, "life-0") == Order(stop=True)
+        await dispatcher.hand_back(0, "life-0", order.lease or 0)
+        assert (await dispatcher.status())["training"] == []
+        assert await dispatcher.take(1, "life-1") == Order(stop=True)
+        assert not asked.done()
+        asked.cancel()
+
+    run(scenario)
+
+
 @pytest.mark.parametrize("life", ["life-0", "unknown"])
 def test_a_replaced_worker_group_is_told_to_leave(life: str) -> None:
     async def scenario() -> None:
@@ -198,9 +217,9 @@ def test_a_dispatcher_that_was_started_anew_knows_again_what_its_slots_hold_and_
         await dispatcher.join(0, "life-0", info={}, holds=["00001"])
         # What a slot holds is handed to it at once, the rest when all slots had time to say what they are at.
         assert (await take(dispatcher, 0)).work == segment(1)
-        assert not await dispatcher.beat(1, "life-1")
+        assert await dispatcher.beat(1, "life-1") == Order(rejoin=True)
         await dispatcher.join(1, "life-1", info={}, doing=[segment(0)])
-        assert await dispatcher.beat(1, "life-1")
+        assert await dispatcher.beat(1, "life-1") == Order()
         await dispatcher.join(2, "life-2", info={})
         await dispatcher.join(2, "life-2", info={})
         waiting = asyncio.create_task(take(dispatcher, 2))

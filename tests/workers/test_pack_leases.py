@@ -177,7 +177,7 @@ def test_what_a_slot_has_no_room_for_is_queued_first_and_blames_nobody() -> None
             # Two free slots: one each. The second slot then leaves the first one's to it.
             first, second = await dispatcher.take(0, "life-0"), await dispatcher.take(1, "life-1")
             assert (given(first), given(second)) == ([segment(0)], [segment(1)])
-            await dispatcher.note(1, "life-1", "d", 1, "too many at once")
+            await dispatcher.fit(1, "life-1", "d", 1, "too many at once")
             await dispatcher.set_aside(1, "life-1", leases(second)[0])
             status = await dispatcher.status()
             assert status["notes"] == ["too many at once"]
@@ -225,7 +225,7 @@ def test_the_smallest_size_that_any_slot_found_counts(first: str) -> None:
         order = await dispatcher.take(0, "life-0")
         for what in (first, "measured" if first == "noted" else "noted"):
             if what == "noted":
-                await dispatcher.note(0, "life-0", "d", 2, "no room")
+                await dispatcher.fit(0, "life-0", "d", 2, "no room")
             else:
                 await dispatcher.measured(0, "life-0", leases(order)[0], 8)
         assert sizes.of("d") == 2

@@ -161,9 +161,11 @@ class Task(ABC):
     """Entries of a batch that the model does not see."""
     decodes: ClassVar[bool] = False
     """Whether `predict` needs the tokenizer."""
-    probe: ClassVar[Literal["text", "token", "pair"] | None] = None
-    """Whether linear models on frozen features are a baseline: of whole texts, of each word, or of both texts of a
-    pair, each by itself."""
+    loss_options: ClassVar[frozenset[str]] = frozenset()
+    """Which of ``training.label_smoothing`` and ``training.class_weights`` `losses` heeds (`LossOptions`)."""
+    probe: ClassVar[Literal["text", "token", "pair", "choice"] | None] = None
+    """Whether linear models on frozen features are a baseline: of whole texts, of each word, of both texts of a pair,
+    each by itself, or of each choice with its question."""
     formats: ClassVar[Mapping[str, str]] = {}
     """What files of some suffix are taken for where the study file names no format, for example ``.txt`` for iob."""
 
@@ -349,6 +351,16 @@ def text_batch(
     mask = np.arange(batch["input_ids"].shape[1]) < lengths[:, None]
     batch["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
     return batch
+
+
+def predicted_at(labels: torch.Tensor, ignored: int) -> torch.Tensor:
+    """Rows and columns at which something is predicted, row by row, of shape (2, positions).
+
+    Found where a batch is made: a GPU that is asked makes the host wait for all that was launched before.
+    """
+    import torch
+
+    return torch.from_numpy(np.stack(np.nonzero(labels.cpu().numpy() != ignored))).to(labels.device)
 
 
 def check_counts(predictions: Sequence[Any], references: Sequence[Any]) -> None:

@@ -58,6 +58,7 @@ class Classification(Task):
     heads = dict.fromkeys(
         ("encoder", "encoder-decoder", "decoder"), Head("AutoModelForSequenceClassification", "SEQ_CLS")
     )
+    loss_options: ClassVar[frozenset[str]] = frozenset({"label_smoothing", "class_weights"})
     probe: ClassVar[Literal["text", "token", "pair"] | None] = "text"
 
     def columns(self, data: DataSpec) -> tuple[str, ...]:
@@ -258,6 +259,9 @@ def text_columns(table: pa.Table) -> list[list[str]]:
 def tokenize_texts(inputs: Sequence[Sequence[str]], how: Tokenization) -> dict[str, pa.Array]:
     """``input_ids`` and, where a model tells the texts of a pair apart, ``token_type_ids``.
 
+    Encoder-decoders score a text at its end token, and refuse batches whose texts have different numbers of them
+    (`T5ForSequenceClassification`): for them an end token that is written in the data is left out.
+
     Raises:
         ValueError: A text has no tokens.
     """
@@ -265,7 +269,7 @@ def tokenize_texts(inputs: Sequence[Sequence[str]], how: Tokenization) -> dict[s
     types: list[list[int]] = []
     for start in range(0, len(inputs[0]), TOKENIZE_BATCH):
         batch = [list(column[start : start + TOKENIZE_BATCH]) for column in inputs]
-        encoded = how.tokenizer(*batch, truncation=True, max_length=how.max_length, padding=False)
+        encoded = _encode(batch, how)
         ids.extend(encoded["input_ids"])
         types.extend(encoded.get("token_type_ids") or [])
     for row, tokens in enumerate(ids):
@@ -276,6 +280,28 @@ def tokenize_texts(inputs: Sequence[Sequence[str]], how: Tokenization) -> dict[s
     if any(any(row) for row in types):
         columns["token_type_ids"] = pa.array(types, pa.list_(pa.int32()))
     return columns
+
+
+def _encode(texts: Sequence[Sequence[str]], how: Tokenization) -> Any:
+    """Tokens of texts or pairs; for encoder-decoders without the end tokens that the texts hold.
+
+    Asking for plain text (``split_special_tokens``) is not enough: a Unigram vocabulary, T5's, holds the end token as a
+    piece, and finds it again. For other models it would also take apart the markers that people have added to theirs.
+    """
+    tokenizer = how.tokenizer
+    settings: dict[str, Any] = {"truncation": True, "max_length": how.max_length, "padding": False}
+    if how.architecture != "encoder-decoder" or tokenizer.eos_token is None:
+        return tokenizer(*texts, **settings)
+    if not tokenizer.is_fast:
+        # These add none to a text that ends with one, and do not say so in their masks (ByT5).
+        return tokenizer(*([text.replace(tokenizer.eos_token, " ") for text in column] for column in texts), **settings)
+    encoded = tokenizer(*texts, **settings, return_special_tokens_mask=True)
+    for row, (ids, added) in enumerate(zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)):
+        keep = [own or number != tokenizer.eos_token_id for number, own in zip(ids, added, strict=True)]
+        if not all(keep):
+            for name in {"input_ids", "token_type_ids"} & set(encoded):
+                encoded[name][row] = [value for value, kept in zip(encoded[name][row], keep, strict=True) if kept]
+    return encoded
 
 
 def _labels(column: pa.ChunkedArray, name: str, where: str, loc: Loc) -> pa.ChunkedArray:

@@ -25,6 +25,7 @@ from peftsearch.domains.tasks.base import (
     TaskOptions,
     Tokenization,
     pad,
+    predicted_at,
     text_batch,
 )
 from peftsearch.domains.tasks.classification import read_texts, text_columns
@@ -96,12 +97,13 @@ class Generating(Task):
     """A text in answer to a text."""
 
     Options = GeneratingOptions
+    loss_options: ClassVar[frozenset[str]] = frozenset({"label_smoothing"})
     options: GeneratingOptions
     heads: ClassVar = {
         "encoder-decoder": Head("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"),
         "decoder": Head("AutoModelForCausalLM", "CAUSAL_LM"),
     }
-    hidden: ClassVar[frozenset[str]] = frozenset({"labels", "prompt_ids", "prompt_mask"})
+    hidden: ClassVar[frozenset[str]] = frozenset({"labels", "predicted", "prompt_ids", "prompt_mask"})
     decodes = True
 
     @abstractmethod
@@ -223,7 +225,7 @@ class Generating(Task):
 
         For encoder-decoders the prompt, ``decoder_input_ids``, and ``labels`` of the same shape. For decoders prompt
         and target in one sequence, ``labels`` of the same shape (`IGNORED` outside of the target), and for generation
-        ``prompt_ids`` and ``prompt_mask``, filled up on the left.
+        ``prompt_ids`` and ``prompt_mask``, filled up on the left. For both ``predicted``, see `predicted_at`.
         """
         import torch
 
@@ -234,6 +236,7 @@ class Generating(Task):
             start = np.asarray(rows["decoder_start"], dtype=np.int64)[:, None]
             batch["decoder_input_ids"] = torch.from_numpy(np.concatenate([start, shifted], axis=1))
             batch["labels"] = torch.from_numpy(labels)
+            batch["predicted"] = predicted_at(batch["labels"], IGNORED)
             return batch
         prompts, answers = rows["input_ids"], rows["labels"]
         whole = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
@@ -242,6 +245,7 @@ class Generating(Task):
         for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             labels[row, len(prompt) : len(prompt) + len(answer)] = answer
         batch["labels"] = torch.from_numpy(labels)
+        batch["predicted"] = predicted_at(batch["labels"], IGNORED)
         batch["prompt_ids"] = torch.from_numpy(pad(prompts, pad_token_id, multiple_of=multiple_of, left=True))
         ones = [[1] * len(prompt) for prompt in prompts]
         batch["prompt_mask"] = torch.from_numpy(pad(ones, 0, multiple_of=multiple_of, left=True))
@@ -252,24 +256,21 @@ class Generating(Task):
         import torch
         from torch.nn import functional
 
-        labels = batch["labels"]
-        # Soft tokens stand in front.
-        logits = output.logits[:, -labels.shape[1] :]
-        if "prompt_ids" in batch:
-            # A decoder predicts each token at the position before it.
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        wanted = labels != IGNORED
+        labels, logits = batch["labels"], output.logits
+        rows, columns = batch["predicted"] if "predicted" in batch else predicted_at(labels, IGNORED)
+        # Soft tokens stand in front, and a decoder predicts each token at the position before it.
+        shift = logits.shape[1] - labels.shape[1] - ("prompt_ids" in batch)
         # Only where something is predicted: all positions times the vocabulary, in float32, would be the largest
         # tensor of the training by far.
         found = functional.cross_entropy(
-            logits[wanted].float(),
-            labels[wanted],
+            logits[rows, columns + shift].float(),
+            labels[rows, columns],
             reduction="none",
             label_smoothing=options.label_smoothing if options is not None else 0.0,
         )
         of_token = torch.zeros(labels.shape, dtype=torch.float32, device=found.device)
-        of_token = of_token.masked_scatter(wanted, found)
-        losses: torch.Tensor = of_token.sum(dim=1) / wanted.sum(dim=1).clamp(min=1)
+        of_token = of_token.index_put((rows, columns), found)
+        losses: torch.Tensor = of_token.sum(dim=1) / (labels != IGNORED).sum(dim=1).clamp(min=1)
         return losses
 
     def predict(self, model: nn.Module, output: Any, batch: Mapping[str, Any], how: Prediction) -> list[Any]:

@@ -28,6 +28,7 @@ from peftsearch.domains.tasks.base import (
     Tokenization,
     check_counts,
     pad,
+    predicted_at,
     text_batch,
 )
 from peftsearch.domains.tasks.columns import find, texts
@@ -83,11 +84,12 @@ class LanguageModeling(Task):
         "bits_per_byte": Metric("bits_per_byte", "minimize", "bits per byte"),
     }
     Options = LanguageModelingOptions
+    loss_options: ClassVar[frozenset[str]] = frozenset({"label_smoothing"})
     heads = {
         "encoder": Head("AutoModelForMaskedLM", None),
         "decoder": Head("AutoModelForCausalLM", "CAUSAL_LM"),
     }
-    hidden: ClassVar[frozenset[str]] = frozenset({"labels", "bytes"})
+    hidden: ClassVar[frozenset[str]] = frozenset({"labels", "predicted", "predictions", "bytes"})
 
     def columns(self, data: DataSpec) -> tuple[str, ...]:
         """The text."""
@@ -173,11 +175,16 @@ class LanguageModeling(Task):
                 yield _Block(row.example, shown.tolist(), wanted.tolist(), row.bytes * share)
 
     def collate(self, rows: Mapping[str, Sequence[Any]], pad_token_id: int, *, multiple_of: int = 8) -> dict[str, Any]:
-        """As `Task.collate`; ``labels`` has the shape of ``input_ids``, and `IGNORED` where nothing is predicted."""
+        """As `Task.collate`; ``labels`` has the shape of ``input_ids``, and `IGNORED` where nothing is predicted.
+
+        ``predicted`` says where something is (`predicted_at`), ``predictions`` how often in each block.
+        """
         import torch
 
         batch: dict[str, Any] = text_batch(rows, pad_token_id, multiple_of=multiple_of)
         batch["labels"] = torch.from_numpy(pad(rows["labels"], IGNORED, multiple_of=multiple_of))
+        batch["predicted"] = predicted_at(batch["labels"], IGNORED)
+        batch["predictions"] = (batch["labels"] != IGNORED).sum(1).tolist()
         batch["bytes"] = list(rows["bytes"])
         return batch
 
@@ -188,15 +195,19 @@ class LanguageModeling(Task):
 
         labels = batch["labels"]
         logits = output.logits[:, -labels.shape[1] :]
+        if "predicted" in batch:
+            places, counts = batch["predicted"], batch["predictions"]
+        else:
+            places, counts = predicted_at(labels, IGNORED), (labels != IGNORED).sum(1).tolist()
         # One block after another: in float32 the scores of all would be by far the largest tensor of a step.
         return torch.stack(
             [
                 functional.cross_entropy(
-                    scores[wanted != IGNORED].float(),
-                    wanted[wanted != IGNORED],
+                    scores[columns].float(),
+                    wanted[columns],
                     label_smoothing=options.label_smoothing if options else 0.0,
                 )
-                for scores, wanted in zip(logits, labels, strict=True)
+                for scores, wanted, columns in zip(logits, labels, places[1].split(counts), strict=True)
             ]
         )
 

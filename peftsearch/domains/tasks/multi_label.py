@@ -57,6 +57,7 @@ class MultiLabel(Classification):
         "subset_accuracy": Metric("subset_accuracy", "maximize", "subset accuracy"),
     }
     Options = MultiLabelOptions
+    loss_options: ClassVar[frozenset[str]] = frozenset({"label_smoothing", "class_weights"})
 
     def read(self, table: pa.Table, data: DataSpec, where: str, loc: Loc) -> pa.Table:
         """As `Task.read`: ``label`` holds lists of names, sorted and without repetitions."""

@@ -57,10 +57,12 @@ class MultipleChoice(Task):
         "macro_f1": Metric("macro_f1", "maximize", "macro F1 over positions"),
     }
     Options = MultipleChoiceOptions
+    loss_options: ClassVar[frozenset[str]] = frozenset({"label_smoothing"})
     heads = dict.fromkeys(
         ("encoder", "encoder-decoder", "decoder"), Head("AutoModelForSequenceClassification", "SEQ_CLS")
     )
     hidden: ClassVar[frozenset[str]] = frozenset({"labels", "counts"})
+    probe = "choice"
 
     def columns(self, data: DataSpec) -> tuple[str, ...]:
         """Question, choices and label. (The context is read where the data has that column.)"""
@@ -223,6 +225,15 @@ class MultipleChoice(Task):
             ),
             "longest": Guess("longest choice", "the choice of most characters", longest),
         }
+
+    def probes(self) -> list[tuple[str, Any]]:
+        """Logistic regressions on differences of choices, which have no intercept."""
+        from sklearn.linear_model import LogisticRegression
+
+        return [
+            (f"C = {c:g}", LogisticRegression(C=c, fit_intercept=False, max_iter=500, random_state=0))
+            for c in (1.0, 10.0, 100.0)
+        ]
 
 
 def _scores(output: Any, batch: Mapping[str, Any]) -> torch.Tensor:

@@ -86,6 +86,8 @@ class Similarity(Classification):
     Options = SimilarityOptions
     hidden = frozenset({"labels", "mean", "deviation"})
     probe: ClassVar[Literal["text", "token", "pair"] | None] = "pair"
+    # It has no classes, as its parent has.
+    loss_options: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, options: TaskOptions | None = None) -> None:
         super().__init__(options)

@@ -81,6 +81,7 @@ class TokenClassification(Task):
         "recall": Metric("recall", "maximize", "entity recall"),
     }
     Options = TokenClassificationOptions
+    loss_options: ClassVar[frozenset[str]] = frozenset({"label_smoothing", "class_weights"})
     heads = dict.fromkeys(
         ("encoder", "encoder-decoder", "decoder"), Head("AutoModelForTokenClassification", "TOKEN_CLS")
     )

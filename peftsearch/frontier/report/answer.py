@@ -15,11 +15,12 @@ from peftsearch.frontier.report.results import (
     better,
     macro_average,
     score_by_task,
+    task_type,
     tested,
     validated,
 )
 from peftsearch.frontier.tables import verdict
-from peftsearch.spec import Baseline, TrialRecord, TrialState
+from peftsearch.spec import Baseline, DomainFacts, TrialRecord, TrialState
 from peftsearch.tracking.names import configuration_text
 
 
@@ -91,7 +92,11 @@ def _headline(study: Material, name: str) -> Iterator[str]:
     elif comparison.others or best.seeds < 2:
         yield "What is within the noise cannot be said without confirmations of several methods with several seeds."
     own = facts.baselines.get(best.model, {})
-    if best.test and own and all(baseline.test_value is not None for baseline in own.values()):
+    failed = facts.failed_baselines.get(best.model, {})
+    tested_all = all(baseline.test_value is not None or key in failed for key, baseline in own.items())
+    # Without the one that is hardest to beat, the others say nothing.
+    hardest = max(own.values(), key=lambda baseline: better(baseline.value, 0.0, best.direction), default=None)
+    if best.test and tested_all and hardest is not None and hardest.test_value is not None:
         yield _against_baselines(best, own.values())
         return
     yield verdict(study.fronts[name]).sentence
@@ -130,7 +135,7 @@ def methods_by_domains(document: Document, study: Material) -> None:
     """The table of methods and domains, baselines below."""
     facts = study.facts
     domains = list(facts.domains)
-    tasks = [facts.domains[name].task for name in domains]
+    tasks = [task_type(facts.domains[name].task, facts.domains[name].metric) for name in domains]
     document.add(Heading(2, "Methods and domains"))
     keys = list(dict.fromkeys((r.model, r.method) for own in study.results.values() for r in own))
     by_key = {(r.model, r.method, r.domain): r for own in study.results.values() for r in own}
@@ -180,11 +185,14 @@ def methods_by_domains(document: Document, study: Material) -> None:
             )
         rows.append([*([model] if study.several_models else []), method, *cells])
     for baseline, model, found in _baseline_rows(study):
-        cells = [words.number(value) + ("" if value is None or on_test else VALIDATION) for value, on_test in found]
+        cells = [
+            words.number(value) + ("" if value is None or on_test else VALIDATION) + sample
+            for value, on_test, sample in found
+        ]
         if averaged:
-            values = [value for value, _ in found]
+            values = [value for value, _, _ in found]
             mean, by_type = macro_average(values), score_by_task(values, tasks)
-            mark = "" if all(on_test for _, on_test in found) else VALIDATION
+            mark = "" if all(on_test for _, on_test, _ in found) else VALIDATION
             cells.append(words.number(mean) + ("" if mean is None else mark))
             if len(extra) > 1:
                 cells.append(words.number(by_type) + ("" if by_type is None else mark))
@@ -211,6 +219,7 @@ def methods_by_domains(document: Document, study: Material) -> None:
                 else "."
             )
         )
+    notes += list(_failed_baselines(document, study))
     caption = "Every method in every domain, baselines below"
     document.add(Table(caption, head, rows, left, frozenset(bold), notes, source="results.csv"))
 
@@ -225,21 +234,50 @@ def _task_types(tasks: Sequence[str]) -> bool:
     return 1 < len(set(tasks)) < len(tasks)
 
 
-def _baseline_rows(study: Material) -> Iterator[tuple[str, str, list[tuple[float | None, bool]]]]:
-    """Of each baseline its title, its model, and by domain its value and whether that is on the test split."""
+def _failed_baselines(document: Document, study: Material) -> Iterator[str]:
+    """A sentence for each baseline that could not be computed."""
+    for name, domain in study.facts.domains.items():
+        for model, named in domain.failed_baselines.items():
+            where = f"{name}, {model}" if study.several_models else name
+            for key, failed in named.items():
+                yield f"Not computed on the {failed.split} split: {failed.title} ({where}). {failed.error}"
+                document.record(
+                    "failed_baselines.csv",
+                    domain=name,
+                    model=model,
+                    baseline=key,
+                    title=failed.title,
+                    split=failed.split,
+                    error=failed.error,
+                )
+
+
+def _baseline_rows(study: Material) -> Iterator[tuple[str, str, list[tuple[float | None, bool, str]]]]:
+    """Of each baseline its title, its model, and by domain its value, whether that is on the test split, and of how
+    many of the split's examples it is where that is a sample."""
     for model in study.spec.models:
         titles: dict[str, str] = {}
         for domain in study.facts.domains.values():
             for key, baseline in domain.baselines.get(model.path, {}).items():
                 titles.setdefault(key, baseline.title)
         for key, title in titles.items():
-            values: list[tuple[float | None, bool]] = []
+            values: list[tuple[float | None, bool, str]] = []
             for domain in study.facts.domains.values():
                 found = domain.baselines.get(model.path, {}).get(key)
                 on_test = found is not None and found.test_value is not None
                 value = (found.test_value if on_test else found.value) if found else None
-                values.append((value if value is not None and math.isfinite(value) else None, on_test))
+                sample = _sample(domain, found, on_test) if found else ""
+                values.append((value if value is not None and math.isfinite(value) else None, on_test, sample))
             yield title, model.path, values
+
+
+def _sample(domain: DomainFacts, baseline: Baseline, on_test: bool) -> str:
+    examples, rows = (
+        (baseline.test_examples, domain.rows.get("test", 0))
+        if on_test
+        else (baseline.examples, domain.rows.get("validation", 0))
+    )
+    return f" (on {examples:,} of {rows:,})" if examples is not None and examples < rows else ""
 
 
 def _value(result: Result) -> tuple[str, bool]:

@@ -13,12 +13,22 @@ from peftsearch.spec import TrialState
 
 def budgets(document: Document, study: Material) -> None:
     """What each cell got, and which got less."""
-    document.add(Heading(2, "Equal budgets"))
+    joint = study.spec.search.allocation == "joint"
+    document.add(Heading(2, "Budgets" if joint else "Equal budgets"))
     budgets = study.budgets
     odd = [budget for budget in budgets if budget.less]
     trials = study.facts.trials_per_cell
     plan = f"Every cell (a method on a model in a domain) was to get {trials} trials"
-    if odd:
+    if joint:
+        shared = trials * len(study.spec.methods)
+        document.add(
+            Text(
+                f"The methods shared {shared} trials in every domain, and the sampler chose each trial's method "
+                "(search.allocation: joint): those that did well early got more of them. So methods are not compared "
+                "on equal budgets here; the best configuration is what this study looked for."
+            )
+        )
+    elif odd:
         document.add(
             Text(
                 f"{plan}. {len(odd)} of {len(budgets)} cells got less than that or something else; they are "
@@ -153,13 +163,16 @@ def readings(document: Document, study: Material) -> None:
                     reading.read_at or words.ABSENT,
                 ]
             )
+    confirmed = len(rows)
+    rows += _baseline_readings(document, study)
     if not rows:
         document.add(Text("The test split has not been read: no configuration is confirmed."))
         return
     twice = [f"trial {trial} with seed {seed}" for (trial, seed), count in seen.items() if count > 1]
     document.add(
         Text(
-            f"{len(rows)} readings. "
+            f"{len(rows)} readings"
+            + (f", {len(rows) - confirmed} of them by baselines. " if len(rows) > confirmed else ". ")
             + (
                 f"Read more than once: {', '.join(twice)}."
                 if twice
@@ -178,6 +191,39 @@ def readings(document: Document, study: Material) -> None:
             source="readings.csv",
         )
     )
+
+
+def _baseline_readings(document: Document, study: Material) -> list[list[str]]:
+    """The readings of baselines, which have neither trial nor seed."""
+    rows = []
+    for name, domain in study.facts.domains.items():
+        for model, named in domain.baselines.items():
+            for key, baseline in named.items():
+                if baseline.test_value is None:
+                    continue
+                document.record(
+                    "readings.csv",
+                    read_at=baseline.test_read_at,
+                    domain=name,
+                    model=model,
+                    method=f"baseline {key}",
+                    metric=domain.metric,
+                    test=baseline.test_value,
+                    test_examples=baseline.test_examples,
+                    validation=baseline.value,
+                )
+                rows.append(
+                    [
+                        name,
+                        f"{baseline.title}, {model}" if study.several_models else baseline.title,
+                        words.ABSENT,
+                        words.ABSENT,
+                        words.number(baseline.test_value),
+                        words.ABSENT if baseline.test_examples is None else words.count(baseline.test_examples),
+                        baseline.test_read_at or words.ABSENT,
+                    ]
+                )
+    return rows
 
 
 def provenance(document: Document, study: Material) -> None:
@@ -251,7 +297,10 @@ def provenance(document: Document, study: Material) -> None:
                     title=baseline.title,
                     metric=domain.metric,
                     validation=baseline.value,
+                    examples=baseline.examples,
                     test=baseline.test_value,
+                    test_examples=baseline.test_examples,
+                    test_read_at=baseline.test_read_at,
                     trainable_parameters=baseline.trainable_parameters,
                     detail=baseline.detail,
                 )

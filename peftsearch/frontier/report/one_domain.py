@@ -70,8 +70,8 @@ def _costs(document: Document, study: Material, name: str) -> None:
         *("peak memory", "training", "inference", *(["forgetting"] if forgetting else []), "trials"),
     ]
     notes = [
-        "Peak memory is the worker's: of the GPU, or resident on a CPU. Training is the time of one training at the "
-        "full budget, inference is examples per second on the test split; where confirmed, means over the seeds. "
+        "Peak memory is the worker's: of the GPU, or resident in main memory. Training is the time of one training at "
+        "the full budget, inference is examples per second on the test split; where confirmed, means over the seeds. "
         "Trials: complete/pruned/failed."
     ]
     if forgetting:

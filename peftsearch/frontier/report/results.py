@@ -167,8 +167,14 @@ def macro_average(values: Sequence[float | None]) -> float | None:
     return fmean(known) if known and len(known) == len(values) else None
 
 
+def task_type(task: str, metric: str) -> str:
+    """What is averaged together: a task with its metric. BLURB counts PICO, which is scored by words, apart from the
+    other tagging tasks, which are scored by entities."""
+    return f"{task} by {metric}"
+
+
 def score_by_task(values: Sequence[float | None], tasks: Sequence[str]) -> float | None:
-    """The mean over task types of the mean over each type's domains, as BLURB's score (Gu et al. 2021,
+    """The mean over task types (`task_type`) of the mean over each type's domains, as BLURB's score (Gu et al. 2021,
     arXiv:2007.15779); None where a domain is missing."""
     if macro_average(values) is None:
         return None

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftsearch.training.batches import Batch, load, padding_known
+from peftsearch.training.batches import Batch, ahead, load, padding_known
 from peftsearch.training.evaluate import to_device
 from peftsearch.training.optimizer import learning_rate_factor
 from peftsearch.training.packing.banks import Banks
@@ -27,6 +29,8 @@ _BY_TOKEN = ("start_logits", "end_logits")
 
 _ALIKE, _ALIKE_QUANTISED = 0.05, 0.3
 """How far a pack's gradients may be from a member's own, as a share of these. What is mixed up is off by far more."""
+_CHECKED_ROWS = 2
+"""Examples of each member that are compared: enough to be mixed up."""
 
 
 class MemberError(Exception):
@@ -36,6 +40,29 @@ class MemberError(Exception):
         super().__init__(str(error))
         self.session = session
         self.error = error
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one forward pass is about, on the device.
+
+    Attributes:
+        inputs: What the model sees: all members' texts below one another.
+        batches: Each member's own batch.
+        learns: Whether it counts: a member without a part of its own runs along, and its loss is left out.
+        rows: As `Layout.rows`.
+        widths: As `Layout.widths`.
+    """
+
+    inputs: Batch
+    batches: list[dict[str, Any]]
+    learns: list[bool]
+    rows: int
+    widths: dict[str, list[int]]
+
+
+_Loaded = tuple[list[list[int]], list[_Part]]
+"""The rows of each member's step, and its forward passes."""
 
 
 class Pack:
@@ -59,13 +86,14 @@ class Pack:
         # Members with the same kinds of adapters side by side.
         self.sessions = sorted(sessions, key=lambda session: (session.plan.method, session.plan.key))
         self.host = host
+        self._coming: Generator[_Loaded, None, None] | None = None
         first = self.sessions[0]
         self.domain, self.device = first.domain, first.group.device
         self._precision = first.training.precision
         self._accumulation = first.training.gradient_accumulation
         if len({(session.plan.model, session.plan.domain) for session in self.sessions}) > 1:
             raise NotPackableError("trials of several domains or models are not trained together")
-        parts = [_parts(session, host) for session in self.sessions]
+        parts = [_parts_of(session, host) for session in self.sessions]
         self.layout = Layout(len(self.sessions))
         self.banks = Banks(self.sessions, [placed_of(own) for own in parts])
         # What one of them needs alone, all need together.
@@ -87,6 +115,7 @@ class Pack:
 
     def close(self) -> None:
         """Give the members their parameters back."""
+        self._forget()
         self.host.detach()
         self.banks.close()
 
@@ -99,8 +128,13 @@ class Pack:
         """
         self._train()
         torch.manual_seed(_seed(self.sessions))
-        indices = [session.order.batch(session.step) for session in self.sessions]
-        losses = self._gradients(indices)
+        try:
+            indices, parts = self._next()
+            losses = self._gradients(indices, parts)
+        except BaseException:
+            # Another try begins at the same step.
+            self._forget()
+            raise
         self.banks.step(
             [
                 learning_rate_factor(session.step, session.budget.total_steps, session.training)
@@ -130,10 +164,11 @@ class Pack:
             MemberError: As `step`.
         """
         self.host.model.eval()
-        indices = [session.order.batch(session.step) for session in self.sessions]
+        # In full precision, where the pack's size was measured in half: of each member a part of its batch has to do.
+        indices = [session.order.batch(session.step)[:_CHECKED_ROWS] for session in self.sessions]
         self.layout.drops = False
         try:
-            self._gradients(indices, autocast=False)
+            self._gradients(indices, self._parts(indices), autocast=False)
         finally:
             self.layout.drops = True
         for row, session in enumerate(self.sessions):
@@ -161,27 +196,53 @@ class Pack:
             if not session.model.training:
                 session.model.train()
 
-    def _gradients(self, indices: Sequence[Sequence[int]], *, autocast: bool = True) -> Tensor:
-        """Gradients of every member's mean loss, in the banks; returns these losses."""
+    def _next(self) -> _Loaded:
+        """The members' next step; on a GPU the one after it is made meanwhile."""
+        if self._coming is None:
+            first = [session.step for session in self.sessions]
+
+            def made(number: int) -> _Loaded:
+                indices = [s.order.batch(step + number) for s, step in zip(self.sessions, first, strict=True)]
+                return indices, self._parts(indices)
+
+            self._coming = ahead(count(), made, self.device)
+        return next(self._coming)
+
+    def _forget(self) -> None:
+        """Make no more batches: the members' orders are theirs again."""
+        coming, self._coming = self._coming, None
+        if coming is not None:
+            coming.close()
+
+    def _parts(self, indices: Sequence[Sequence[int]]) -> list[_Part]:
+        """The forward passes of a step."""
         part = [-(-len(rows) // self._accumulation) for rows in indices]
         parts = [
             [rows[first : first + size] for first in range(0, len(rows), size)]
             for rows, size in zip(indices, part, strict=True)
         ]
+        return [
+            self._part(
+                [own[number] if number < len(own) else own[0][:1] for own in parts],
+                [number < len(own) for own in parts],
+            )
+            for number in range(max(len(own) for own in parts))
+        ]
+
+    def _gradients(self, indices: Sequence[Sequence[int]], parts: Sequence[_Part], *, autocast: bool = True) -> Tensor:
+        """Gradients of every member's mean loss, in the banks; returns these losses."""
         summed = torch.zeros(len(indices), device=self.device)
-        for number in range(max(len(own) for own in parts)):
-            now = [own[number] if number < len(own) else None for own in parts]
-            # One without a part of its own runs along, and its loss is left out.
-            rows = [own[number] if number < len(own) else own[0][:1] for own in parts]
-            batches = self._collate(rows)
-            inputs = self._inputs(batches)
-            # Soft tokens of different numbers are padded in their turn: the model has to look.
-            full = None if self._prompts else inputs.full
+        for number, part in enumerate(parts):
+            self._lay_out(part)
+            full = part.inputs.full
+            if full and any(len(set(prompts.counts)) > 1 for prompts in self._prompts):
+                # Soft tokens of different numbers are padded in their turn.
+                full = False
             with training_autocast(self._precision if autocast else "fp32", self.device), padding_known(full):
-                output = self.host.model(**inputs.values)
+                output = self.host.model(**part.inputs.values)
             found = []
-            for member, batch in enumerate(batches):
-                if now[member] is None:
+            for member, batch in enumerate(part.batches):
+                if not part.learns[member]:
                     found.append(summed.new_zeros(()))
                     continue
                 own = self._output_of(member, output, batch)
@@ -207,32 +268,46 @@ class Pack:
             first += len(own)
         return [found[tuple(own)] for own in rows]
 
-    def _inputs(self, batches: list[dict[str, Any]]) -> Batch:
-        """What the model sees, on the device; the batches are moved there too."""
-        task = self.domain.task
+    def _part(self, rows: Sequence[Sequence[int]], learns: list[bool]) -> _Part:
+        """A forward pass over some rows of each member."""
+        task, batches = self.domain.task, self._collate(rows)
         names = [name for name in batches[0] if name not in task.hidden]
         for name in names:
             if name not in _FILL and name not in _TOKENS:
                 raise NotPackableError(f"how {name} of several trials goes together is not known")
-        self.layout.rows = max(len(batch["input_ids"]) for batch in batches)
-        self.layout.widths = {name: [batch[name].shape[1] for batch in batches] for name in names}
+        most = max(len(batch["input_ids"]) for batch in batches)
+        inputs = load(
+            {
+                name: filled([batch[name] for batch in batches], most, _FILL.get(name, self.domain.pad_token_id))
+                for name in names
+            },
+            self.device,
+        )
+        # The texts are there already, each in its slice.
+        further = {
+            id(batch): load({name: value for name, value in batch.items() if name not in names}, self.device).values
+            for batch in batches
+        }
+        own = [
+            {
+                name: inputs.values[name][member * most :][: len(value), : value.shape[1]]
+                if name in names
+                else further[id(batch)][name]
+                for name, value in batch.items()
+            }
+            for member, batch in enumerate(batches)
+        ]
+        return _Part(inputs, own, learns, most, {name: [batch[name].shape[1] for batch in batches] for name in names})
+
+    def _lay_out(self, part: _Part) -> None:
+        """Tell the hooks what comes."""
+        self.layout.rows, self.layout.widths = part.rows, part.widths
         for prompts in self._prompts:
             for member, width in enumerate(self.layout.widths_of(prompts.source)):
                 try:
                     prompts.check(member, width)
                 except ValueError as error:
                     raise MemberError(self.sessions[member], error) from error
-        inputs = {
-            name: filled(
-                [batch[name] for batch in batches],
-                self.layout.rows,
-                _FILL.get(name, self.domain.pad_token_id),
-            )
-            for name in names
-        }
-        moved = {id(batch): to_device(batch, self.device) for batch in batches}
-        batches[:] = [moved[id(batch)] for batch in batches]
-        return load(inputs, self.device)
 
     def _output_of(self, member: int, output: Any, batch: Mapping[str, Any]) -> Any:
         """The part of the model's output that a member would have had alone."""
@@ -251,7 +326,7 @@ class Pack:
         return type(output)(**own)
 
 
-def _parts(session: TrialSession, host: Host) -> Parts:
+def _parts_of(session: TrialSession, host: Host) -> Parts:
     try:
         parts = read_parts(session.model)
         host.check(parts)

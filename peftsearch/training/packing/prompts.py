@@ -39,6 +39,9 @@ class PackedPrompts:
         self.layout, self.tokens, self.source, self.keep = layout, list(tokens), source, keep
         self.positions = positions
         self.counts = [0 if own is None else len(own) for own in self.tokens]
+        device = next(own.device for own in self.tokens if own is not None)
+        # Made once: numbers from the host make it wait for the device.
+        self._shifts = torch.tensor(self.counts, device=device)
 
     def check(self, member: int, width: int) -> None:
         """Refuse a member's text that its own soft tokens leave no room for.
@@ -67,7 +70,7 @@ class PackedPrompts:
             kwargs["token_type_ids"] = self._in_front_of(kwargs["token_type_ids"], 0)
         if kwargs.get("position_ids") is not None:
             given = kwargs["position_ids"].expand(len(text), -1)
-            shifts = given.new_tensor(self.counts).repeat_interleave(self.layout.rows)[:, None]
+            shifts = self._shifts.to(given.dtype)[:, None].expand(-1, self.layout.rows).reshape(-1, 1)
             first = torch.arange(max(self.counts), device=given.device, dtype=given.dtype)
             counted = [None if not count else first[:count].expand(self.layout.rows, -1) for count in self.counts]
             kwargs["position_ids"] = self._in_front(given + shifts, counted)

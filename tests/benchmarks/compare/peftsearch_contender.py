@@ -29,14 +29,15 @@ def sections(variant: str, cores: int) -> dict[str, dict[str, Any]]:
 
     - ``plain``: nothing that saves work; a slot per core with one thread each, one trial at a time in each.
     - ``one_slot``: the same with one slot that has all threads.
-    - ``on``: whatever peftsearch chooses where a study file says nothing, in the precision of the others.
+    - ``on``: a slot per core, with packing and threads as peftsearch chooses them, in the precision of the others.
     - ``bf16``: ``on`` with bf16 autocast.
     """
+    on = {"slots": cores, "cpus_per_worker": 1, "pack": "auto", "threads_per_worker": "auto"}
     if variant == "plain":
         return {"resources": {"slots": cores, "cpus_per_worker": 1, "pack": 1}}
     if variant == "one_slot":
         return {"resources": {"slots": 1, "cpus_per_worker": cores, "pack": 1}}
-    return {"training": {"precision": "bf16"}} if variant == "bf16" else {}
+    return {"resources": on, **({"training": {"precision": "bf16"}} if variant == "bf16" else {})}
 
 
 def document(work: Work, variant: str, search_seed: int | None) -> dict[str, Any]:

@@ -22,11 +22,10 @@ from bench_figures import Figures, add_ratios, differences, figures_of, markdown
 from measured_process import hardware, measure, scratch
 from peftsearch_contender import VARIANTS
 from segment_records import Record, read_records
+from targets import FLOORS, RAYS, SHUFFLED, TRAINER, verdict_table, verdicts
 from trial_list import DOMAINS, Budget, Work, draw_trials, prepare
 
 HERE = Path(__file__).parent
-FLOORS = ("floor, one process", "floor, process per core")
-SHUFFLED = "shuffled floor, process per core"
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
 """Relative, of the last training loss: sums in another order (another number of threads) after a hundred steps."""
 TOLERANCE_OF_DROPOUT = 0.05
@@ -53,20 +52,22 @@ class Contender:
 def contenders(cores: int, precision: str) -> list[Contender]:
     """All of them, in the order of the table. ``peftsearch, bf16`` is there where the others compute in fp32."""
     threads, half = ("--threads", str(cores)), str(max(1, cores // 2))
+    one = ("floor_contender.py", "--lanes", "1", *threads)
     per_core = ("floor_contender.py", "--lanes", str(cores), "--threads", "1")
     found = [
-        Contender(FLOORS[0], ("floor_contender.py", "--lanes", "1", *threads), 1),
+        Contender(FLOORS[0], one, 1),
         Contender(FLOORS[1], per_core, cores),
-        Contender(SHUFFLED, (*per_core, "--shuffled"), cores, exact=False),
-        Contender("Ray's pattern, 1 at a time", ("ray_contender.py", "--concurrency", "1", *threads), 1),
-        Contender("Ray's pattern, 2 at a time", ("ray_contender.py", "--concurrency", "2", "--threads", half), 2),
-        Contender("hyperparameter_search", ("trainer_contender.py", *threads), 1),
+        Contender(SHUFFLED[0], (*one, "--shuffled"), 1, exact=False),
+        Contender(SHUFFLED[1], (*per_core, "--shuffled"), cores, exact=False),
+        Contender(RAYS[0], ("ray_contender.py", "--concurrency", "1", *threads), 1),
+        Contender(RAYS[1], ("ray_contender.py", "--concurrency", "2", "--threads", half), 2),
+        Contender(TRAINER[0], ("trainer_contender.py", *threads), 1),
     ]
     for variant in VARIANTS:
         if variant == "bf16" and precision == "bf16":
             continue
         name = f"peftsearch, {variant.replace('_', ' ')}"
-        exact = variant in ("plain", "one_slot")
+        exact = variant != "bf16"
         found.append(Contender(name, ("peftsearch_contender.py", "--variant", variant), None, exact))
     return found
 
@@ -130,7 +131,7 @@ def main() -> None:
             if options.json:
                 # After each repeat: a long run that is cut off leaves what it has measured.
                 options.json.write_text(json.dumps(result, indent=2) + "\n")
-    table = markdown(medians(repeats))
+    table = f"{markdown(medians(repeats))}\n\n{verdict_table(verdicts(repeats))}"
     print(table)
     if options.markdown:
         options.markdown.write_text(table + "\n")
@@ -152,6 +153,7 @@ def _result(
         "trials": [asdict(trial) for trial in work.trials],
         "examples_per_trial": work.examples,
         "medians": medians(repeats),
+        "targets": verdicts(repeats),
         "repeats": list(repeats),
         "problems": list(problems),
     }

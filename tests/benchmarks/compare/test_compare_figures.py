@@ -14,6 +14,7 @@ from floor_contender import random_trials
 from measured_process import Measured, measure
 from search_curves import Point, at, curve, draw, middle, summary
 from segment_records import Record, read_records, write_record
+from targets import verdict_table, verdicts
 from trial_list import RANKS, RATES, SEARCHED_RANKS, SEARCHED_RATES, Budget, Trial, Work, draw_trials, grid_of
 
 GIB = 2**30
@@ -246,3 +247,50 @@ def test_a_contender_that_does_not_end_is_killed_with_its_children(tmp_path: Pat
     assert time.monotonic() - began < 60
     gone = psutil.wait_procs([psutil.Process(int(run.output))] if psutil.pid_exists(int(run.output)) else [], 5)
     assert not gone[1]
+
+
+def figures(wall: float, warm_up: float = 0.0, overhead: float = 1.0) -> dict[str, float | None]:
+    return {
+        "wall_seconds": wall,
+        "warm_up_seconds": warm_up,
+        "overhead_per_trial_seconds": overhead,
+        "training_seconds": 120.0,
+        "trials": 12.0,
+    }
+
+
+def test_targets_are_ratios_within_a_repeat_to_the_faster_of_two() -> None:
+    runs = {
+        "floor, one process": figures(240, warm_up=5),
+        "floor, process per core": figures(190, warm_up=10),
+        "shuffled floor, process per core": figures(250),
+        "Ray's pattern, 1 at a time": figures(990, overhead=40),
+        "Ray's pattern, 2 at a time": figures(760, overhead=30),
+        "peftsearch, plain": figures(209, warm_up=20),
+        "peftsearch, on": figures(200, overhead=0.5),
+    }
+    found = {one["target"]: one for one in verdicts([runs, {name: dict(run) for name, run in runs.items()}])}
+    assert found["nothing switched on"]["ratio"] == pytest.approx(209 / 190)
+    assert found["nothing switched on"]["met"]
+    assert found["nothing switched on, warm-up left out"]["ratio"] == pytest.approx(189 / 180)
+    assert found["everything on, same precision"]["ratio"] == pytest.approx(0.8)
+    assert not found["everything on, same precision"]["met"]
+    # Ten seconds of training per trial: four times as fast is wanted, and 3.8 times it is.
+    assert found["faster than Ray's documented pattern"]["bound"] == 4.0
+    assert found["faster than Ray's documented pattern"]["ratio"] == pytest.approx(3.8)
+    assert not found["faster than Ray's documented pattern"]["met"]
+    assert found["less overhead per trial than Ray's pattern"]["met"]
+    # Nobody ran it.
+    assert "faster than hyperparameter_search" not in found
+    table = verdict_table(list(found.values()))
+    assert (
+        "| nothing switched on | floor, one process or floor, process per core | 1.10 (1.10 to 1.10) | <= 1.15 | met |"
+        in table
+    )
+
+
+def test_a_target_is_met_by_the_median_of_its_repeats() -> None:
+    repeats = [{"floor, one process": figures(100), "peftsearch, plain": figures(wall)} for wall in (114, 90, 140)]
+    (verdict,) = (one for one in verdicts(repeats) if one["target"] == "nothing switched on")
+    assert (verdict["ratio"], verdict["least"], verdict["most"]) == pytest.approx((1.14, 0.9, 1.4))
+    assert verdict["met"]

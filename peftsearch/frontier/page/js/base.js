@@ -61,7 +61,7 @@ function scale(log, low, high, from, to) {
 
 function linearTicks(low, high, count) {
   const rough = (high - low) / Math.max(1, count), power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].find(factor => factor * power >= rough) * power, found = [];
+  const step = [1, 2, 5, 10].find(factor => factor * power >= 0.8 * rough) * power, found = [];
   for (let index = Math.ceil(low / step); index * step <= high + step * 1e-9; index++) {
     found.push(Number((index * step).toPrecision(12)));
   }

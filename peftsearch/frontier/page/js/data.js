@@ -5,7 +5,7 @@ const AXES = {
   exported_parameters: {title: 'exported size (parameters)', text: whole, tick: si, log: true},
   train_seconds: {title: 'training time', text: timeText, tick: value => `${Number(value.toPrecision(3))} s`},
   peak_memory_bytes: {title: 'peak memory', text: sizeText, tick: value => `${Number((value / 2 ** 20).toPrecision(3))} MiB`},
-  batch_milliseconds: {title: 'time per example, in batches (ms)', text: value => `${value.toPrecision(3)} ms`, tick: si},
+  batch_milliseconds: {title: 'time per example, in batches (ms)', text: value => String(Number(value.toPrecision(3))), tick: si},
 };
 
 function decode(data) {

@@ -35,22 +35,52 @@ function place(shown, width, height, small) {
   };
 }
 
+// Where along its line a name hides least of the front, the error bars and the trials.
+function placeOfName(shown, frame, text, length) {
+  const {margin, width, x} = frame, first = margin.left + 5, room = width - margin.right - 5 - length - first, stops = room > 0 ? 12 : 0;
+  const things = [], add = (left, right, top, bottom, weight) => {
+    if (bottom > text - 12 && top < text + 4) things.push([left, right, weight]);
+  };
+  for (const trial of shown.placed) {
+    const px = x.at(xOf(trial, shown.axis)), py = frame.yOf(trial.value), bold = shown.bold.has(trial);
+    add(px - 5, px + 5, py - 5, py + 5, bold ? 4 : 1);
+    if (trial.confirmed) {
+      const {mean, std} = trial.confirmed, ends = [frame.yOf(mean - std), frame.yOf(mean + std)];
+      add(px - 5, px + 5, Math.min(...ends), Math.max(...ends), 4);
+    }
+  }
+  pointsOf(shown, frame).forEach(([px, py], index, all) => {
+    const next = all[index + 1] ?? [width - margin.right, py];
+    add(px, next[0], py, py, 2);
+    add(next[0], next[0], Math.min(py, next[1]), Math.max(py, next[1]), 2);
+  });
+  let best = {at: first, hidden: Infinity};
+  for (let stop = 0; stop <= stops; stop++) {
+    const at = first + room * stop / Math.max(1, stops);
+    const hidden = things.reduce((sum, [left, right, weight]) => right > at && left < at + length ? sum + weight : sum, 0);
+    if (hidden < best.hidden) best = {at, hidden};
+  }
+  return best;
+}
+
 function drawBaselines(svg, shown, frame, small) {
-  const {margin, width, x, y} = frame, lines = [...shown.domain.baselines], taken = [];
+  const {margin, width, y} = frame, lines = [...shown.domain.baselines], taken = [];
   if (!shown.placed.length) return;
   for (const baseline of lines.sort((a, b) => b.value - a.value)) {
     const below = baseline.value < y.low, above = baseline.value > y.high, at = frame.yOf(baseline.value);
-    const name = `${below ? '↓ ' : above ? '↑ ' : ''}${clip(baseline.title, Math.floor(width / 10))} ${metricText(baseline.value)}`;
+    const title = `${below ? '↓ ' : above ? '↑ ' : ''}${clip(baseline.title, Math.floor(width / (width < 420 ? 16 : 10)))} ${metricText(baseline.value)}`;
     let text = at - 5;
     // Of two close lines the lower one's name stands below it; of three, further below.
     while (taken.some(other => Math.abs(other - text) < 13)) text += text < at ? 19 : 13;
+    let name = small ? null : placeOfName(shown, frame, text, title.length * 6.4);
+    const under = at + 14, free = !below && under < frame.height - margin.bottom - 2 && !taken.some(other => Math.abs(other - under) < 13);
+    if (name && text < at && free) {
+      const lower = placeOfName(shown, frame, under, title.length * 6.4);
+      if (lower.hidden < name.hidden) { name = lower; text = under; }
+    }
     taken.push(text);
-    // The name stands at the end where it covers fewer trials.
-    const crowd = shown.placed.filter(trial => Math.abs(frame.yOf(trial.value) - text + 4) < 13).map(trial => x.at(xOf(trial, shown.axis)));
-    const reach = name.length * 6.6, left = crowd.filter(at => at < margin.left + reach).length;
-    const right = crowd.filter(at => at > width - margin.right - reach).length < left;
     if (!below && !above) svg.append(s('line', {class: 'base', x1: margin.left, x2: width - margin.right, y1: at, y2: at}));
-    if (!small) svg.append(s('text', {class: 'halo', x: right ? width - margin.right - 5 : margin.left + 5, y: text, 'text-anchor': right ? 'end' : 'start'}, name));
+    if (name) svg.append(s('text', {class: 'halo', x: name.at.toFixed(1), y: text}, title));
   }
 }
 
@@ -63,7 +93,9 @@ function paintFaint(canvas, shown, frame, study) {
   pen.scale(ratio, ratio);
   const many = shown.placed.length > 2000, size = many ? 2.6 : 3.9;
   const at = trial => [frame.x.at(xOf(trial, shown.axis)), frame.yOf(trial.value)];
-  pen.globalAlpha = many ? 0.3 : 0.55; pen.strokeStyle = grey; pen.lineWidth = 1.1;
+  // On dark paper what is faint is lost sooner.
+  const strength = isDark() ? 1.4 : 1;
+  pen.globalAlpha = strength * (many ? 0.3 : 0.55); pen.strokeStyle = grey; pen.lineWidth = 1.1;
   pen.beginPath();
   for (const trial of shown.placed) {
     if (trial.state !== 'PRUNED') continue;
@@ -71,7 +103,7 @@ function paintFaint(canvas, shown, frame, study) {
     pen.moveTo(x - arm, y - arm); pen.lineTo(x + arm, y + arm); pen.moveTo(x - arm, y + arm); pen.lineTo(x + arm, y - arm);
   }
   pen.stroke();
-  pen.globalAlpha = many ? 0.3 : 0.42;
+  pen.globalAlpha = strength * (many ? 0.3 : 0.42);
   for (const trial of shown.placed) {
     if (trial.state !== 'COMPLETE' || shown.bold.has(trial)) continue;
     const [x, y] = at(trial);

@@ -5,16 +5,24 @@ function bestOf(trials, better) {
     (trial.value === best.value && trial.trainable_parameters < best.trainable_parameters) ? trial : best, null);
 }
 
+// Where there are no controls that filter, nothing is filtered.
+const WHOLE = {withoutMethods: new Set(), model: null, budget: null, dominated: true, pruned: true};
+
 function overview(study, view, actions) {
+  const every = study.domains.map(domain => chosen(domain, {...WHOLE, axis: view.axis}));
   const draws = [], figures = study.domains.map(domain => {
-    const host = h('div', {class: 'plot'}), best = study.byNumber.get(domain.picks.best);
-    draws.push(() => drawFront(host, chosen(domain, view), study, {small: true}));
+    const shown = every[domain.index], best = study.byNumber.get(domain.picks.best), front = `The front of ${domain.name}`;
+    const host = h('div', {class: 'plot', role: 'img', 'aria-label': `${domain.name}: ${domain.title} against ${AXES[shown.axis].title}, ` +
+      `${shown.placed.length} trials, ${shown.front.length} on the front.${shown.front.length ? ' The table below has the front.' : ''}`});
+    draws.push(() => drawFront(host, shown, study, {small: true}));
+    const columns = columnsOf(domain, shown, trial => actions.open(domain.index, trial)).filter(column => column.key !== 'state');
     return h('figure', {class: 'card figure'}, h('figcaption', {class: 'figure-head'},
       h('h3', {class: 'name'}, domain.name),
       h('button', {type: 'button', class: 'quiet', 'data-focus': `open-${domain.index}`, onclick: () => actions.open(domain.index)}, 'Open')),
     host, h('p', {class: 'small soft'}, best
       ? `${domain.title} ${metricText(best.value)} with ${whole(best.trainable_parameters)} parameters (${study.methods[best.method].name}); hypervolume ${domain.hypervolume.toFixed(4)}`
-      : 'No trial has reached the full budget yet.'));
+      : 'No trial has reached the full budget yet.'),
+    shown.front.length ? folded(`${front}, as a table`, plainTable(front, columns, shown.front)) : null);
   });
   const cell = (domain, method) => {
     const trial = bestOf(domain.trials.filter(other => other.method === method), domain.better);
@@ -33,5 +41,9 @@ function overview(study, view, actions) {
     h('tbody', {}, study.methods.map((method, index) => h('tr', {}, h('th', {scope: 'row', class: 'l'}, glyph(method), ' ', method.name),
       study.domains.map(domain => cell(domain, index)))),
     h('tr', {}, h('th', {scope: 'row', class: 'l'}, 'hypervolume'), study.domains.map(domain => h('td', {}, domain.hypervolume.toFixed(4)))))))) ;
-  return {parts: [h('h2', {}, 'All domains'), h('div', {class: 'grid-of'}, figures), table], draw: () => draws.forEach(draw => draw())};
+  const key = keyOf({
+    placed: every.flatMap(shown => shown.placed), bold: new Set(every.flatMap(shown => shown.front)),
+    domain: {baselines: study.domains.flatMap(domain => domain.baselines)},
+  });
+  return {parts: [h('h2', {}, 'All domains'), h('div', {class: 'grid-of'}, figures), key, table], draw: () => draws.forEach(draw => draw())};
 }

@@ -222,13 +222,13 @@ function keyOf(shown) {
   return h('p', {class: 'key'}, items.filter(Boolean).map(([picture, text]) => h('span', {}, picture, text)));
 }
 
-function columnsOf(domain, shown) {
+function columnsOf(domain, shown, choose = actions.fix) {
   const axis = AXES[shown.axis], keys = shown.axis !== 'trainable_parameters';
   const several = study.models.length > 1, confirmed = domain.trials.some(trial => trial.confirmed);
   const tested = domain.trials.some(trial => trial.confirmed && trial.confirmed.testMean !== null);
   return [
     {key: 'number', title: 'trial', value: trial => trial.number, cell: trial => h('button', {type: 'button', class: 'go',
-      'data-focus': `trial-${trial.number}`, 'aria-label': `Fix trial ${trial.number}`, onclick: event => { event.stopPropagation(); actions.fix(trial); }}, String(trial.number))},
+      'data-focus': `trial-${trial.number}`, 'aria-label': `Fix trial ${trial.number}`, onclick: event => { event.stopPropagation(); choose(trial); }}, String(trial.number))},
     {key: 'method', title: 'method', left: true, value: trial => study.methods[trial.method].name,
       cell: trial => [glyph(study.methods[trial.method]), ' ', study.methods[trial.method].name]},
     several && {key: 'model', title: 'model', left: true, value: trial => study.models[trial.model].name, cell: trial => study.models[trial.model].name},
@@ -445,27 +445,75 @@ function keeping(change) {
 
 // --- while the study runs ---
 
+// Drawing anew would close the reader's open list, lose the slider under their finger, swallow a click between press and
+// release, and forget the text that they mark: what has arrived waits until nothing is held.
+let pressed = false, busyUntil = 0, listUntil = 0, arrived = null, stale = false;
+const tellsOpen = CSS.supports('selector(select:open)');
+
+function busyFor(milliseconds) { busyUntil = Math.max(busyUntil, performance.now() + milliseconds); }
+
+function held() {
+  const now = performance.now(), element = document.activeElement, selection = getSelection();
+  const list = element?.tagName === 'SELECT' && (tellsOpen ? element.matches(':open') : now < listUntil);
+  return pressed || list || now < busyUntil || (selection !== null && !selection.isCollapsed);
+}
+
+function watchHands() {
+  const release = () => { pressed = false; busyFor(400); };
+  addEventListener('pointerdown', event => {
+    // An open list may keep the release to itself.
+    if (event.target.closest?.('select')) listUntil = performance.now() + 30_000;
+    else pressed = true;
+  }, true);
+  for (const kind of ['pointerup', 'pointercancel', 'blur']) addEventListener(kind, release);
+  // The release may have been outside the window.
+  addEventListener('pointermove', event => { if (pressed && event.buttons === 0) release(); }, true);
+  addEventListener('keydown', event => {
+    busyFor(400);
+    if (event.target.closest?.('select')) listUntil = performance.now() + 30_000;
+  }, true);
+  addEventListener('input', () => busyFor(1000), true);
+  addEventListener('change', () => { listUntil = 0; }, true);
+}
+
+function adopt(fresh) {
+  const known = new Set(study.methods.map(method => method.name)), stateWas = study.state, name = domainNow()?.name;
+  study = fresh;
+  if (name !== undefined) view.domain = study.domains.findIndex(domain => domain.name === name);
+  if (known.size !== study.methods.length) view.withoutMethods.clear();
+  render();
+  if (stateWas !== study.state) say(`The study is ${study.state}`);
+}
+
+let settling = null;
+
+function settle() {
+  clearTimeout(settling);
+  if (!arrived && !stale) return;
+  if (held()) { settling = setTimeout(settle, 200); return; }
+  const fresh = arrived;
+  arrived = null;
+  stale = false;
+  if (fresh) adopt(fresh); else keeping(head);
+}
+
 async function ask() {
   let wait = study.state === 'running' ? 3000 : 15000;
   if (!document.hidden) {
     try {
       const answer = await fetch(live.data, {headers: lastTag ? {'If-None-Match': lastTag} : {}, cache: 'no-store'});
       if (answer.status === 200) {
-        const fresh = decode(await answer.json());
+        arrived = decode(await answer.json());
         lastTag = answer.headers.get('ETag');
-        const known = new Set(study.methods.map(method => method.name)), stateWas = study.state, name = domainNow()?.name;
-        study = fresh;
-        if (name !== undefined) view.domain = study.domains.findIndex(domain => domain.name === name);
-        if (known.size !== study.methods.length) view.withoutMethods.clear();
-        lost = false;
-        render();
-        if (stateWas !== study.state) say(`The study is ${study.state}`);
       } else if (answer.status !== 304) throw new Error(String(answer.status));
-      else if (lost) { lost = false; head(); }
+      stale ||= lost;
+      lost = false;
     } catch {
-      if (!lost) { lost = true; head(); }
+      stale ||= !lost;
+      lost = true;
       wait = 5000;
     }
+    settle();
   }
   setTimeout(ask, wait);
 }
@@ -484,4 +532,7 @@ addEventListener('resize', () => {
   // A phone's address bar changes the height alone.
   if (innerWidth !== widthWas) { widthWas = innerWidth; redraw(); }
 });
-if (live) setTimeout(ask, 1500);
+if (live) {
+  watchHands();
+  setTimeout(ask, 1500);
+}

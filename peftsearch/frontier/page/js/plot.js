@@ -50,7 +50,7 @@ function axes(width, height, x, y, margin, titles) {
     group.append(s('line', {class: 'grid', x1: at, x2: at, y1: margin.top, y2: bottom}),
       s('text', {x: at, y: bottom + 17, 'text-anchor': 'middle'}, titles.xTick(value)));
   }
-  const steps = y.ticks(Math.max(3, Math.floor((bottom - margin.top) / 55)));
+  const steps = y.ticks(Math.max(3, Math.floor((bottom - margin.top) / 37)));
   const digits = Math.max(0, ...steps.map(value => (String(value).split('.')[1] ?? '').length));
   for (const value of steps) {
     const at = y.at(value).toFixed(1);
@@ -70,7 +70,7 @@ const shortNumber = value => Math.abs(value) >= 1000 ? si(value) : String(Number
 // Lines in one small plot. Each series: points [[x, y], ...], colour, and step, dots.
 function lineChart(host, spec) {
   const width = Math.max(220, host.clientWidth), height = spec.height ?? 190;
-  const margin = {left: 46, right: 14, top: 22, bottom: 36};
+  const margin = {left: 46, right: 14, top: 22, bottom: 39};
   const points = spec.series.flatMap(series => series.points);
   const xs = points.map(point => point[0]), ys = points.map(point => point[1]);
   const x = scale(false, Math.min(...xs, 0), Math.max(...xs, 1e-9), margin.left, width - margin.right);

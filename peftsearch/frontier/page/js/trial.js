@@ -2,17 +2,19 @@
 
 function deviation(mean, std) { return `${metricText(mean)} ± ${metricText(std)}`; }
 
+const together = text => h('span', {class: 'together'}, text);
+
 function numbersOf(trial, domain, study, live) {
   const model = study.models[trial.model], rows = [];
   if (trial.value !== null) {
     rows.push([`${domain.title}, validation`, metricText(trial.value), true]);
   }
   if (trial.confirmed) {
-    rows.push([`over ${trial.confirmed.seeds} seeds`, deviation(trial.confirmed.mean, trial.confirmed.std)]);
-    if (trial.confirmed.testMean !== null) rows.push(['on the test split', deviation(trial.confirmed.testMean, trial.confirmed.testStd ?? 0)]);
+    rows.push([`over ${trial.confirmed.seeds} seeds`, together(deviation(trial.confirmed.mean, trial.confirmed.std))]);
+    if (trial.confirmed.testMean !== null) rows.push(['on the test split', together(deviation(trial.confirmed.testMean, trial.confirmed.testStd ?? 0))]);
   }
   const share = model.parameters ? ` (${Number((100 * trial.trainable_parameters / model.parameters).toPrecision(2))} %)` : '';
-  rows.push(['trainable parameters', whole(trial.trainable_parameters) + share]);
+  rows.push(['trainable parameters', together(whole(trial.trainable_parameters) + share)]);
   if (trial.exported_parameters !== null) rows.push(['exported parameters', whole(trial.exported_parameters)]);
   if (trial.train_seconds !== null) rows.push(['training time', timeText(trial.train_seconds)]);
   if (trial.peak_memory_bytes !== null) rows.push(['peak memory', sizeText(trial.peak_memory_bytes)]);
@@ -62,7 +64,11 @@ function copyButton(text) {
     }
     button.textContent = done ? 'Copied' : 'Selected';
     say(done ? 'The command was copied' : 'The command is selected: copy it');
-    setTimeout(() => { button.textContent = 'Copy'; }, 2000);
+    setTimeout(() => {
+      button.textContent = 'Copy';
+      // A marked text keeps a live page from being drawn anew.
+      if (done) getSelection().removeAllRanges();
+    }, 2000);
   }}, 'Copy');
   return button;
 }
