@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
+from peftsearch.deferred_compile import import_bitsandbytes
 from peftsearch.spec import StudyError, StudySpec, TrialRecord, TrialState
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ def _register_methods(_: object) -> None:
 # PEFT (and torch with it) takes seconds to import, and the processes that only steer a study never need it. So our
 # methods register themselves when somebody imports peft, before or after this package.
 wrapt.register_post_import_hook(_register_methods, "peft")
+
+# Before another part of PEFT imports it.
+wrapt.register_post_import_hook(import_bitsandbytes, "peft.import_utils")
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,7 @@ ORDER = ("spec", "domains", "methods", "training", "workers", "search", "trackin
 # The modules at the top put the parts together, each with those before it; of the parts, only the command line knows
 # them.
 TOP = (
+    "deferred_compile",
     "files",
     "ray_access",
     "held_folder",
