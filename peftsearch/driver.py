@@ -263,7 +263,15 @@ def run_study(
         if not workers.measure_threads:
             facts.provenance[THREADS] = str(slots.cpus)
         save_facts(facts)
-        pool = SlotPool(workers, slots, spec.resources.max_retries, folder / "ray", events.warning, measured_as)
+        pool = SlotPool(
+            workers,
+            slots,
+            spec.resources.max_retries,
+            folder / "ray",
+            events.warning,
+            measured_as,
+            embedded=embedded,
+        )
         events.phase(f"warming up {slots.slots} slot{'s' if slots.slots > 1 else ''}")
         pool.start()
         state_seconds = LEAVE_SECONDS

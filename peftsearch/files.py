@@ -16,6 +16,7 @@ import logging
 import os
 import random
 import shutil
+import stat
 import tempfile
 import time
 import urllib.parse
@@ -226,6 +227,27 @@ def check_bucket(where: RemotePath) -> None:
     bucket = path.partition("/")[0]
     if connection.get_file_info(bucket).type is FileType.NotFound:
         raise FileNotFoundError(f"there is no bucket {bucket!r}")
+
+
+def check_writable(folder: Path) -> None:
+    """See that a folder can be written into, or made; nothing is made.
+
+    Raises:
+        OSError: It cannot.
+    """
+    place = folder
+    while True:
+        try:
+            mode = place.stat().st_mode
+            break
+        except FileNotFoundError:
+            if place == place.parent:
+                raise
+            place = place.parent
+    if not stat.S_ISDIR(mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
 
 
 # --- whole files ---
@@ -456,12 +478,21 @@ def delete(where: Place) -> None:
 
 
 def delete_tree(where: Place) -> None:
-    """Delete a folder and all that is in it, as far as that is possible."""
+    """Delete a folder and all that is in it, where there is one.
+
+    Raises:
+        OSError: Something of it cannot be deleted; of a folder of this machine, all else is.
+    """
     if isinstance(where, Path):
-        shutil.rmtree(where, ignore_errors=True)
+        try:
+            shutil.rmtree(where)
+        except OSError as error:
+            shutil.rmtree(where, ignore_errors=True)
+            if not isinstance(error, FileNotFoundError):
+                raise
         return
     connection, path = filesystem(where)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(FileNotFoundError):
         connection.delete_dir(path)
 
 

@@ -13,7 +13,7 @@ from peftsearch.holder import is_held
 from peftsearch.saved import as_saved
 from peftsearch.spec import StudyError, StudyFacts
 from peftsearch.spec.changes import compare, unchanged_cells, written
-from peftsearch.storage import read_json, write_json
+from peftsearch.storage import damaged, read_json, write_json
 from peftsearch.tracking.ledger import Ledger
 
 
@@ -45,6 +45,8 @@ def find_origin(study: StudyHandle, fork: str | None) -> Origin | None:
         StudyError: There is none of that name, or this study was begun otherwise.
     """
     forked = (read_json(study.folder.spec) or {}).get("forked_from")
+    if forked is not None and not (isinstance(forked, dict) and {"study", "done"} <= forked.keys()):
+        raise damaged(study.folder.spec, "it does not say which study this one was forked from")
     if fork is not None:
         if fork == study.name:
             raise StudyError("--fork names the study to take trials from: give this one another name with --name")

@@ -245,6 +245,18 @@ def is_held(folder: Place) -> bool:
     return silent.total_seconds() < 2 * SILENCE
 
 
+def last_heard(folder: Place, driver: dict[str, Any]) -> str | None:
+    """When a driver that is gone without a word was heard of last; None where the lease is somebody else's by now.
+
+    Args:
+        folder: The study's folder.
+        driver: What is known of the driver (`last_driver`).
+    """
+    _, found = latest(folder)
+    same = found is not None and (found.pid, found.host) == (driver.get("pid"), driver.get("host"))
+    return found.heard if found is not None and same else None
+
+
 def last_driver(folder: Place) -> dict[str, Any]:
     """What is known of the driver that runs or last ran a study (`Lease.note`)."""
     try:

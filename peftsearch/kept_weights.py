@@ -89,5 +89,5 @@ class KeptWeights:
     def _delete(self, number: int) -> None:
         try:
             delete_tree(trial_folder(self._folder, f"{number:05d}"))
-        except Exception as error:  # an object store that is away: what is left goes at the end, or with the study
+        except Exception as error:  # an object store that is away, say: what is left goes at the end, or with the study
             log.warning("the files of trial %d could not be deleted: %s", number, error)

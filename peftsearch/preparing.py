@@ -39,8 +39,8 @@ def _check_databases(study: StudyHandle) -> None:
         StudyError: It is an object store, and ledger or MLflow would be SQLite in it.
     """
     try:
-        assert study.ledger_url
-        assert study.mlflow_tracking_uri != ""
+        # Both say so, where they are asked.
+        _ = study.ledger_url, study.mlflow_tracking_uri
     except StudyError as error:
         raise StudyError(study.file.explain(error) if study.file else str(error)) from None
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from peftsearch.handle import StudyHandle
-from peftsearch.holder import is_held, last_driver
+from peftsearch.holder import is_held, last_driver, last_heard
 from peftsearch.spec import StudySpec, TrialState
 from peftsearch.study_ledger import open_ledger
 from peftsearch.tracking.ledger import Ledger, hide_password
@@ -57,7 +57,7 @@ def status(study: StudyHandle) -> dict[str, Any]:
         "counts": counts,
         "planned": planned,
         "confirmations": confirmations,
-        "elapsed_seconds": _elapsed(driver, held),
+        "elapsed_seconds": _elapsed(study, driver, held),
         "ledger": hide_password(study.ledger_url),
         "mlflow_tracking_uri": study.public_tracking_uri,
         "mlflow_experiment": study.name,
@@ -97,12 +97,13 @@ def _left_out(spec: StudySpec, ledger: Ledger) -> int:
     return left_out
 
 
-def _elapsed(driver: dict[str, Any], held: bool) -> float:
-    """Seconds of the last (or present) run."""
+def _elapsed(study: StudyHandle, driver: dict[str, Any], held: bool) -> float:
+    """Seconds of the last (or present) run; of one that was killed, until it was heard of last."""
     if "since" not in driver:
         return 0.0
     try:
-        end = datetime.now(UTC) if held or "until" not in driver else datetime.fromisoformat(driver["until"])
+        until = driver.get("until") or last_heard(study.folder.path, driver) or driver["since"]
+        end = datetime.now(UTC) if held else datetime.fromisoformat(until)
         return max(0.0, (end - datetime.fromisoformat(driver["since"])).total_seconds())
     except (ValueError, TypeError):
         # The notes about a driver are for people: a damaged one costs no more than itself.

@@ -97,7 +97,7 @@ def run(
 
             with closing(driver_ledger(study, plan, lease)) as ledger:
                 notes = study.folder.path / "driver.json"
-                persist(notes, lambda: lease.note(state="running", since=now(), error=None))
+                persist(notes, lambda: lease.note(state="running", since=now(), until=None, error=None))
                 if origin is not None:
                     events.phase(f"taking over the trials of {origin.name}")
                     take_over_into(study, origin, facts, ledger)

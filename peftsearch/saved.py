@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,10 +51,16 @@ def known_facts(saved: Mapping[str, Any] | None, folder: StudyFolder) -> StudyFa
         raise damaged(folder.facts, f"{type(error).__name__}: it holds no facts of a study") from None
 
 
-def data_folder(saved: Mapping[str, Any]) -> Path:
-    """Where relative paths of a study start; of one that ran as a job, the machine that has submitted it knows."""
-    places = [Path(saved[key]) for key in ("folder", "submitted_from") if saved.get(key)]
-    return next((place for place in places if place.is_dir()), places[0])
+def data_folder(saved: Mapping[str, Any], folder: StudyFolder) -> Path:
+    """Where relative paths of a study start; of one that ran as a job, the machine that has submitted it knows.
+
+    Raises:
+        StudyError: The file does not say.
+    """
+    places = [Path(saved[key]) for key in ("folder", "submitted_from") if isinstance(saved.get(key), str)]
+    if not places:
+        raise damaged(folder.spec, "it names no folder that its paths start in")
+    return next((place for place in places if os.path.isdir(place)), places[0])
 
 
 def now() -> str:

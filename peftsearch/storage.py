@@ -17,6 +17,7 @@ from peftsearch.files import (
     RemotePath,
     StorageError,
     check_bucket,
+    check_writable,
     delete,
     exists,
     local_cache,
@@ -101,13 +102,16 @@ def check_storage(storage: Place) -> None:
                 f"{ENVIRONMENT_VARIABLE})"
             ) from None
         return
-    folder = storage
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+    try:
+        check_writable(storage)
+    except OSError as error:
         raise StudyError(
-            f"cannot write to the storage {storage}: choose another with --storage or {ENVIRONMENT_VARIABLE}"
-        )
+            f"cannot write to the storage {storage} ({reason(error)}): choose another with --storage or "
+            f"{ENVIRONMENT_VARIABLE}"
+        ) from None
+
+
+_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @contextmanager
@@ -115,12 +119,12 @@ def mendable() -> Iterator[None]:
     """Around what fails where the storage takes nothing.
 
     Raises:
-        RuntimeError: It is full, read-only or away; the study continues when that is mended.
+        RuntimeError: It is full, read-only, somebody else's or away; the study continues when that is mended.
     """
     try:
         yield
     except OSError as error:
-        if not isinstance(error, StorageError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if not isinstance(error, StorageError) and error.errno not in _REFUSED:
             raise
         what = str(error) if isinstance(error, StorageError) else f"cannot write {error.filename}: {error.strerror}"
         raise RuntimeError(f"{what}: mend that and run the study again, it continues") from error
@@ -294,4 +298,12 @@ def list_studies(storage: Place) -> list[str]:
     """
     folder = storage / "studies"
     with reaching(storage):
-        return [name for name in names(folder) if exists(folder / name / "study.json")]
+        return [name for name in names(folder) if _holds_study(folder / name)]
+
+
+def _holds_study(folder: Place) -> bool:
+    try:
+        return exists(folder / "study.json")
+    except PermissionError:
+        # Somebody else's, perhaps; whoever opens it is told.
+        return True

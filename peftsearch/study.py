@@ -187,7 +187,7 @@ class Study(StudyHandle):
             facts=self.facts(),
             records=self.trials(),
             folder=self.folder.path,
-            data_folder=data_folder(saved or {}),
+            data_folder=data_folder(saved or {}, self.folder),
             cache=self.folder.cache,
             ledger=hide_password(self.ledger_url),
         )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from peftsearch.handle import StudyHandle
 from peftsearch.holder import hold
 from peftsearch.spec import StudyError, StudyFacts, TrialRecord, TrialState, hide_secrets
+from peftsearch.storage import mendable
 from peftsearch.study_ledger import open_ledger
 from peftsearch.tracking.ledger import Ledger
 from peftsearch.tracking.mlflow_runs import DomainReport
@@ -81,6 +82,7 @@ def sync(study: StudyHandle) -> int:
 
     Raises:
         StudyError: Tracking is off, the server cannot be reached, or a report cannot be made.
+        RuntimeError: The storage takes nothing.
     """
     from peftsearch.tracking.mlflow_tracker import sync as check_server
 
@@ -89,7 +91,11 @@ def sync(study: StudyHandle) -> int:
         raise StudyError(f"the study {study.name!r} has tracking.mlflow: off: there is nothing to bring up to date")
     facts = study.facts()
     # A running study brings MLflow up to date itself, and its driver is the ledger's only writer.
-    with hold(study.folder.path, study.name) as lease, closing(open_ledger(study, lease)) as ledger:
+    with (
+        mendable(),
+        hold(study.folder.path, study.name) as lease,
+        closing(open_ledger(study, lease)) as ledger,
+    ):
         # Whoever asked wants to know at once, and why, where the server does not answer.
         check_server(uri, [], facts, artifact_location=artifact_location(study))
         tracker = open_tracker(study, facts, ledger)

@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from peftsearch.cli.words import size
-from peftsearch.files import Place, check_bucket, reason
+from peftsearch.files import Place, check_bucket, check_writable, reason
 
 HUB_TIMEOUT = 3.0
 """Seconds that the Hub has for an answer."""
@@ -185,11 +185,10 @@ def _storage(storage: Place) -> Finding:
         except OSError as error:
             return Finding("storage", False, f"cannot use {storage} ({reason(error)}): name another with --storage")
         return Finding("storage", True, f"{storage}, the bucket answers")
-    place = storage
-    while not place.exists() and place != place.parent:
-        place = place.parent
     choose = "choose another folder with --storage or PEFTSEARCH_STORAGE"
     try:
+        check_writable(storage)
+        place = next(place for place in (storage, *storage.parents) if place.exists())
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:

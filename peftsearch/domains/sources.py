@@ -372,13 +372,20 @@ def _class_names(table: pa.Table) -> dict[str, list[str]]:
     written = (table.schema.metadata or {}).get(b"huggingface")
     if written is None:
         return {}
-    features = json.loads(written).get("info", {}).get("features", {})
+    features: Any = json.loads(written)
+    for key in ("info", "features"):
+        features = features.get(key) if isinstance(features, dict) else None
+    if not isinstance(features, dict):
+        # Not what `datasets` writes: the columns are taken as they are.
+        return {}
     found = {}
     for name, feature in features.items():
         # A list of labels is written as {"feature": {...}, "_type": "List"}, or "Sequence" by older versions.
         inner = feature.get("feature", feature) if isinstance(feature, dict) else None
-        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel" and inner.get("names"):
-            found[name] = inner["names"]
+        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
+            names = inner.get("names")
+            if isinstance(names, list) and names and all(isinstance(label, str) for label in names):
+                found[name] = names
     return found
 
 

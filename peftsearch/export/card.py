@@ -387,7 +387,7 @@ def _label_table(scores: Mapping[str, float]) -> list[str]:
 
 
 def _training_table(card: CardFacts) -> str:
-    record, training = card.record, card.spec.training
+    record, training = card.record, card.spec.training_of(card.record.method)
     rows = [
         ["method", METHODS[record.method].title],
         *([name, str(value)] for name, value in record.hyperparameters.items() if value != ""),

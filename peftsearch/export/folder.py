@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ class ExportedFolder:
         Raises:
             StudyError: There is no such folder, it was not written by ``peftsearch export``, or its base is gone.
         """
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise StudyError(f"no adapter folder {str(folder)!r}: check the path")
         adapter, complete = folder / ADAPTER_CONFIG, folder / COMPLETE_CONFIG
         if not adapter.is_file() and not complete.is_file():
@@ -86,16 +87,18 @@ class ExportedFolder:
             raise StudyError(f"{str(folder / LABELS)!r} must be a list of label names: export the trial again")
         if not adapter.is_file():
             return cls(folder, tuple(labels), None, None, None)
-        config = _read_json(adapter)
-        model: Mapping[str, Any] = {}
+        config = _read_object(adapter)
+        model: Any = {}
         if (folder / PROVENANCE).is_file():
-            model = _read_json(folder / PROVENANCE).get("model", {})
+            model = _read_object(folder / PROVENANCE).get("model", {})
+            if not isinstance(model, dict):
+                raise StudyError(f"{str(folder / PROVENANCE)!r} is damaged: export the trial again")
         base = config.get("base_model_name_or_path")
         path = model.get("path", "")
         if isinstance(path, str) and path.startswith(PACKAGE_PREFIX):
             # The adapter's configuration holds the package's place on the machine that exported it.
             base = str(package_path(path))
-        if not base:
+        if not base or not isinstance(base, str):
             raise StudyError(f"{str(adapter)!r} names no base model (base_model_name_or_path): export the trial again")
         if Path(base).is_absolute() and not Path(base).is_dir():
             raise StudyError(
@@ -177,5 +180,12 @@ def _read_json(path: Path) -> Any:
         raise StudyError(
             f"{str(path.parent)!r} holds no {path.name}: only folders written by 'peftsearch export' can be scored"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StudyError(f"cannot read {str(path)!r}: {error}") from None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    found = _read_json(path)
+    if not isinstance(found, dict):
+        raise StudyError(f"{str(path)!r} holds no JSON object: export the trial again")
+    return found

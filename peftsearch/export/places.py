@@ -7,11 +7,11 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from peftsearch.export.contents import is_earlier_export
-from peftsearch.files import Place, check_bucket, copy_tree, delete_tree, names, reason
+from peftsearch.files import Place, check_bucket, check_writable, copy_tree, delete_tree, names, reason
 from peftsearch.spec import StudyError, TrialRecord
 
 
@@ -22,11 +22,12 @@ def check_targets(to: Place, targets: Sequence[Place], chosen: Sequence[TrialRec
         StudyError: They cannot, or something else is there.
     """
     if isinstance(to, Path):
-        place = to
-        while not place.exists() and place != place.parent:
-            place = place.parent
-        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-            raise StudyError(f"cannot write to {str(to)!r}: choose another folder with --to")
+        try:
+            check_writable(to)
+        except OSError as error:
+            raise StudyError(
+                f"cannot write to {str(to)!r} ({reason(error)}): choose another folder with --to"
+            ) from None
     else:
         try:
             check_bucket(to)
@@ -85,7 +86,8 @@ def put(folder: Path, target: Place, replaced: Path) -> None:
             copy_tree(folder, target)
         except OSError:
             # A part of a folder is no adapter. (What an earlier export left is no longer whole either.)
-            delete_tree(target)
+            with suppress(OSError):
+                delete_tree(target)
             raise
         return
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -146,6 +146,7 @@ def _token_ids(location: str, revision: str | None, text: str, tokens: int) -> l
 
 
 def _default_text(context: AttachContext) -> str:
-    if context.label_names:
+    # A regression's one output is no class.
+    if len(context.label_names) > 1:
         return f"Classify the text as one of: {', '.join(context.label_names)}."
     return "Answer for the following text:"

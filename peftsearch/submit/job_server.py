@@ -189,7 +189,12 @@ def _job_server_url(address: str) -> tuple[str, bool]:
 
 
 def _explain(error: Exception, who: str) -> NoReturn:
-    """Raise a job server's complaint as one sentence."""
+    """Raise a job server's complaint as one sentence.
+
+    Raises:
+        ConnectionError: It may do better the next time.
+        StudyError: It will not.
+    """
     from ray.exceptions import AuthenticationError
 
     if isinstance(error, AuthenticationError):
@@ -202,6 +207,9 @@ def _explain(error: Exception, who: str) -> NoReturn:
             f"{who} knows nothing of jobs (or not of this one): see that its address is that of a Ray dashboard, and "
             "that ray[default] is installed on its head"
         ) from None
+    if re.search(r"status code 5\d\d", str(error)):
+        # A proxy before it, or the server itself while it starts: it may do better the next time.
+        raise ConnectionError(f"{who} does not answer: {reason(error)}") from None
     raise StudyError(f"{who} refuses: {reason(error)}") from None
 
 

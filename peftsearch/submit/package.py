@@ -32,7 +32,7 @@ def shipped_files(file: StudyFile) -> tuple[Path, list[str]]:
         if path.is_absolute() or reference.startswith("~"):
             continue
         path = Path(os.path.normpath(folder / path))
-        if not path.exists():
+        if not os.path.exists(path):
             raise StudyError(
                 file.explain(
                     StudyError(f"no file or folder {reference!r} (looked for {str(path)!r}): check the path", loc)
@@ -93,6 +93,8 @@ def _references(file: StudyFile) -> Iterator[tuple[str, tuple[str | int, ...]]]:
                 reference = getattr(data, key)
                 if reference is not None and not _is_elsewhere(reference):
                     yield reference, (*place, key)
+    if (forgetting := file.spec.forgetting) is not None and not _is_elsewhere(forgetting.source):
+        yield forgetting.source, ("forgetting", "source")
 
 
 def _is_elsewhere(reference: str) -> bool:

@@ -120,7 +120,7 @@ def serve_ui(
     folder = storage.expanduser() if isinstance(storage, Path) else local_cache() / "mlflow"
     store = Path(default_tracking_uri(folder).removeprefix("sqlite:///"))
     # Studies that track elsewhere, or not at all, have their pages here all the same.
-    if not (isinstance(storage, Path) and store.is_file()) and not _holds_a_study(storage):
+    if not (isinstance(storage, Path) and os.path.isfile(store)) and not _holds_a_study(storage):
         raise StudyError(f"there is no study in {str(storage)!r} yet: run one, or name another folder with --storage")
     _check_names(names)
     if PLUGIN not in entry_points(group="mlflow.app").names:
@@ -144,9 +144,12 @@ def serve_ui(
             file=sys.stderr,
             flush=True,
         )
-    with contextlib.suppress(sqlite3.OperationalError):
-        # A store that cannot be written can be looked at all the same.
+    try:
         relocate_artifacts(default_tracking_uri(folder), default_artifacts(folder))
+    except sqlite3.OperationalError:
+        pass  # a store that cannot be written can be looked at all the same
+    except sqlite3.DatabaseError as error:
+        raise StudyError(f"{str(store)!r} is damaged ({error}): restore it from a copy, or move it away") from None
     # In a session of its own the server does not get the terminal's Ctrl-C: it is ended below, with its workers, once.
     process = subprocess.Popen(
         [*ui_command(folder, host, port, names), *_WITH_PAGES, *extra],
@@ -165,7 +168,11 @@ def serve_ui(
 def _holds_a_study(storage: Place) -> bool:
     studies = storage / "studies"
     try:
-        return any(files.exists(studies / name / "study.json") for name in files.names(studies))
+        for name in files.names(studies):
+            with contextlib.suppress(PermissionError):  # somebody else's, perhaps
+                if files.exists(studies / name / "study.json"):
+                    return True
+        return False
     except OSError as error:
         raise StudyError(
             f"cannot read the storage {storage}: {files.reason(error)} (choose another with --storage)"

@@ -19,19 +19,17 @@ from typing import Any
 
 import psutil
 
-from peftsearch.files import Place, filesystem, is_local
+from peftsearch.files import Place
 from peftsearch.training.packing_key import pack_key
 from peftsearch.training.segment import WorkerPlan
 from peftsearch.workers.cluster_state import (
     end_coordinator,
     live_nodes,
-    needed_callbacks,
     remove_orphaned_groups,
 )
 from peftsearch.workers.dispatcher import Dispatcher
 from peftsearch.workers.metrics import DispatcherMeter, Meter
 from peftsearch.workers.packing import Sizes
-from peftsearch.workers.slot import slot_loop
 from peftsearch.workers.slot_plan import Node, SlotPlan
 
 log = logging.getLogger(__name__)
@@ -99,6 +97,7 @@ class SlotPool:
         folder: Where Ray Train keeps its run's state; on shared storage where there are several machines.
         tell: Told, in a sentence, of what a person should know: no machine holds a slot, say.
         measured_as: The study's name in Ray's metrics; None where nothing is to be measured.
+        embedded: Whether the cluster is the study's own.
     """
 
     def __init__(
@@ -109,7 +108,10 @@ class SlotPool:
         folder: Place,
         tell: Callable[[str], None] = log.warning,
         measured_as: str | None = None,
+        *,
+        embedded: bool = False,
     ) -> None:
+        self._embedded = embedded
         self.plan = plan
         self.measured_as = measured_as
         self.slots = slots
@@ -128,17 +130,20 @@ class SlotPool:
         self._head_lost = ""
         self._supervisor: threading.Thread | None = None
         self._untidy_until = 0.0
+        self._own_timeout = False
 
     def start(self) -> None:
         """Start the dispatcher and all slots; returns at once, while they warm up."""
         import ray
 
         # Imported here, in the caller's thread: two threads that import parts of Ray at once trip over its cycles.
-        import ray.train.torch
+        import peftsearch.workers.slot_trainer  # noqa: F401
 
         # A fixed number of slots is asked for with patience, which is what an autoscaler needs to see.
         room_seconds = _ROOM_SECONDS if self.slots.follows else 10 * _ROOM_SECONDS
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(room_seconds))
+        self._own_timeout = _START_TIMEOUT not in os.environ
+        if self._own_timeout:
+            os.environ[_START_TIMEOUT] = str(room_seconds)
         context = ray.get_runtime_context()
         self._cluster = _Cluster(live_nodes(), context.gcs_address)
         self.dispatcher = (
@@ -206,6 +211,10 @@ class SlotPool:
         import ray
 
         self._stop.set()
+        if self._own_timeout:
+            # The next study of this process may want another.
+            os.environ.pop(_START_TIMEOUT, None)
+            self._own_timeout = False
         if self.dispatcher is None:
             return
         if self._supervisor is not None:
@@ -349,47 +358,16 @@ class SlotPool:
         self._waiting = waits
 
     def _run_slot(self, slot: int, run: _Run) -> None:
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
+        from peftsearch.workers.slot_trainer import SlotTrainer
 
-        from peftsearch.workers.process_group import SlotTorchConfig
-
-        class SlotTrainer(TorchTrainer):  # type: ignore[misc]
-            def _create_default_callbacks(self) -> list[Any]:
-                return needed_callbacks(super()._create_default_callbacks())
-
-        resources: dict[str, float] = {"CPU": self.slots.cpus}
-        if self.slots.gpus:
-            resources["GPU"] = self.slots.gpus
-        if self.slots.memory:
-            # So that a cluster's slots are spread over its machines as they were counted.
-            resources["memory"] = self.slots.memory
-        system, path = filesystem(self.folder)
-        trainer = SlotTrainer(
-            slot_loop,
-            train_loop_config={
-                "plan": self.plan,
-                "slot": slot,
-                "dispatcher": self.dispatcher,
-                "measured_as": self.measured_as,
-            },
-            torch_config=SlotTorchConfig(),
-            scaling_config=ScalingConfig(
-                num_workers=self.slots.workers, use_gpu=self.slots.gpus > 0, resources_per_worker=resources
-            ),
-            run_config=RunConfig(
-                name=f"slot-{slot}",
-                storage_path=path,
-                storage_filesystem=None if is_local(self.folder) else system,
-                # Workers that die are Ray Train's to start again; a group that finds no room is ours.
-                failure_config=FailureConfig(max_failures=-1, controller_failure_limit=0),
-            ),
-        )
+        config = {"plan": self.plan, "slot": slot, "dispatcher": self.dispatcher, "measured_as": self.measured_as}
         try:
-            trainer.fit()
+            SlotTrainer(self.slots, slot, config, self.folder, embedded=self._embedded).fit()
         except Exception as error:
             run.error = error
 
+
+_START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
 _RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
 

@@ -164,6 +164,13 @@ def _too_small(plan: SlotPlan, nodes: Sequence[Node]) -> StudyError:
             "lower resources.gpus_per_worker or resources.workers_per_trial",
             ("resources", "gpus_per_worker"),
         )
+    if plan.gpus and not any(_workers_on(node.get("GPU", 0.0), plan.gpus) for node in nodes):
+        most = max((node.get("GPU", 0.0) for node in nodes), default=0.0)
+        return StudyError(
+            f"a worker needs {plan.gpus:g} GPUs of one machine and none has more than {most:g}: "
+            "lower resources.gpus_per_worker",
+            ("resources", "gpus_per_worker"),
+        )
     return StudyError(
         f"a trial needs {plan.workers} workers with {plan.cpus} CPUs each and the cluster has {cpus} CPUs: "
         "lower resources.cpus_per_worker or resources.workers_per_trial",

@@ -391,7 +391,8 @@ def opened(folder: Path, storage: Path) -> Study:
 
 def test_files_that_are_named_relative_to_the_study_travel_and_no_others(tmp_path: Path) -> None:
     studies = tmp_path / "work" / "studies"
-    for name in ("work/data/train.csv", "work/data/dev.csv", "work/studies/model/config.json", "work/other.csv"):
+    named = ("data/train.csv", "data/dev.csv", "data/general.csv", "studies/model/config.json", "other.csv")
+    for name in (f"work/{name}" for name in named):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     (studies / "model" / ".gitignore").write_text("*\n")
@@ -402,12 +403,14 @@ def test_files_that_are_named_relative_to_the_study_travel_and_no_others(tmp_pat
         "test": "/absolute/test.csv",
     }
     joined = {"a": {"source": "hub:some/thing"}, "b": {"source": "~/topics.csv"}}
-    file = load(studies, domains={"one": {"data": data}, "two": {"data": {"join": joined}}})
+    domains = {"one": {"data": data}, "two": {"data": {"join": joined}}}
+    file = load(studies, domains=domains, forgetting={"source": "../data/general.csv", "column": "text"})
     root, names = package.shipped_files(file)
     assert root == tmp_path / "work"
     assert names[0] == "studies/study.yaml"
     assert sorted(names[1:]) == [
         "data/dev.csv",
+        "data/general.csv",
         "data/train.csv",
         "studies/model/.gitignore",
         "studies/model/config.json",
@@ -591,3 +594,24 @@ def test_studies_of_the_same_name_in_other_storages_are_other_jobs(tmp_path: Pat
     here, there = (job_prefix(opened(tmp_path, tmp_path / name)) for name in ("a", "b"))
     assert here != there
     assert here.startswith("peftsearch-tiny-")
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        ("Request failed with status code 502: Bad Gateway.", ConnectionError),
+        ("Request failed with status code 503: <html>", ConnectionError),
+        ("Request failed with status code 404: Not Found.", StudyError),
+        ("Request failed with status code 400: no such job", StudyError),
+    ],
+)
+def test_a_job_server_that_is_away_is_asked_again_and_one_that_refuses_is_not(
+    answer: str, kind: type[Exception]
+) -> None:
+    def fails() -> None:
+        raise RuntimeError(answer)
+
+    server = object.__new__(JobServer)
+    server.address = "http://127.0.0.1:8265"
+    with pytest.raises(kind, match=r"127\.0\.0\.1:8265"):
+        server._asked(fails)

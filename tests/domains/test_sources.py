@@ -272,3 +272,12 @@ def test_parquet_of_dictionaries(tmp_path: Path, study: Make) -> None:
     pq.write_table(pa.table({"text": pa.array(texts).dictionary_encode(), "label": labels}), tmp_path / "a.parquet")
     file = study({"source": "a.parquet"})
     assert set(load_raw("d", file.spec, file.folder)["train"].column("label").to_pylist()) == {"x", "y"}
+
+
+@pytest.mark.parametrize(
+    "written", ['{"info": null}', "[]", '{"info": {"features": []}}', '{"info": {"features": {"label": {"names": 1}}}}']
+)
+def test_what_others_write_about_a_parquet_file_is_left_alone(written: str, tmp_path: Path) -> None:
+    table = pa.table({"text": ["a", "b"], "label": ["x", "y"]}).replace_schema_metadata({"huggingface": written})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert [row["label"] for row in read({"source": "a.parquet"}, tmp_path)["train"]] == ["x", "y"]

@@ -465,6 +465,12 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     (damaged / "adapter_model.safetensors").write_bytes(b"x")
     lost = Path(shutil.copytree(folder, tmp_path / "lost"))
     (lost / "provenance.json").unlink()
+    odd: dict[str, Path] = {}
+    for number, (name, content) in enumerate(
+        (("adapter_config.json", "[]"), ("provenance.json", "null"), ("provenance.json", '{"model": 1}'))
+    ):
+        odd[content] = Path(shutil.copytree(folder, tmp_path / f"odd-{number}"))
+        (odd[content] / name).write_text(content)
     cases: list[tuple[list[object], str]] = [
         ([folder, "--input", tmp_path / "none.csv"], "no file"),
         ([folder, "--input", tmp_path / "texts.txt"], "must end in .csv, .jsonl or .parquet"),
@@ -488,6 +494,11 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
         ([bare, "--input", clauses], "holds no adapter_model.safetensors"),
         ([lost, "--input", clauses], "holds no provenance.json"),
         ([damaged, "--input", clauses], "cannot load the model"),
+        ([odd["[]"], "--input", clauses], "holds no JSON object"),
+        ([odd["null"], "--input", clauses], "holds no JSON object"),
+        ([odd['{"model": 1}'], "--input", clauses], "is damaged"),
+        ([tmp_path / ("x" * 300), "--input", clauses], "no adapter folder"),
+        ([folder, "--input", tmp_path / f"{'x' * 300}.csv"], "no file"),
         # What is wrong with the file is said before a model is loaded.
         ([damaged, "--input", tmp_path / "taken.csv"], "has a column 'prediction' already"),
     ]

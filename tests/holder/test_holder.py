@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,20 @@ def test_a_driver_that_was_killed_here_is_followed_at_once(tmp_path: Path, start
     first.signal(signal.SIGKILL)
     eventually(lambda: not holder.is_held(tmp_path))
     assert start(tmp_path, silence=600).says() == "held"
+
+
+def test_a_driver_that_was_killed_was_heard_of_last(tmp_path: Path, start: Start) -> None:
+    first = start(tmp_path, silence=600)
+    assert first.says() == "held"
+    driver = {"pid": first.process.pid, "host": socket.gethostname()}
+    first.signal(signal.SIGKILL)
+    eventually(lambda: not holder.is_held(tmp_path))
+    heard = holder.last_heard(tmp_path, driver)
+    assert heard is not None
+    assert abs((datetime.now(UTC) - datetime.fromisoformat(heard)).total_seconds()) < 600
+    # Whoever takes the lease after it says nothing of it.
+    assert start(tmp_path, silence=600).says() == "held"
+    assert holder.last_heard(tmp_path, driver) is None
 
 
 def test_a_driver_here_that_only_sleeps_is_not_followed(tmp_path: Path, start: Start) -> None:

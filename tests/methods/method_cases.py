@@ -100,6 +100,13 @@ def train(model: nn.Module, inputs: Mapping[str, Tensor], steps: int = 3) -> Non
     model.eval()
 
 
+def assert_same_scores(found: Tensor, expected: Tensor) -> None:
+    """Two models are the same, but for the kernel: torch multiplies by a weight that requires a gradient as one large
+    matrix, and by one that does not as a batch of small ones, and some CPUs round these differently
+    (https://github.com/pytorch/pytorch/blob/v2.9.0/aten/src/ATen/native/LinearAlgebra.cpp, should_fold)."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @dataclass
 class Checked:
     """What came out of `check`."""
@@ -140,7 +147,7 @@ def check(method: str, architecture: str, task: str, target: Path, **changes: An
     assert sum(tensor.numel() for tensor in saved.values()) == counts[1]
     again, _ = build(architecture, task)
     reloaded = PeftModel.from_pretrained(again, str(target)).eval()
-    assert torch.equal(scores(reloaded, inputs), after)
+    assert_same_scores(scores(reloaded, inputs), after)
     return Checked(attached, inputs, after, counts, saved)
 
 

@@ -6,12 +6,25 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from method_cases import AUTO, CASES, attach, batch, build, check, check_generation, folder, scores, train
+from method_cases import (
+    AUTO,
+    CASES,
+    assert_same_scores,
+    attach,
+    batch,
+    build,
+    check,
+    check_generation,
+    folder,
+    scores,
+    train,
+)
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from tiny_models import HIDDEN, LAYERS, SAMPLES
 from torch import Tensor
@@ -34,6 +47,7 @@ from transformers import (
 )
 
 from peftsearch.methods import METHODS, AttachContext
+from peftsearch.methods.prompt import _default_text
 from peftsearch.methods.soft_prompt.layer import SoftPromptLayer
 from peftsearch.training.base_model import count_exported, count_trainable, trainable
 
@@ -395,6 +409,15 @@ def test_golden_prefixes() -> None:
     assert count_exported(attached) == 10 * 3 * 2 * 64
 
 
+def test_a_regression_has_no_labels_to_begin_with() -> None:
+    _, context = build("encoder", "classify")
+    texts = [
+        _default_text(replace(context, label_names=labels))
+        for labels in (("yes", "no"), ("score = 2.4 + 1.1 * output",), ())
+    ]
+    assert texts == ["Classify the text as one of: yes, no.", *2 * ["Answer for the following text:"]]
+
+
 def test_a_fresh_process_reloads_every_method(tmp_path: Path) -> None:
     jobs, expected = [], []
     for method in (*SHALLOW, *DEEP, "ia3", "bitfit", "layer_norm"):
@@ -425,7 +448,7 @@ for auto, kwargs, base, target in json.loads(sys.argv[1]):
 """
     subprocess.run([sys.executable, "-c", program, json.dumps(jobs)], check=True, capture_output=True)
     for (*_, target), scored in zip(jobs, expected, strict=True):
-        assert torch.equal(torch.load(f"{target}/scores.pt"), scored), target
+        assert_same_scores(torch.load(f"{target}/scores.pt"), scored)
 
 
 def test_priors_are_whole_configurations_within_bounds() -> None:

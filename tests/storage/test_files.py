@@ -8,8 +8,10 @@ import errno
 import os
 import pickle
 import resource
+import tempfile
 import threading
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from s3_server import S3Server, free_port
 from peftsearch import files
 from peftsearch.files import Place, RemotePath
 from peftsearch.spec import StudyError
+from peftsearch.storage import check_storage, list_studies, mendable
 
 
 @pytest.fixture(params=["folder", "s3", "gs"])
@@ -270,3 +273,43 @@ def test_no_credentials_in_a_target(uri: str) -> None:
     with pytest.raises(StudyError, match=r"the target .* is given with credentials") as error:
         files.writable_place(uri)
     assert "hunter2" not in str(error.value)
+
+
+def test_what_keeps_a_folder_from_being_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    files.check_writable(tmp_path)
+    files.check_writable(tmp_path / "to" / "be" / "made")
+    for folder, code in (("file", errno.ENOTDIR), ("file/below", errno.ENOTDIR), ("x" * 300, errno.ENAMETOOLONG)):
+        with pytest.raises(OSError) as raised:
+            files.check_writable(tmp_path / folder)
+        assert raised.value.errno == code
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_what_belongs_to_somebody_else_is_said() -> None:
+    with as_nobody() as folder:
+        assert list_studies(folder) == ["hidden", "seen"]
+        with pytest.raises(PermissionError):
+            files.check_writable(folder / "studies" / "new")
+        with pytest.raises(StudyError, match=r"cannot write to the storage .*Permission denied"):
+            check_storage(folder / "studies")
+        with pytest.raises(RuntimeError, match="mend that and run the study again"), mendable():
+            (folder / "studies" / "seen" / "note").touch()
+
+
+@contextlib.contextmanager
+def as_nobody() -> Iterator[Path]:
+    """A storage of root's with two studies, one of which only root may look into."""
+    # Below a folder that everybody may enter, which pytest's are not.
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        for study in ("hidden", "seen"):
+            files.write_bytes(folder / "studies" / study / "study.json", b"{}")
+        (folder / "studies" / "hidden").chmod(0o700)
+        os.seteuid(65534)
+        try:
+            yield folder
+        finally:
+            os.seteuid(0)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from s3_server import free_port
 from tracking_study import MODEL, Server, study_facts, trial, wait_for
 
 from peftsearch.frontier import domain_report
@@ -758,6 +759,9 @@ def test_ui_refuses_an_empty_storage_and_a_taken_port(tmp_path: Path, sqlite_sto
         serve_ui(tmp_path, port=server.port)
     with pytest.raises(StudyError, match="cannot listen"):
         check_port("192.0.2.1", server.port)
+    (tmp_path / "mlflow.db").write_text("no database at all, and long enough to be looked at" * 100)
+    with pytest.raises(StudyError, match=r"mlflow.db' is damaged"):
+        serve_ui(tmp_path, port=free_port())
 
 
 @pytest.mark.slow

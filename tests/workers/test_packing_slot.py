@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from peftsearch.training.distributed import WorkerGroup
 from peftsearch.training.packing_key import pack_key
 from peftsearch.training.segment import Failure, Probe, ProbeResult, Segment, SegmentResult, TrialPlan
 from peftsearch.training.worker import Worker
+from peftsearch.workers.pool import SlotPool
+from peftsearch.workers.slot_plan import SlotPlan
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
@@ -147,3 +150,27 @@ def test_a_trial_that_fails_takes_nobody_along(cluster: None, plan: StudyPlan, t
     assert isinstance(found, SegmentResult)
     assert isinstance(failed, Failure)
     assert "nowhere" in failed.error
+
+
+def test_a_slot_starts_no_more_than_it_needs(cluster: None, plan: StudyPlan, tmp_path: Path) -> None:
+    """No coordinator for an autoscaler that is not there; and one worker on a CPU needs no torch in its controller."""
+    from ray._private import state
+
+    pool = SlotPool(plan.for_workers(tmp_path, threads=1), SlotPlan(1, 1, 1, 0.0), 2, tmp_path / "ray", embedded=True)
+    pool.start()
+    try:
+        pool.wait_ready(lambda: False)
+        living = [actor for actor in state.actors().values() if actor["State"] == "ALIVE"]
+        assert "AutoscalingCoordinator" not in [actor["Name"] for actor in living]
+        (controller,) = [actor for actor in living if "TrainController" in actor["ActorClassName"]]
+        (worker,) = [actor for actor in living if "RayTrainWorker" in actor["ActorClassName"]]
+        assert "libtorch" not in maps(controller["Pid"])
+        assert "libtorch" in maps(worker["Pid"])
+    finally:
+        pool.stop()
+    assert "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S" not in os.environ
+
+
+def maps(pid: int) -> str:
+    """What files a process has mapped."""
+    return Path(f"/proc/{pid}/maps").read_text()

@@ -123,6 +123,11 @@ def test_a_cluster_that_grows_is_asked_for_what_it_has_not_yet() -> None:
         SlotPlan.fit(resources, [{"CPU": 2}], grows=True)
 
 
+def test_gpus_of_several_machines_make_no_worker() -> None:
+    with pytest.raises(StudyError, match="needs 2 GPUs of one machine and none has more than 1"):
+        fit([{"CPU": 8, "GPU": 1}] * 2, gpus_per_worker=2)
+
+
 @pytest.mark.parametrize(
     ("resources", "sentence"),
     [

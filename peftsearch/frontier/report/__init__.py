@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ def check_target(to: Path) -> None:
     Raises:
         StudyError: It is a file, or cannot be written.
     """
-    if to.exists() and not to.is_dir():
+    if os.path.isfile(to):
         raise StudyError(f"cannot write the report to {str(to)!r}: it is a file; name a folder with --to")
     try:
         to.mkdir(parents=True, exist_ok=True)
