@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -55,24 +56,65 @@ def command(*arguments: object, timeout: float = 480) -> subprocess.CompletedPro
         return subprocess.CompletedProcess(["peftsearch", *words], status, *texts)
 
 
+def programs(
+    path: Path, arguments: Sequence[Sequence[object]], timeout: float
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run a Python program beside itself, once with each list of arguments, to the end of all; what they say is kept.
+
+    They find the libraries imported, and have one thread each (``torch.set_num_threads``) unless they ask for more.
+
+    Raises:
+        subprocess.TimeoutExpired: One has not ended so many seconds later; all were killed.
+    """
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile()) for _ in arguments]
+        forks = []
+        for words, file in zip(arguments, files, strict=True):
+            forks.append(Fork([str(word) for word in words], file, file, program=path))
+        try:
+            deadline = time.monotonic() + timeout
+            for fork in forks:
+                fork.wait(max(0.1, deadline - time.monotonic()))
+        finally:
+            for fork in forks:
+                if fork.returncode is None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(fork.pid, signal.SIGKILL)
+        done = []
+        for fork, file in zip(forks, files, strict=True):
+            file.seek(0)
+            text = file.read().decode(errors="replace")
+            done.append(subprocess.CompletedProcess([str(path)], fork.returncode or 0, text, ""))
+        return done
+
+
 class Fork:
-    """A fork that runs the command line, or a warden above it (`warden.watch`), of the interface of `subprocess.Popen`.
+    """A fork that runs the command line, a warden above it (`warden.watch`), or a program, of the interface of
+    `subprocess.Popen`.
 
     Args:
-        arguments: Of the command line.
+        arguments: Of the command line, or of the program.
         out: Where its standard output goes.
         err: Where its standard error goes.
         warden: Log and terminal of a warden; the command line alone where absent.
+        program: A file of Python; the command line where absent.
     """
 
     def __init__(
-        self, arguments: Sequence[str], out: IO[Any] | int, err: IO[Any] | int, warden: Sequence[str] = ()
+        self,
+        arguments: Sequence[str],
+        out: IO[Any] | int,
+        err: IO[Any] | int,
+        warden: Sequence[str] = (),
+        program: Path | None = None,
     ) -> None:
         self._link = socket.socket(socket.AF_UNIX)
         self._link.connect(_server())
         order = {
             "arguments": list(arguments),
             "warden": list(warden),
+            "program": None if program is None else str(program),
+            "path": sys.path,
             "cwd": os.getcwd(),
             "environment": dict(os.environ),
         }

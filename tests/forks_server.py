@@ -9,6 +9,7 @@ import gc
 import importlib
 import json
 import os
+import runpy
 import selectors
 import signal
 import socket
@@ -105,7 +106,7 @@ def serve(address: str) -> dict[str, Any]:
 
 
 def run(order: dict[str, Any]) -> None:
-    """Be the command line, or the warden above it."""
+    """Be the command line, the warden above it, or a program."""
     os.environ.clear()
     os.environ.update(order["environment"])
     os.chdir(order["cwd"])
@@ -120,6 +121,11 @@ def run(order: dict[str, Any]) -> None:
         file: IO[str] = os.fdopen(number, mode, 1 if name == "stderr" or os.isatty(number) else -1, closefd=False)
         setattr(sys, name, file)
         setattr(sys, f"__{name}__", file)
+    if order["program"] is not None:
+        sys.argv = [order["program"], *order["arguments"]]
+        sys.path[:] = order["path"]
+        runpy.run_path(order["program"], run_name="__main__")
+        return
     import peftsearch.__main__
     from peftsearch.cli import main
 
@@ -142,6 +148,7 @@ if __name__ == "__main__":
     status = 1
     try:
         run(order)
+        status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:

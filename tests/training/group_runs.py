@@ -7,7 +7,6 @@ import gc
 import itertools
 import os
 import pickle
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from forks import programs
 
 from peftsearch.training.segment import Outcome, Work, WorkerPlan
 
@@ -34,6 +35,7 @@ class GroupRun:
         limits: Rank -> bytes of address space that the last worker's process may take beyond what it has with the base
             loaded.
         unloadable: The rank that fails to load the model when it is asked to once more.
+        ballast: Rank -> megabytes that its process takes beside its work.
         leave: How often the first worker of the first process answers that it need not leave, before it must.
     """
 
@@ -43,6 +45,7 @@ class GroupRun:
     workers: int = 2
     limits: dict[int, int] = field(default_factory=dict)
     unloadable: int | None = None
+    ballast: dict[int, int] = field(default_factory=dict)
     leave: int | None = None
 
 
@@ -59,24 +62,9 @@ def run_group(run: GroupRun) -> GroupResult:
     with tempfile.TemporaryDirectory() as scratch:
         handed = Path(scratch) / "run.pickle"
         handed.write_bytes(pickle.dumps(run))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, __file__, str(handed), str(rank)],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(run.workers)
-        ]
-        try:
-            said = [process.communicate(timeout=SECONDS + 30)[0] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        for process, text in zip(processes, said, strict=True):
-            assert process.returncode == 0, text[-5000:]
+        processes = programs(Path(__file__), [(handed, rank) for rank in range(run.workers)], SECONDS + 30)
+        for process in processes:
+            assert process.returncode == 0, (process.returncode, process.stdout[-5000:])
         results: list[Any] = [
             pickle.loads((Path(scratch) / f"{rank}.pickle").read_bytes()) for rank in range(run.workers)
         ]
@@ -98,6 +86,7 @@ def _main(handed: Path, rank: int) -> None:
     store = distributed.FileStore(str(handed.parent / "store"), run.workers)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=run.workers)
     group = WorkerGroup(rank, run.workers, torch.device("cpu"), run.strategy)  # type: ignore[arg-type]
+    ballast = torch.ones(run.ballast.get(rank, 0), 2**18)
     outcomes, fingerprints = [], []
     for pieces in run.work:
         worker = Worker(run.plan, group)
@@ -118,6 +107,7 @@ def _main(handed: Path, rank: int) -> None:
         left = [thing for thing in gc.get_objects() if isinstance(thing, DistributedDataParallel)]
         assert not left, "a model in DDP outlives its worker: whoever destroys its process group may hang"
     (handed.parent / f"{rank}.pickle").write_bytes(pickle.dumps((outcomes, fingerprints)))
+    del ballast
     distributed.barrier()
     distributed.destroy_process_group()
 

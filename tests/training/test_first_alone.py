@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forks import programs
 
 # Rank, number of workers, the store's file, and whether rank 0 fails.
 SCRIPT = """
@@ -42,16 +41,10 @@ c10d.destroy_process_group()
 
 @pytest.mark.parametrize("how", ["ends", "fails"])
 def test_the_others_wait_for_the_first_one_however_long_it_takes(how: str, tmp_path: Path) -> None:
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(rank), "2", str(tmp_path / "store"), how],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=300)[0] for process in processes]
+    program = tmp_path / "worker.py"
+    program.write_text(SCRIPT)
+    processes = programs(program, [(rank, 2, tmp_path / "store", how) for rank in range(2)], 300)
+    said = [process.stdout for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     assert all("[0, 1]" in text for text in said)
     assert ["a damaged file" in text for text in said] == [how == "fails", False]

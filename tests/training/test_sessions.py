@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import programs
 from lone_worker import new_worker
 from tiny_models import SAMPLES
 
@@ -108,7 +107,10 @@ def test_a_warm_worker_gives_what_a_fresh_process_gives(method: str, plan: Study
     segments = [Segment(trial(plan, method), step, index == len(steps) - 1) for index, step in enumerate(steps)]
     handed = tmp_path / "plan.pickle"
     handed.write_bytes(pickle.dumps((plan.for_workers(tmp_path / "fresh", threads=1), segments)))
-    done = subprocess.run([sys.executable, "-c", FRESH, handed], capture_output=True, text=True, check=True)
+    program = tmp_path / "fresh.py"
+    program.write_text(FRESH)
+    (done,) = programs(program, [[handed]], 600)
+    assert done.returncode == 0, done.stdout
     on_fresh = [tuple(item) for item in json.loads(done.stdout.splitlines()[-1])]
 
     assert on_warm == on_fresh
