@@ -246,7 +246,7 @@ def check_writable(folder: Path) -> None:
             place = place.parent
     if not stat.S_ISDIR(mode):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
-    if not os.access(place, os.W_OK | os.X_OK):
+    if not os.access(place, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
 
 
@@ -492,8 +492,12 @@ def delete_tree(where: Place) -> None:
                 raise
         return
     connection, path = filesystem(where)
-    with contextlib.suppress(FileNotFoundError):
+    try:
         connection.delete_dir(path)
+    except OSError:
+        # Some say so where there is none.
+        if names(where):
+            raise
 
 
 # --- files that other libraries read and write ---

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from peftsearch.frontier.front import DomainFront, domain_fronts
 from peftsearch.frontier.page import front_html
+from peftsearch.frontier.plots import front_figure
 from peftsearch.frontier.tables import front_renderables, trials_arrow, trials_frame, trials_table
 from peftsearch.spec import StudyError, StudyFacts, TrialRecord, suggest
 from peftsearch.tracking.names import configuration_text
 
 if TYPE_CHECKING:
     import pandas
+    import plotly.graph_objects as go
     import pyarrow
 
 _FRAME = "width: 100%; height: 820px; resize: vertical; border: 1px solid #8884; border-radius: 6px"
@@ -69,6 +71,21 @@ class Frontier(dict[str, DomainFront]):
     def to_pandas(self) -> pandas.DataFrame:
         """The trials on the fronts, domain by domain; columns as `peftsearch.frontier.trials_arrow`."""
         return self._trials().to_pandas()
+
+    def figure(self, domain: str | None = None) -> go.Figure:
+        """A domain's front as a figure of plotly, to be changed, combined or saved (`peftsearch.frontier.front_figure`).
+
+        Args:
+            domain: Its name; may be left out where there is only one.
+
+        Raises:
+            StudyError: There is no such domain, or there are several to choose from.
+        """
+        if domain is None:
+            if len(self) != 1:
+                raise StudyError(f"the study {self.facts.study!r} has several domains: name one of {', '.join(self)}")
+            (domain,) = self
+        return front_figure(self.records, domain, self.facts)
 
     def _trials(self) -> Trials:
         return Trials(record for front in self.values() for record in front.front)

@@ -147,11 +147,8 @@ class Dispatcher:
             await self._wait()
 
     async def status(self) -> dict[str, Any]:
-        """Counts for the progress display: warm slots, busy slots, queued work."""
+        """The slots, by number: which are warm, which train, which cannot be used; and what there is to tell."""
         return {
-            "ready": sum(slot.ready for slot in self._slots.values()),
-            "busy": sum(bool(slot.leased) for slot in self._slots.values()),
-            "queued": len(self._queue),
             "unusable": dict(self._unusable),
             "warm": sorted(number for number, slot in self._slots.items() if slot.ready),
             "slots": {number: slot.info for number, slot in self._slots.items()},

@@ -10,7 +10,7 @@ import pytest
 from browser import CHROMIUM, chromium
 from frontier_study import make_facts, make_record
 
-from peftsearch.frontier import Frontier, Trials, domain_fronts, front_html
+from peftsearch.frontier import Frontier, Trials, domain_fronts, front_figure, front_html
 from peftsearch.spec import StudyError, StudyFacts, TrialRecord, TrialState
 
 HOSTILE = '</iframe><script>document.title = "taken"</script>"\' onload="x'
@@ -94,3 +94,13 @@ def test_the_page_works_inside_a_notebook(tmp_path: Path, records: list[TrialRec
         assert page.evaluate("document.title") == "mine"
         assert page.problems == []
         assert [address.split(":")[0] for address in page.requests if not address.startswith("data:")] == ["file"]
+
+
+def test_a_domains_figure_is_plotlys(records: list[TrialRecord], facts: StudyFacts) -> None:
+    frontier = Frontier(records, facts)
+    assert frontier.figure("legal").to_json() == front_figure(records, "legal", facts).to_json()
+    assert Frontier(records, facts, "legal").figure().to_json() == frontier.figure("legal").to_json()
+    with pytest.raises(StudyError, match="several domains: name one of clinical, legal"):
+        frontier.figure()
+    with pytest.raises(StudyError, match="no domain 'legl'"):
+        frontier.figure("legl")
