@@ -30,6 +30,42 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
+_LONGEST = (
+    "export/test_forms.py",
+    "battery/test_battery.py",
+    "docs/test_documented_runs.py",
+    "studies/test_published_studies.py",
+    "training/test_worker_groups.py",
+    "training/test_sessions.py",
+    "training/test_out_of_memory.py",
+    "tracking/test_mlflow.py",
+    "tracking/test_live_pages.py",
+    "export/test_export.py",
+    "export/test_predict.py",
+    "training/test_writing_groups.py",
+    "cluster/test_cluster_runs.py",
+    "methods/test_bottleneck.py",
+    "benchmarks/compare/test_compare_training.py",
+    "training/test_packing.py",
+    "tracking/test_moved_storage.py",
+    "fuzz/test_damaged_storage.py",
+    "tracking/test_ledger_outages.py",
+    "training/test_crew.py",
+)
+"""Files that take longest (a minute and more): where several processes share the files, they are begun first, so that
+none is left with one of them at the end. Goes with ``--no-loadscope-reorder``, as pytest-xdist goes by the number of
+tests, of which these have few."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        here = Path(__file__).parent
+        ranks = {here / name: rank for rank, name in enumerate(_LONGEST)}
+        items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
 _STATUS = pytest.StashKey[int]()
 
 

@@ -171,6 +171,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(404, {"error": "Repository not found"}, **{"X-Error-Code": "RepoNotFound"})
         return found
 
+    def whoami(self, _: bytes) -> None:
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self._json(401, {"error": "Invalid username or password."})
+        return self._json(200, {"type": "user", "name": "me", "orgs": []})
+
     def create(self, body: bytes) -> None:
         given = json.loads(body)
         name = f"{given['organization']}/{given['name']}"
@@ -252,6 +257,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 _NAME = r"([\w.-]+/[\w.-]+)"
 _ROUTES = (
+    (r"/api/whoami-v2", _Handler.whoami),
     (r"/api/repos/create", _Handler.create),
     (r"/api/validate-yaml", _Handler.validate),
     (rf"/api/models/{_NAME}/tree/([^/]+)", _Handler.tree),

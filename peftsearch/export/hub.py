@@ -11,12 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftsearch.domains.hub import out_of_reach
 from peftsearch.export.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, COMPLETE_CONFIG, PROVENANCE
 from peftsearch.export.published import PUSHED, digest
 from peftsearch.spec import StudyError, hide_secrets
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 _MODELS = (
     *(ADAPTER_CONFIG, ADAPTER_WEIGHTS, COMPLETE_CONFIG, "generation_config.json"),
@@ -52,7 +55,7 @@ def check_repo(repo: HubRepo, study: str, domain: str) -> None:
     A card is somebody's work: one that is not as we pushed it is not replaced.
 
     Raises:
-        StudyError: The name is no repository's or is taken, or the Hub cannot be reached or refuses.
+        StudyError: The name is no repository's or is taken, or the Hub cannot be reached, or does not know the token.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
@@ -61,6 +64,7 @@ def check_repo(repo: HubRepo, study: str, domain: str) -> None:
         raise StudyError(f"--push {repo.id!r} does not say whose repository it is: write OWNER/{repo.id}")
     with _answering(repo):
         api = HfApi(library_name="peftsearch")
+        _check_token(api)
         try:
             there = set(api.list_repo_files(repo.id)) - {_OF_THE_HUB}
         except RepositoryNotFoundError:
@@ -84,6 +88,23 @@ def check_repo(repo: HubRepo, study: str, domain: str) -> None:
             f"the {CARD} of {repo.id!r} was changed since it was pushed, and would be replaced: keep a copy and delete "
             "it there, or choose another name with --push"
         )
+
+
+def _check_token(api: HfApi) -> None:
+    """See that there is a token, and that the Hub knows it; whether it may write there is known when it does.
+
+    Raises:
+        LocalTokenNotFoundError: There is none.
+        HfHubHTTPError: The Hub does not know it.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        api.whoami()
+    except HfHubHTTPError as error:
+        if _status(error) in (401, 403):
+            raise
+        # A server that speaks of repositories alone.
 
 
 def push_folder(folder: Path, repo: HubRepo, *, private: bool, message: str) -> str:
@@ -151,12 +172,15 @@ def _answering(repo: HubRepo) -> Iterator[None]:
     except LocalTokenNotFoundError:
         raise StudyError(_refused(repo)) from None
     except HfHubHTTPError as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in (401, 403):
+        if _status(error) in (401, 403):
             raise StudyError(_refused(repo)) from None
         raise StudyError(f"the Hub did not take {repo.id!r}: {_line(error)}") from None
     except Exception as error:  # missing networks and refused cards raise differently, by version
         raise StudyError(f"cannot push to {repo.id!r}: {out_of_reach(error) or _line(error)}") from None
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _refused(repo: HubRepo) -> str:

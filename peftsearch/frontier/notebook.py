@@ -73,7 +73,7 @@ class Frontier(dict[str, DomainFront]):
         return self._trials().to_pandas()
 
     def figure(self, domain: str | None = None) -> go.Figure:
-        """A domain's front as a figure of plotly, to be changed, combined or saved (`peftsearch.frontier.front_figure`).
+        """A domain's front as a figure of plotly, to be changed or saved (`peftsearch.frontier.front_figure`).
 
         Args:
             domain: Its name; may be left out where there is only one.

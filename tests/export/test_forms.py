@@ -417,6 +417,8 @@ def test_a_repository_is_not_taken_from_anybody(study: Study) -> None:
             assert (status, out) == (2, ""), (options, err)
             assert message in err, (options, err)
             assert other not in err
+            # Before any work.
+            assert "Exporting" not in err
         assert set(hub.repositories) == {"me/legal", "me/mine"}
     ((status, _, err),) = run_exports(study, hub.url, [(TOKEN, ("--push", "me/legal", "--domain", "lora"))])
     assert status == 2
