@@ -6,8 +6,12 @@ cluster does not run and a locked-down one may not reach.
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Sequence
 from typing import Any
+
+import psutil
 
 from peftsearch.workers.slot_plan import Node
 
@@ -71,6 +75,35 @@ def needed_callbacks(callbacks: list[Any]) -> list[Any]:
     """
     unneeded = {"PlacementGroupCleanerCallback", "DatasetsCallback"}
     return [callback for callback in callbacks if type(callback).__name__ not in unneeded]
+
+
+def controllers() -> list[psutil.Process]:
+    """The processes of this driver's Train controllers, which are on its own machine."""
+    import ray
+    from ray._private import state
+
+    mine = ray.get_runtime_context().get_job_id()
+    found = []
+    for actor in state.actors(actor_state_name="ALIVE").values():
+        if actor["JobID"] == mine and "TrainController" in actor["ActorClassName"]:
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(actor["Pid"])
+                # Its number may mean another process here, where the driver is in a container of its own.
+                if "TrainController" in " ".join(process.cmdline()):
+                    found.append(process)
+    return found
+
+
+def end_processes(processes: Sequence[psutil.Process], seconds: float) -> None:
+    """See that processes whose work is done end.
+
+    A Train controller whose run has ended exits when it hears that nobody needs it any more. One that hears so while
+    its cluster is being shut down may never end (seen once with Ray 2.60, minutes after the raylet was gone).
+    """
+    _, left = psutil.wait_procs(processes, timeout=seconds)
+    for process in left:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 def end_coordinator(timeout: float) -> None:

@@ -23,7 +23,9 @@ from peftsearch.files import Place
 from peftsearch.training.packing_key import pack_key
 from peftsearch.training.segment import WorkerPlan
 from peftsearch.workers.cluster_state import (
+    controllers,
     end_coordinator,
+    end_processes,
     live_nodes,
     remove_orphaned_groups,
 )
@@ -51,6 +53,9 @@ _HEAD_SECONDS = 30.0
 
 LEAVE_SECONDS = 60.0
 """A slot that is told to leave while it trains has so long for the step that it is at, and for writing its state."""
+
+_EXIT_SECONDS = 10.0
+"""A process whose work is done has so long to exit."""
 
 _UNWIND_SECONDS = 15.0
 """A study whose head is lost has so long to end in good order."""
@@ -224,7 +229,9 @@ class SlotPool:
             self.dispatcher.stop.remote()
             return
         patience: dict[int, float] = {}
+        ending: list[psutil.Process] = []
         try:
+            ending = controllers()
             status = ray.get(self.dispatcher.status.remote(), timeout=timeout)
             patience = dict.fromkeys(status["slots"], timeout) | dict.fromkeys(status["training"], state_timeout)
             ray.get(self.dispatcher.stop.remote(), timeout=timeout)
@@ -235,6 +242,8 @@ class SlotPool:
             # One that waits for room hears of nothing; it ends with the driver, or when it gives up.
             if run.thread is not None and number in patience:
                 run.thread.join(max(0.0, told + patience[number] - time.monotonic()))
+        if not any(run.thread is not None and run.thread.is_alive() for run in self._runs.values()):
+            end_processes(ending, _EXIT_SECONDS)
         try:
             ray.kill(self.dispatcher)
             remove_orphaned_groups()

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from tiny_models import SAMPLES
@@ -168,6 +169,8 @@ def test_a_slot_starts_no_more_than_it_needs(cluster: None, plan: StudyPlan, tmp
         assert "libtorch" in maps(worker["Pid"])
     finally:
         pool.stop()
+    # Before the cluster goes down.
+    assert not psutil.pid_exists(controller["Pid"])
     assert "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S" not in os.environ
 
 
