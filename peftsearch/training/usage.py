@@ -32,6 +32,9 @@ class UsageMeter:
     """
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         self._process = psutil.Process()
         self._since = time.monotonic()
         self._busy = self._seconds()
@@ -39,6 +42,9 @@ class UsageMeter:
 
     def read(self, device: torch.device) -> dict[str, float]:
         """The numbers now, for a process that computes on this device; takes well under a millisecond."""
+        if self._process.pid != os.getpid():
+            # A fork of the process in which it was made.
+            self._begin()
         now = time.monotonic()
         if now - self._since >= _LEAST_SECONDS:
             busy = self._seconds()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import psutil
@@ -39,3 +40,19 @@ def test_a_gpus_memory_is_read() -> None:
     found = UsageMeter().read(device)
     assert found["gpu_0_memory_usage_megabytes"] >= held.numel() / 1e6
     assert 0 < found["gpu_0_memory_usage_percentage"] <= 100
+
+
+def test_a_fork_reads_what_it_uses_itself() -> None:
+    meter, cpu = UsageMeter(), torch.device("cpu")
+    receiving, sending = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        before = meter.read(cpu)["process_memory_usage_megabytes"]
+        filled = bytearray(b"x") * 200_000_000
+        grown = meter.read(cpu)["process_memory_usage_megabytes"] - before
+        os.write(sending, f"{grown}".encode())
+        os._exit(len(filled) == 0)
+    os.close(sending)
+    with os.fdopen(receiving) as file:
+        assert float(file.read()) > 150
+    assert os.waitpid(pid, 0)[1] == 0
