@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-_REMOVE_SECONDS = 5.0
-"""Workers write their last words while they end."""
+_REMOVE_SECONDS = 20.0
+"""Workers write their last words while they end, and on a busy machine that takes them some time."""
 
 
 @contextlib.contextmanager
