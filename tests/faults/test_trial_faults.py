@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,8 +121,13 @@ def test_data_that_is_gone_or_another_is_one_sentence_and_costs_nothing(
     data.unlink()
     assert driver.wait_progress(3), "the study ended with its data file"
     driver.signal(signal.SIGTERM)
+    began = time.monotonic()
     assert driver.wait() == 130, driver.output[-3000:]
+    took = time.monotonic() - began
     assert driver.leftovers() == []
+    assert "Traceback" not in driver.output
+    assert "continue with" in driver.output
+    assert Study.open("moved", storage).status()["state"] == "interrupted"
     before = Study.open("moved", storage).trials()
 
     def refused() -> str:
@@ -142,6 +148,8 @@ def test_data_that_is_gone_or_another_is_one_sentence_and_costs_nothing(
     assert driver.wait() == 0, driver.output[-3000:]
     assert_ended_trials_are_kept(before, Study.open("moved", storage).trials())
     counted = assert_undisturbed(Study.open("moved", storage), undisturbed, undisturbed.uri)
+    happened = f"it stops within {took:.1f} s, and the same command continues"
+    note(Row("SIGTERM", "SIGTERM to the driver", happened, counted.lost, counted.duplicated))
     happened = "a running study goes on; starting it again is refused in one sentence until the data is back"
     note(
         Row(
