@@ -35,7 +35,7 @@ from peftsearch.tracking import Ledger
 from peftsearch.training.segment import Segment
 from peftsearch.training.shared_data import publish
 from peftsearch.training.threads import kept_threads
-from peftsearch.workers import LEAVE_SECONDS, SlotPlan, SlotPool, nodes_to_come, quiet_ray_environment
+from peftsearch.workers import LEAVE_SECONDS, SlotPlan, SlotPool, live_nodes, nodes_to_come, quiet_ray_environment
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def ray_cluster(address: str | None, warn: Callable[[str], None] = log.warning) 
     import ray
 
     if ray.is_initialized():
-        yield _live_nodes()
+        yield list(live_nodes().values())
         return
     local = address in (None, "local")
     with (
@@ -72,7 +72,7 @@ def ray_cluster(address: str | None, warn: Callable[[str], None] = log.warning) 
             else:
                 _join_ray(str(address), warn)
         try:
-            yield _live_nodes()
+            yield list(live_nodes().values())
         finally:
             ray.shutdown()
 
@@ -166,12 +166,6 @@ def _start_ray(folder: Path) -> None:
             if not attempts_left:
                 raise RuntimeError("Ray does not start: this machine is too busy, or short of memory") from None
             log.warning("Ray has not started within its 30 seconds; trying again")
-
-
-def _live_nodes() -> list[dict[str, float]]:
-    import ray
-
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def run_study(

@@ -242,7 +242,7 @@ class SlotPool:
             # One that waits for room hears of nothing; it ends with the driver, or when it gives up.
             if run.thread is not None and number in patience:
                 run.thread.join(max(0.0, told + patience[number] - time.monotonic()))
-        if not any(run.thread is not None and run.thread.is_alive() for run in self._runs.values()):
+        if not any(run.alive for run in self._runs.values()):
             end_processes(ending, _EXIT_SECONDS)
         try:
             ray.kill(self.dispatcher)
