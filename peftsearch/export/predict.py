@@ -152,7 +152,7 @@ class Predictor:
         """The example of each row, and what the model makes of the row; the windows of an example in their order."""
         import torch
 
-        from peftsearch.training.evaluate import to_device
+        from peftsearch.training.batches import collated
 
         task = self.purpose.task
         how = Prediction(self.purpose.architecture, tokenizer=self.tokenizer)
@@ -162,7 +162,7 @@ class Predictor:
         with torch.no_grad():
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
-                batch = to_device(task.collate(data[chosen], 0 if pad is None else pad), self.device)
+                batch = collated(task, data[chosen], 0 if pad is None else pad, self.device)
                 seen = {name: value for name, value in batch.items() if name not in task.hidden}
                 # What writes its answer needs no pass over the (unknown) answer.
                 output = None if task.decodes else self.model(**seen)

@@ -72,14 +72,14 @@ def measure_speed(model: nn.Module, domain: PreparedDomain, split: str, batch_si
     """
     import torch
 
-    from peftsearch.training.evaluate import to_device
+    from peftsearch.training.batches import collated
 
     data, task = domain.split(split), domain.task
     order = np.argsort(domain.lengths(split), kind="stable")
     how = Prediction(domain.architecture, tokenizer=domain.tokenizer if task.decodes else None)
 
     def predict(rows: Sequence[int]) -> None:
-        batch: Mapping[str, Any] = to_device(task.collate(data[list(rows)], domain.pad_token_id), device)
+        batch: Mapping[str, Any] = collated(task, data[list(rows)], domain.pad_token_id, device)
         seen = {name: value for name, value in batch.items() if name not in task.hidden}
         # What writes its answer needs no pass over the right one.
         output = None if task.decodes else model(**seen)

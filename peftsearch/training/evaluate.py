@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 
 from peftsearch.domains import PreparedDomain
 from peftsearch.domains.tasks.base import EXAMPLE, PART, Prediction
+from peftsearch.training.batches import collated
 from peftsearch.training.distributed import WorkerGroup
 
 
@@ -33,14 +34,6 @@ class Evaluation:
     examples: int
     predictions: list[Any] = field(default_factory=list, repr=False)
     references: list[Any] = field(default_factory=list, repr=False)
-
-
-def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch with its tensors on a device."""
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-    }
 
 
 @torch.no_grad()
@@ -84,7 +77,7 @@ def evaluate(
             for indices, counts in _shares(batches, group, task.decodes):
                 between()
                 raw = data[indices]
-                batch = to_device(task.collate(raw, domain.pad_token_id), group.device)
+                batch = collated(task, raw, domain.pad_token_id, group.device)
                 output = model(**{name: value for name, value in batch.items() if name not in task.hidden})
                 if counts:
                     losses.append(task.losses(output, batch).float().cpu().numpy())

@@ -130,6 +130,8 @@ class GeneralText:
         """The mean loss of each text, and over how many tokens."""
         import torch
 
+        from peftsearch.training.batches import collated
+
         if self._architecture == "encoder":
             return self._masked_losses(model, ids)
         task = Summarization()
@@ -141,7 +143,7 @@ class GeneralText:
         }
         if self._architecture == "encoder-decoder":
             rows["decoder_start"] = [labels[-1] if self._start is None else self._start for labels in rows["labels"]]
-        batch = {name: value.to(self._device) for name, value in task.collate(rows, self._pad).items()}
+        batch = collated(task, rows, self._pad, self._device)
         output = model(**{name: value for name, value in batch.items() if name not in task.hidden})
         counts = torch.tensor([len(labels) for labels in rows["labels"]], device=self._device)
         return task.losses(output, batch, LossOptions()), counts
@@ -150,7 +152,10 @@ class GeneralText:
         import torch
         from torch.nn import functional
 
-        batch = {name: value.to(self._device) for name, value in text_batch({"input_ids": ids}, self._pad).items()}
+        from peftsearch.training.batches import padded_to, to_device
+
+        multiple = padded_to(self._device)
+        batch = to_device(text_batch({"input_ids": ids}, self._pad, multiple_of=multiple), self._device)
         hidden = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
         for row, tokens in enumerate(ids):
             words = [place for place, token in enumerate(tokens) if token not in self._special]

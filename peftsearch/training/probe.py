@@ -19,8 +19,9 @@ from peftsearch.domains import PreparedDomain
 from peftsearch.domains.tasks.base import EXAMPLE, text_batch
 from peftsearch.domains.tasks.token_classification import LOST, OUTSIDE
 from peftsearch.training.base_model import FrozenBase
+from peftsearch.training.batches import padded_to, to_device
 from peftsearch.training.distributed import PeerError, WorkerGroup
-from peftsearch.training.evaluate import evaluate, to_device
+from peftsearch.training.evaluate import evaluate
 from peftsearch.training.memory import out_of_memory
 from peftsearch.training.prompting import FEW_SHOT, SHOTS, ZERO_SHOT, Prompting
 from peftsearch.training.segment import PROMPTED, ProbeResult
@@ -232,7 +233,7 @@ class _Encoder:
             self.pause()
             rows = order[start : start + self.batch_size]
             chosen = {name: [values[row] for row in rows] for name, values in inputs.items()}
-            batch = to_device(text_batch(chosen, self.pad_token_id), self.device)
+            batch = to_device(text_batch(chosen, self.pad_token_id, multiple_of=padded_to(self.device)), self.device)
             hidden = self.backbone(**batch).last_hidden_state.float()
             for row, features in zip(rows, take(hidden, batch["attention_mask"], rows), strict=True):
                 found[row] = features

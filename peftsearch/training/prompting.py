@@ -19,7 +19,7 @@ from peftsearch.domains.tasks.base import Prediction
 from peftsearch.domains.tasks.generation import Generating
 from peftsearch.training.asking import ASKED, balanced, blank_line, without_start
 from peftsearch.training.base_model import FrozenBase
-from peftsearch.training.evaluate import to_device
+from peftsearch.training.batches import collated
 from peftsearch.training.likelihood import Question, answer_scores
 from peftsearch.training.segment import ProbeResult
 
@@ -199,7 +199,7 @@ def _written(
             pause()
             chosen = order[start : start + batch_size]
             part = {name: [values[row] for row in chosen] for name, values in rows.items()}
-            batch = to_device(domain.task.collate(part, domain.pad_token_id), device)
+            batch = collated(domain.task, part, domain.pad_token_id, device)
             for row, text in zip(chosen, domain.task.predict(model, None, batch, how), strict=True):
                 found[row] = text
     return found

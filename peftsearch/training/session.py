@@ -22,7 +22,7 @@ from peftsearch.methods import METHODS, AttachContext
 from peftsearch.spec import TrainingSpec
 from peftsearch.training.attention import use_fast_attention
 from peftsearch.training.base_model import FrozenBase, count_trainable, move, trainable
-from peftsearch.training.batches import Batch, ahead, load, padding_known
+from peftsearch.training.batches import Batch, ahead, load, padded_to, padding_known
 from peftsearch.training.budget import Budget
 from peftsearch.training.checkpoint import (
     TEST_PREDICTIONS,
@@ -490,9 +490,9 @@ class TrialSession:
         if group.sharded:
             # Each forward pass gathers weights from all ranks: they make the same number of them.
             parts += [(mine[:1], 0.0)] * (-(-largest // part) - len(parts))
-        task, fill = self.domain.task, self.domain.pad_token_id
-        loaded = [(load(task.collate(data[rows], fill), group.device), weight) for rows, weight in parts]
-        return step, len(indices), loaded
+        task, fill, multiple = self.domain.task, self.domain.pad_token_id, padded_to(group.device)
+        made = [(task.collate(data[rows], fill, multiple_of=multiple), weight) for rows, weight in parts]
+        return step, len(indices), [(load(values, group.device), weight) for values, weight in made]
 
     def _leaves(self, step: int) -> bool:
         if self.group.size == 1:

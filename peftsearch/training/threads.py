@@ -119,9 +119,9 @@ def training_step(
 
     from peftsearch.domains.tasks import LossOptions
     from peftsearch.training.attention import use_fast_attention
+    from peftsearch.training.batches import collated
     from peftsearch.training.data_order import DataOrder
     from peftsearch.training.dropout import use_fast_dropout
-    from peftsearch.training.evaluate import to_device
     from peftsearch.training.precision import training_autocast
 
     middling: dict[str, list[int]] = {}
@@ -138,7 +138,7 @@ def training_step(
     domain, rows = domains[chosen][0], middling[chosen]
     parts = workers * training.gradient_accumulation
     task, rows = domain.task, rows[: -(-len(rows) // parts)]
-    batch = to_device(task.collate(domain.split("train")[rows], domain.pad_token_id), base.device)
+    batch = collated(task, domain.split("train")[rows], domain.pad_token_id, base.device)
     inputs = {name: value for name, value in batch.items() if name not in task.hidden}
     with torch.random.fork_rng(devices=[]):
         model = base.trial_model(domain, seed=0, copy_weights=False)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from peftsearch.search.plan import StudyPlan, plan_study
 from peftsearch.spec import StudyFile
 from peftsearch.training import session as session_module
-from peftsearch.training.batches import in_thread, load
+from peftsearch.training.batches import in_thread, load, padded_to
 from peftsearch.training.distributed import WorkerGroup
 from peftsearch.training.segment import Segment, TrialPlan
 from peftsearch.training.session import TrialSession
@@ -75,6 +75,18 @@ def test_no_step_waits_for_the_device(method: str, kind: str, new_session: Calla
         counts.append(waits.count)
     # The loss is read once, at the end of a segment.
     assert counts == [1, 1, 1]
+
+
+def test_texts_are_padded_for_the_device_that_reads_them(new_session: Callable[..., TrialSession]) -> None:
+    assert [padded_to(torch.device(device)) for device in ("cpu", "cuda")] == [1, 8]
+    session = new_session("lora")
+    lengths = session.domain.lengths("train")
+    widths = set()
+    for step in range(4):
+        _, _, ((batch, _),) = session._loaded(step)
+        assert batch.values["input_ids"].shape[1] == max(lengths[row] for row in session.order.batch(step))
+        widths.add(batch.values["input_ids"].shape[1])
+    assert any(width % 8 for width in widths)
 
 
 def test_what_is_known_of_the_padding_changes_no_number(

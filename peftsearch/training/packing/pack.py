@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftsearch.training.batches import Batch, ahead, load, padding_known
-from peftsearch.training.evaluate import to_device
+from peftsearch.training.batches import Batch, ahead, collated, load, padded_to, padding_known
 from peftsearch.training.optimizer import learning_rate_factor
 from peftsearch.training.packing.banks import Banks
 from peftsearch.training.packing.host import Host, placed_of
@@ -185,7 +184,7 @@ class Pack:
     def _own_loss(self, session: TrialSession, rows: Sequence[int]) -> Tensor:
         """The loss of a member by itself, in its own model."""
         task = self.domain.task
-        batch = to_device(task.collate(self.domain.split("train")[rows], self.domain.pad_token_id), self.device)
+        batch = collated(task, self.domain.split("train")[rows], self.domain.pad_token_id, self.device)
         output = session.model(**{name: value for name, value in batch.items() if name not in task.hidden})
         return task.losses(output, batch, session.loss_options).mean()
 
@@ -264,7 +263,7 @@ class Pack:
         first = 0
         for own in distinct:
             columns = {name: values[first : first + len(own)] for name, values in every.items()}
-            found[own] = task.collate(columns, self.domain.pad_token_id)
+            found[own] = task.collate(columns, self.domain.pad_token_id, multiple_of=padded_to(self.device))
             first += len(own)
         return [found[tuple(own)] for own in rows]
 

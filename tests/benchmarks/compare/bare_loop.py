@@ -146,9 +146,8 @@ def by_length(data: Mapping[str, Sequence[Any]]) -> list[int]:
 
 
 def collate(data: Mapping[str, Sequence[Any]], rows: Sequence[int], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """A batch, padded on the right to a multiple of eight tokens."""
-    longest = max(len(data["input_ids"][row]) for row in rows)
-    width = -(-longest // 8) * 8
+    """A batch, padded on the right to its longest text."""
+    width = max(len(data["input_ids"][row]) for row in rows)
     batch = {}
     for name, fill in (("input_ids", pad_token_id), ("token_type_ids", 0)):
         if name in data:
