@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from peftsearch.spec import StudyError
+from peftsearch.spec import StudyError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -200,8 +200,7 @@ def reason(error: BaseException) -> str:
     """What went wrong with a file, in a few words on one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return first_line(error)
 
 
 def local_cache() -> Path:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from peftsearch.spec import StudyError, hide_secrets
-from peftsearch.storage import list_studies, storage_folder, study_folder
-from peftsearch.study import Study
+from peftsearch.spec import StudyError, first_line, hide_secrets
+from peftsearch.storage import storage_folder, study_folder
+from peftsearch.study import Study, read_statuses
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -92,7 +92,7 @@ class Pages:
 
         from peftsearch.frontier.page import studies_html
 
-        listed = self._once("", _statuses)
+        listed = self._once("", lambda: read_statuses(storage_folder()))
         if isinstance(listed, _Refused):
             return listed.answer()
         studies, unreadable = listed
@@ -166,8 +166,7 @@ def _attempt(read: Callable[[], Any]) -> Any:
         return _Refused(404, str(error))
     except Exception as error:  # a database that is away, a file in the middle of being written: the next one may do
         log.warning("a page's data could not be read", exc_info=True)
-        why = (hide_secrets(str(error)).strip().splitlines() or [""])[0]
-        return _Refused(503, f"this cannot be read now: {type(error).__name__}: {why}")
+        return _Refused(503, hide_secrets(f"this cannot be read now: {type(error).__name__}: {first_line(error)}"))
 
 
 def _read(name: str) -> _Shown:
@@ -189,13 +188,3 @@ def _read(name: str) -> _Shown:
     # As bytes: one study's trials as Python objects take many times that, and each that asks gets these very bytes.
     body = json.dumps(data, separators=(",", ":"), allow_nan=False).encode()
     return _Shown(body, f'"{hashlib.sha256(body).hexdigest()[:32]}"', mlflow)
-
-
-def _statuses() -> tuple[list[dict[str, Any]], dict[str, str]]:
-    statuses, unreadable = [], {}
-    for name in list_studies(storage_folder()):
-        try:
-            statuses.append(Study.open(name).status())
-        except Exception as error:  # whatever is wrong with one study, the others are still there
-            unreadable[name] = (str(error).splitlines() or [type(error).__name__])[0]
-    return statuses, unreadable

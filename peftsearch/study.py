@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftsearch import results
-from peftsearch.files import writable_place
+from peftsearch.files import Place, writable_place
 from peftsearch.handle import StudyHandle
 from peftsearch.preparing import check_same_data, check_unchanged, make_plan
 from peftsearch.running import StudyInterrupted, run
 from peftsearch.saved import as_saved, data_folder, specification
-from peftsearch.spec import StudyError
+from peftsearch.spec import StudyError, first_line
 from peftsearch.spec.changes import compare
-from peftsearch.storage import reaching, read_json
+from peftsearch.storage import list_studies, reaching, read_json
 from peftsearch.study_mlflow import artifact_location, sync
 from peftsearch.tracking.ledger import hide_password
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from peftsearch.frontier import Frontier, Trials
     from peftsearch.search.plan import StudyPlan
 
-__all__ = ["Study", "StudyInterrupted"]
+__all__ = ["Study", "StudyInterrupted", "read_statuses"]
 
 
 class Study(StudyHandle):
@@ -229,3 +229,15 @@ class Study(StudyHandle):
         return write_report(
             target, self.trials(), self.facts(), self.spec, self.folder.path, status["state"], status["planned"]
         )
+
+
+def read_statuses(storage: Place) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """What `Study.status` says of each study in a storage, and why the others cannot be read, by their names."""
+    statuses: list[dict[str, Any]] = []
+    unreadable: dict[str, str] = {}
+    for name in list_studies(storage):
+        try:
+            statuses.append(Study.open(name, storage).status())
+        except Exception as error:  # whatever is wrong with one study, the others are still there
+            unreadable[name] = first_line(error)
+    return statuses, unreadable

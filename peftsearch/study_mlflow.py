@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from peftsearch.handle import StudyHandle
 from peftsearch.holder import hold
-from peftsearch.spec import StudyError, StudyFacts, TrialRecord, TrialState, hide_secrets
+from peftsearch.spec import StudyError, StudyFacts, TrialRecord, TrialState, first_line, hide_secrets
 from peftsearch.storage import mendable
 from peftsearch.study_ledger import open_ledger
 from peftsearch.tracking.ledger import Ledger
@@ -62,8 +62,7 @@ def write_reports(
         try:
             report = _drawn(records, facts, name, storage)
         except Exception as error:  # a picture of what is in the ledger: no reason to lose anything else
-            why = (str(error).strip().splitlines() or [""])[0]
-            why = f"{type(error).__name__}: {why}"
+            why = f"{type(error).__name__}: {first_line(error)}"
             failed.append(hide_secrets(f"the report of {name!r} for MLflow cannot be made: {why}"))
             continue
         tracker.report(name, report)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -20,17 +20,11 @@ def list_command(storage: StorageOption = None, as_json: JsonOption = False) -> 
     """
     from rich.table import Table
 
-    from peftsearch.storage import list_studies, storage_folder
-    from peftsearch.study import Study
+    from peftsearch.storage import storage_folder
+    from peftsearch.study import read_statuses
 
     folder = storage_folder(storage)
-    statuses: list[dict[str, Any]] = []
-    unreadable: dict[str, str] = {}
-    for name in list_studies(folder):
-        try:
-            statuses.append(Study.open(name, folder).status())
-        except Exception as error:  # whatever is wrong with one study, the others are still there
-            unreadable[name] = (str(error).splitlines() or [type(error).__name__])[0]
+    statuses, unreadable = read_statuses(folder)
     if as_json:
         broken = [{"study": name, "error": reason} for name, reason in unreadable.items()]
         print_json({"storage": str(folder), "studies": statuses, "unreadable": broken})

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peftsearch.domains.hub import hub_reachable, out_of_reach
-from peftsearch.spec import StudyError, UnreachableError
+from peftsearch.spec import StudyError, UnreachableError, first_line
 
 Architecture = Literal["encoder", "encoder-decoder", "decoder"]
 
@@ -38,7 +38,7 @@ def model_config(location: str, revision: str | None, *, trust_remote_code: bool
         if needs_custom_code(error):
             raise StudyError(custom_code_refused(location)) from None
         why = out_of_reach(error) if on_hub else None
-        reason = why or (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = why or first_line(error)
         message = (
             f"cannot load the model {location!r}: {reason} (name a folder with config.json and model.safetensors, "
             "package:NAME/FOLDER, or a Hub id that this machine can reach)"

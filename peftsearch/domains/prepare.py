@@ -23,7 +23,7 @@ from peftsearch.domains.raw import RawDomain, digest, load_domain
 from peftsearch.domains.sources import quiet_datasets
 from peftsearch.domains.tasks import Head, Task, Tokenization, get_task
 from peftsearch.domains.tasks.base import EXAMPLE, PART
-from peftsearch.spec import Direction, DomainFacts, StudyError, StudySpec, UnreachableError
+from peftsearch.spec import Direction, DomainFacts, StudyError, StudySpec, UnreachableError, first_line
 
 if TYPE_CHECKING:
     import datasets
@@ -376,7 +376,7 @@ def _load_tokenizer(location: str, revision: str | None) -> Any:
     except Exception as error:
         # Missing files, unknown ids and missing networks all raise differently, by version.
         why = out_of_reach(error) if on_hub else None
-        reason = why or (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
+        reason = why or first_line(error).rstrip(" .:")
         message = f"cannot load the tokenizer of {location!r}: {reason} (save it beside the model with save_pretrained)"
         place = ("model",)
         raise (UnreachableError(message, place, why) if why else StudyError(message, place)) from None

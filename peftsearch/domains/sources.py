@@ -21,7 +21,7 @@ from peftsearch.domains.hub import cached_commit, hub_reachable, out_of_reach
 from peftsearch.domains.iob import read_iob
 from peftsearch.domains.models import is_commit
 from peftsearch.domains.squad_file import is_squad, squad_records
-from peftsearch.spec import DataSpec, StudyError, UnreachableError, hide_secrets, package_path, suggest
+from peftsearch.spec import DataSpec, StudyError, UnreachableError, first_line, hide_secrets, package_path, suggest
 from peftsearch.spec.locations import PACKAGE_PREFIX, local_path
 from peftsearch.spec.yaml_file import Loc
 
@@ -205,12 +205,7 @@ def _read_file(path: Path, data: DataSpec, loc: Loc, needed: Collection[str], fo
     except RecursionError:
         raise StudyError(f"{path.name} is nested too deeply to be a list of records", loc) from None
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
-        raise StudyError(f"cannot read {path.name} as {kind}: {_first_line(error)}", loc) from None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+        raise StudyError(f"cannot read {path.name} as {kind}: {first_line(error)}", loc) from None
 
 
 # Readers raise StudyError with a message that continues the file's name: ", line 3: ...".
@@ -442,7 +437,7 @@ def _read_datasets_folder(path: Path, loc: Loc) -> dict[str, RawSplit]:
         with quiet_datasets():
             loaded = datasets.load_from_disk(str(path))
     except Exception as error:
-        raise StudyError(f"cannot read the datasets folder {path.name!r}: {_first_line(error)}", loc) from None
+        raise StudyError(f"cannot read the datasets folder {path.name!r}: {first_line(error)}", loc) from None
     return _from_datasets(loaded, path.name, loc)
 
 
@@ -463,7 +458,7 @@ def _read_hub(identifier: str, data: DataSpec, loc: Loc) -> dict[str, RawSplit]:
     except Exception as error:
         # Wrong names, wrong configurations, missing networks and broken files all raise differently, by version.
         why = out_of_reach(error)
-        reason = why or _first_line(error).rstrip(".")
+        reason = why or first_line(error).rstrip(".")
         if why and isinstance(error, _OtherRevisions):
             reason = f"{why}, and {error}"
         message = (

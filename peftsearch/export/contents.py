@@ -12,7 +12,7 @@ from peftsearch.export.card import SPLIT, CardFacts, model_card, speed_section
 from peftsearch.export.folder import CARD, LABELS, PROVENANCE
 from peftsearch.files import Place, read_json
 from peftsearch.methods import METHODS
-from peftsearch.spec import StudyError, TrialRecord, without_passwords
+from peftsearch.spec import StudyError, TrialRecord, first_line, without_passwords
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,7 +33,7 @@ def load_tokenizer(location: str, revision: str | None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
     except Exception as error:  # missing files, unknown ids and missing networks all raise differently
-        raise StudyError(f"cannot load the tokenizer of {location!r}: {_first_line(error)}") from None
+        raise StudyError(f"cannot load the tokenizer of {location!r}: {first_line(error).rstrip('.')}") from None
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -61,11 +61,11 @@ def trained_model(base: FrozenBase, domain: PreparedDomain, record: TrialRecord,
     except OSError as error:
         raise StudyError(
             f"trial {record.number} ({record.method}) cannot be exported, as its base model {base.location!r} or its "
-            f"weights {str(weights)!r} cannot be read: {_first_line(error)}"
+            f"weights {str(weights)!r} cannot be read: {first_line(error).rstrip('.')}"
         ) from None
     except (CorruptCheckpointError, ValueError, RuntimeError) as error:
         raise StudyError(
-            f"trial {record.number} ({record.method}) cannot be exported: {_first_line(error)}: restore "
+            f"trial {record.number} ({record.method}) cannot be exported: {first_line(error).rstrip('.')}: restore "
             f"{str(weights)!r} from a copy, or leave the trial out (--pick, --max-parameters, --min-metric)"
         ) from None
     return model.eval()
@@ -200,11 +200,6 @@ def _provenance(folder: Path, card: CardFacts, ledger: str) -> dict[str, Any]:
 def _without_passwords(specification: dict[str, Any]) -> dict[str, Any]:
     tracking = {key: without_passwords(value) for key, value in specification["tracking"].items()}
     return {**specification, "tracking": tracking}
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from peftsearch.spec import StudyError, package_path
+from peftsearch.spec import StudyError, first_line, package_path
 from peftsearch.spec.locations import PACKAGE_PREFIX
 
 if TYPE_CHECKING:
@@ -152,8 +152,7 @@ class ExportedFolder:
                         base.config.pad_token_id = self.pad_token_id
                     model = PeftModel.from_pretrained(base, str(self.folder))
         except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, ... by what is broken
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise StudyError(f"cannot load the model in {str(self.folder)!r}: {lines[0]}") from None
+            raise StudyError(f"cannot load the model in {str(self.folder)!r}: {first_line(error)}") from None
         # What bitsandbytes holds was loaded to where it computes.
         loaded: nn.Module = (model if self.quantization is not None else model.to(device)).eval()
         return loaded

@@ -31,7 +31,7 @@ from peftsearch.export.folder import ExportedFolder
 from peftsearch.export.purpose import Purpose, markers_of, marking
 from peftsearch.export.tables import format_of, open_table, writing_rows
 from peftsearch.files import writing
-from peftsearch.spec import StudyError, suggest
+from peftsearch.spec import StudyError, first_line, suggest
 
 if TYPE_CHECKING:
     import datasets
@@ -340,7 +340,7 @@ def predict_file(
                 if done is not None:
                     done(len(records))
     except (OSError, pa.ArrowException, UnicodeEncodeError) as error:
-        reason = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise StudyError(f"cannot write {str(output)!r}: {reason}") from None
     return Predicted(
         output,

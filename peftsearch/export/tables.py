@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 import pyarrow as pa
 
-from peftsearch.spec import StudyError
+from peftsearch.spec import StudyError, first_line
 
 SUFFIXES = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}
 
@@ -92,8 +92,7 @@ class TableFile(ABC):
         except UnicodeDecodeError as error:
             raise StudyError(f"{self.path.name} is not UTF-8 text (byte {error.object[error.start]:#04x})") from None
         except (OSError, pa.ArrowException, csv.Error, RecursionError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise StudyError(f"cannot read {self.path.name}: {reason}") from None
+            raise StudyError(f"cannot read {self.path.name}: {first_line(error)}") from None
 
 
 def open_table(path: Path) -> TableFile:

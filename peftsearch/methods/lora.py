@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from peftsearch.methods.base import AttachContext, Hyperparameter, Method, dropout, learning_rate
-from peftsearch.spec import Range, suggest
+from peftsearch.spec import Range, first_line, suggest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -89,7 +89,7 @@ class Lora(Method):
             if targets in (ATTENTION, ALL_LINEAR):
                 raise
             # PEFT's advice is about its own options.
-            reason = (str(error).splitlines() or [""])[0].split(". ")[0].rstrip(".")
+            reason = first_line(error).split(". ")[0].rstrip(".")
             raise ValueError(f"targets {targets!r} do not fit {type(model).__name__}: {reason}") from None
 
 

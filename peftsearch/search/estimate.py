@@ -14,6 +14,7 @@ from peftsearch.search.cells import corners
 from peftsearch.search.run import TrialCost
 from peftsearch.search.vocabulary import ScoredPositions
 from peftsearch.training import activations
+from peftsearch.training.budget import tokens_of_a_pass
 
 if TYPE_CHECKING:
     import torch
@@ -324,10 +325,7 @@ class MemoryCosts:
         shape, training, resources = self._shapes[cell.model], self._spec.training_of(cell.method), self._spec.resources
         length = self._lengths[cell.domain]
         parts = resources.workers_per_trial * training.gradient_accumulation
-        tokens = -(-training.batch_size // parts) * length
-        if training.tokens_per_batch is not None:
-            # A batch is cut by texts, and one text at least is computed at once.
-            tokens = min(tokens, max(length, -(-training.tokens_per_batch // parts)))
+        tokens = tokens_of_a_pass(training.batch_size, training.tokens_per_batch, length, parts)
         kept = activation_bytes(shape, 1, tokens, self._compute_bytes, recomputed)
         evaluated, scored = 0, self._scored[cell.model, cell.domain]
         if scored is not None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peftsearch.spec import DataSpec, ModelSpec, StudyError, UnreachableError, suggest
+from peftsearch.spec import DataSpec, ModelSpec, StudyError, UnreachableError, first_line, suggest
 from peftsearch.training.segment import ModelPlace
 
 
@@ -104,8 +104,7 @@ def planned_place(config: Mapping[str, Any], cache: Path, loc: tuple[str | int, 
     try:
         built = cls(**{key: value for key, value in config.items() if key != "model_type"})
     except Exception as error:  # transformers validates configurations with errors of many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise StudyError(f"not a configuration of {kind}: {reason}", loc) from None
+        raise StudyError(f"not a configuration of {kind}: {first_line(error)}", loc) from None
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
     folder = cache / "configs" / digest[:16]
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """What a study file may say, and the shape of a trial: the words that all other parts share."""
 
-from peftsearch.spec.errors import StudyError, UnreachableError
+from peftsearch.spec.errors import StudyError, UnreachableError, first_line
 from peftsearch.spec.facts import (
     ALL_BASELINES,
     THREADS,
@@ -71,6 +71,7 @@ __all__ = [
     "TrialState",
     "UnreachableError",
     "check_name",
+    "first_line",
     "hide_secrets",
     "model_location",
     "note_secrets",

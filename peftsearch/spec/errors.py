@@ -10,6 +10,11 @@ _LONGEST = 1200
 """Characters of one sentence."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line: its first that is not empty, or the name of its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 class StudyError(ValueError):
     """A study file, option or data set is wrong: one sentence that says what, where, and what to do.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from peftsearch.spec.errors import StudyError
+from peftsearch.spec.errors import StudyError, first_line
 
 Loc = tuple[str | int, ...]
 
@@ -75,7 +75,7 @@ def parse_yaml(text: str, where: str) -> tuple[Any, dict[Loc, int]]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, StudyError):
             raise
-        raise StudyError(f"{where}: not valid YAML: {str(error).splitlines()[0]}") from None
+        raise StudyError(f"{where}: not valid YAML: {first_line(error)}") from None
     finally:
         loader.dispose()
 

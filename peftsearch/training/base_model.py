@@ -14,7 +14,7 @@ from torch import nn
 
 from peftsearch.domains.models import Architecture, custom_code_refused, model_config, needs_custom_code
 from peftsearch.domains.tasks import Head
-from peftsearch.spec import StudyError
+from peftsearch.spec import StudyError, first_line
 from peftsearch.training.distributed import WorkerGroup
 from peftsearch.training.quantised import (
     check_memory,
@@ -354,7 +354,7 @@ def meta_model(
         if needs_custom_code(error):
             raise StudyError(custom_code_refused(location)) from None
         raise StudyError(
-            f"the model {location!r} ({config.model_type}) cannot do {task.name}: {str(error).splitlines()[0]}"
+            f"the model {location!r} ({config.model_type}) cannot do {task.name}: {first_line(error)}"
         ) from None
     return model.requires_grad_(False), fresh_modules(model, fresh)
 

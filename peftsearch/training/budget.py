@@ -46,7 +46,7 @@ def batch_length(length: int) -> int:
     """What a text counts as where batches are filled up to a number of tokens: its length, or the next one of a grid.
 
     Texts of one grid point can take each other's place in a batch, which keeps batches random; so the grid is not
-    finer than 8, to which batches are padded, nor than an eighth of the length's power of two.
+    finer than 8, to which a GPU's batches are padded, nor than an eighth of the length's power of two.
     """
     grid = max(8, 1 << max(0, length.bit_length() - 4))
     return -(-max(1, length) // grid) * grid
@@ -69,6 +69,20 @@ def batch_sizes(lengths: Iterable[int], batch_size: int, tokens: int, batches: i
             sizes.append(0)
         sizes[-1] += 1
     return sizes if batches is None else _cut_further(sizes, batches)
+
+
+def tokens_of_a_pass(batch_size: int, tokens_per_batch: int | None, longest: int, parts: int) -> int:
+    """Padded tokens of a forward pass, about and at most.
+
+    Args:
+        batch_size: Examples per step at most.
+        tokens_per_batch: Padded tokens per step at most, if they are bounded.
+        longest: Tokens of the longest text.
+        parts: Into how many a step's batch is cut, by texts: over workers, and where gradients are accumulated.
+    """
+    most = -(-batch_size // parts) * longest
+    # One text at least is computed at once.
+    return most if tokens_per_batch is None else min(most, max(longest, -(-tokens_per_batch // parts)))
 
 
 def _cut_further(sizes: Sequence[int], batches: int) -> list[int]:

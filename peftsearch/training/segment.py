@@ -155,7 +155,6 @@ class SegmentResult:
     evaluation_seconds: float
     peak_memory_bytes: int
     usage: dict[str, float] = field(default_factory=dict)
-    worker: str = ""
     test: TestReading | None = None
     stopped: bool = False
     """Whether early stopping ended the trial: this is its last result."""

@@ -23,7 +23,7 @@ from peftsearch.spec import TrainingSpec
 from peftsearch.training.attention import use_fast_attention
 from peftsearch.training.base_model import FrozenBase, count_trainable, move, trainable
 from peftsearch.training.batches import Batch, ahead, load, padded_to, padding_known
-from peftsearch.training.budget import Budget
+from peftsearch.training.budget import Budget, tokens_of_a_pass
 from peftsearch.training.checkpoint import (
     TEST_PREDICTIONS,
     TEST_READING,
@@ -193,7 +193,10 @@ class TrialSession:
             use_fast_attention()
             use_fast_dropout(self.model)
         self.half = trains_bf16(training.precision, group.device)
-        self.recomputes = recompute(self.model, training.gradient_checkpointing, self._most_tokens(), self.half, group)
+        lengths, bound = domain.lengths("train"), training.tokens_per_batch
+        parts = group.size * training.gradient_accumulation
+        tokens = tokens_of_a_pass(training.batch_size, bound, max(lengths), parts)
+        self.recomputes = recompute(self.model, training.gradient_checkpointing, tokens, self.half, group)
         """Whether activations are computed twice."""
         self.wrapped = group.wrap(self.model, self.half)
         self.parameters = trainable(self.model)
@@ -208,18 +211,10 @@ class TrialSession:
         )
         self.loss_options = _loss_options(domain, training, group.device)
         self.best = _Best()
-        lengths, tokens = domain.lengths("train"), training.tokens_per_batch
-        self.order = DataOrder(lengths, training.batch_size, plan.seed, tokens, budget.steps_per_epoch)
+        self.order = DataOrder(lengths, training.batch_size, plan.seed, bound, budget.steps_per_epoch)
         # Ranks draw different dropout masks; rank 0's stream is that of a single worker.
         torch.manual_seed(plan.seed * 65_537 + 1 + group.rank)
         self._random_state = _random_state(group.device)
-
-    def _most_tokens(self) -> int:
-        """Padded tokens of a forward pass at most."""
-        training, longest = self.training, max(self.domain.lengths("train"))
-        parts = self.group.size * training.gradient_accumulation
-        most = -(-training.batch_size // parts) * longest
-        return most if training.tokens_per_batch is None else min(most, max(longest, training.tokens_per_batch))
 
     def resume(self, latest: int) -> None:
         """Continue from the latest sound state of the trial up to a step, where there is one.

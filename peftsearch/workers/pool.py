@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from peftsearch.files import Place
+from peftsearch.spec import first_line
 from peftsearch.training.packing_key import pack_key
 from peftsearch.training.segment import WorkerPlan
 from peftsearch.workers.cluster_state import (
@@ -346,11 +347,11 @@ class SlotPool:
         if not (run.warm or no_room):
             run.failures += 1
         if run.failures >= _START_FAILURES:
-            run.broken = _in_a_line(run.error)
+            run.broken = _why(run.error)
             self._tell(f"slot {number} could not be started {run.failures} times and is given up: {run.broken}")
             return
         run.again = time.monotonic() + (2.0**run.failures - 1.0)
-        log.warning("slot %d ended and is started again: %s", number, _in_a_line(run.error))
+        log.warning("slot %d ended and is started again: %s", number, _why(run.error))
 
     def _say_whether_waiting(self, warm: bool) -> None:
         """One sentence when the last machine with room has gone, and one when there is room again."""
@@ -399,10 +400,6 @@ def _end_children() -> None:
             child.kill()
 
 
-def _in_a_line(error: Exception | None) -> str:
-    return (str(error or "").strip() or type(error).__name__).splitlines()[0] if error else "its Ray Train run ended"
-
-
 def _answers(host: str, port: int) -> bool:
     """Whether somebody accepts connections there. Asked without Ray, whose calls would wait for the head."""
     try:
@@ -436,3 +433,7 @@ def quiet_ray_environment() -> None:
         "RAY_health_check_failure_threshold": "100",
     }.items():
         os.environ.setdefault(name, value)
+
+
+def _why(error: BaseException | None) -> str:
+    return "its Ray Train run ended" if error is None else first_line(error)

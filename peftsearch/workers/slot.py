@@ -10,10 +10,9 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from peftsearch.training.segment import HandedBack, Outcome, Segment, SegmentResult, SetAside, Work, WorkerPlan
+from peftsearch.training.segment import HandedBack, Outcome, Segment, SetAside, Work, WorkerPlan
 from peftsearch.workers.departure import departure
 from peftsearch.workers.dispatcher import BEAT_SECONDS, Order
 from peftsearch.workers.metrics import Meter, SlotMeter
@@ -83,9 +82,9 @@ def slot_loop(config: dict[str, Any]) -> None:
             link.holds = worker.held
             with link.beating(), watching:
                 if plan.pack == 1:
-                    _lead(worker, group, link, me)
+                    _lead(worker, group, link)
                 else:
-                    _lead_several(worker, link, me)
+                    _lead_several(worker, link)
         else:
             with watching:
                 _follow(worker, group, link)
@@ -97,7 +96,7 @@ def slot_loop(config: dict[str, Any]) -> None:
         worker.close()
 
 
-def _lead(worker: Worker, group: WorkerGroup, link: _Link, me: str) -> None:
+def _lead(worker: Worker, group: WorkerGroup, link: _Link) -> None:
     """Rank 0 asks for work, and hands it to the other ranks."""
     while True:
         if worker.must_leave():
@@ -119,13 +118,11 @@ def _lead(worker: Worker, group: WorkerGroup, link: _Link, me: str) -> None:
         if isinstance(outcome, HandedBack):
             link.tell("hand_back", order.lease)
             return
-        if isinstance(outcome, SegmentResult):
-            outcome = replace(outcome, worker=me)
         link.tell("finish", order.lease, outcome, order.work)
         link.doing = []
 
 
-def _lead_several(worker: Worker, link: _Link, me: str) -> None:
+def _lead_several(worker: Worker, link: _Link) -> None:
     """The only rank trains several trials at once, and asks for more between their steps, without waiting for it."""
     import ray
 
@@ -158,7 +155,7 @@ def _lead_several(worker: Worker, link: _Link, me: str) -> None:
                 link.tell("crashed", lease, f"{type(error).__name__}: {error}")
             raise
         for lease, outcome in outcomes.items():
-            _answer(link, lease, outcome, works, me)
+            _answer(link, lease, outcome, works)
         if any(isinstance(outcome, HandedBack) for outcome in outcomes.values()):
             return
 
@@ -184,7 +181,7 @@ def _begin(crew: Crew, worker: Worker, link: _Link, order: Order) -> None:
             crew.join(lease, work)
 
 
-def _answer(link: _Link, lease: int, outcome: Outcome, works: dict[int, Work], me: str) -> None:
+def _answer(link: _Link, lease: int, outcome: Outcome, works: dict[int, Work]) -> None:
     work = works.pop(lease)
     link.meter.answered(work, outcome)
     if isinstance(outcome, HandedBack):
@@ -192,8 +189,6 @@ def _answer(link: _Link, lease: int, outcome: Outcome, works: dict[int, Work], m
     elif isinstance(outcome, SetAside):
         link.tell("set_aside", lease, alone=outcome.alone)
     else:
-        if isinstance(outcome, SegmentResult):
-            outcome = replace(outcome, worker=me)
         link.tell("finish", lease, outcome, work)
     link.doing = list(works.values())
 

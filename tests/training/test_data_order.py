@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftsearch.training.budget import batch_length, batch_sizes
+from peftsearch.training.budget import batch_length, batch_sizes, tokens_of_a_pass
 from peftsearch.training.data_order import DataOrder
 
 
@@ -73,3 +74,11 @@ def test_a_limit_on_tokens_fills_batches_and_draws_them_anew() -> None:
     assert [sorted(other.batch(step)) for step in range(steps)] != [sorted(order.batch(step)) for step in range(steps)]
     again = DataOrder(lengths, 256, seed=0, tokens=1024)
     assert set(again.batch(steps + 3)) == second[3]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "parts", "expected"),
+    [(None, 1, 16 * 40), (None, 3, 6 * 40), (320, 1, 320), (320, 2, 160), (1000, 1, 640), (20, 1, 40), (100, 4, 40)],
+)
+def test_how_many_tokens_a_pass_has_at_most(tokens: int | None, parts: int, expected: int) -> None:
+    assert tokens_of_a_pass(16, tokens, 40, parts) == expected
