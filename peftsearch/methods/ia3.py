@@ -28,22 +28,24 @@ class IA3(Method):
     def attach(self, model: PreTrainedModel, hyperparameters: Mapping[str, Any], context: AttachContext) -> nn.Module:
         """See `Method.attach`; raises ValueError where no key, value or feed-forward layers are found."""
         from peft import IA3Config, get_peft_model
-        from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as KNOWN
 
-        found: dict[str, Any] = {} if model.config.model_type in KNOWN else _targets(model)
         config = IA3Config(
-            task_type=context.peft_task_type, modules_to_save=list(context.modules_to_save) or None, **found
+            task_type=context.peft_task_type, modules_to_save=list(context.modules_to_save) or None, **_targets(model)
         )
         return get_peft_model(model, config)  # type: ignore[no-any-return]
 
 
 def _targets(model: PreTrainedModel) -> dict[str, list[str]]:
-    """Where the vectors go in an architecture that PEFT does not know."""
+    """Where the vectors go, found from the model.
+
+    PEFT's own table is not asked: by it BERT has a further vector on the attention's output, which has the same name as
+    the feed-forward's, and others have one on the queries and none on the keys.
+    """
     from peftsearch.methods.sublayers import find_sublayers
 
     sublayers = find_sublayers(model)
     attention = [path for path in sublayers.blocks if _KEY_OR_VALUE.search(path.rpartition(".")[2])]
-    # Queries, keys and values from one layer are scaled together, as PEFT does for the architectures that it knows.
+    # Queries, keys and values from one layer are scaled together.
     attention_names = short_names(model, attention or sublayers.query_and_value)
     feed_forward_names = short_names(model, sublayers.feed_forward_ends)
     if not attention_names and not feed_forward_names:

@@ -96,8 +96,8 @@ class Lora(Method):
 def target_modules(model: nn.Module, targets: str) -> str | list[str]:
     """PEFT's ``target_modules`` for the hyperparameter ``targets``.
 
-    ``attention`` is what PEFT takes for the architecture, where PEFT knows it; elsewhere the projections of query and
-    value as the model itself shows them.
+    ``attention`` is the projections of query and value: by the names that PEFT has for the architecture, where it knows
+    it, without those that are something else (Phi's ``fc1``); elsewhere as the model itself shows them.
 
     Raises:
         ValueError: The model shows no attention, or has no module of a given name.
@@ -123,9 +123,12 @@ def target_modules(model: nn.Module, targets: str) -> str | list[str]:
                 raise ValueError(f"{type(model).__name__} has no linear layer named {name!r}{hint}")
         return names
     known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(getattr(model.config, "model_type", None))
-    if known is not None:
-        return known if isinstance(known, str) else list(known)
+    if isinstance(known, str):
+        return known
     sublayers = find_sublayers(model)
+    if known is not None:
+        wanted = sublayers.query_and_value
+        return [name for name in known if any(path.endswith(f".{name}") for path in wanted)] or list(known)
     if not sublayers.query_and_value:
         raise ValueError(
             f"No attention was found in {type(model).__name__}: let targets be all-linear, or name the layers to adapt"

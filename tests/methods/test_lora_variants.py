@@ -149,6 +149,12 @@ def test_what_the_model_shows_is_what_peft_knows(model_type: str) -> None:
     assert set(find_sublayers(model).query_and_value) == by_peft
 
 
+def test_the_feed_forward_is_no_attention_whatever_peft_says_of_the_architecture() -> None:
+    assert "fc1" in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["phi"]
+    assert target_modules(meta("phi"), ATTENTION) == ["q_proj", "v_proj"]
+    assert target_modules(meta("phi"), ATTENTION) == target_modules(meta("llama"), ATTENTION)
+
+
 def test_all_of_an_attention_whose_layers_have_other_names() -> None:
     model = nn.Module()
     model.config = PretrainedConfig(hidden_size=8)

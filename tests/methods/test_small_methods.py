@@ -19,6 +19,8 @@ from transformers import (
     AutoModelForTokenClassification,
     BertConfig,
     DistilBertConfig,
+    GPT2Config,
+    LlamaConfig,
     Phi3Config,
     PretrainedConfig,
     T5Config,
@@ -83,8 +85,8 @@ def meta(config: PretrainedConfig, auto: Any = AutoModelForSequenceClassificatio
 @pytest.mark.parametrize(
     ("method", "golden"),
     [
-        # Keys, values, and the hidden layers of attention's and the feed-forward's "output.dense", as PEFT has it.
-        ("ia3", 12 * (2 * 768 + 768 + 3072)),
+        # The paper's three vectors per block. PEFT's table has one more: its "output.dense" is attention's, too.
+        ("ia3", 12 * (2 * 768 + 3072)),
         # Published for BERT-base without its head: 0.1 million biases.
         ("bitfit", 768 + 12 * (4 * 768 + 3072 + 768 + 2 * 768) + 768),
         ("layer_norm", (1 + 2 * 12) * 2 * 768),
@@ -129,11 +131,24 @@ def test_golden_ia3_on_t5() -> None:
             (),
             2 * (3 * 32 + 48),
         ),
+        (
+            LlamaConfig(
+                hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, pad_token_id=0,
+                num_key_value_heads=2,
+            ),
+            AutoModelForCausalLM,
+            (),
+            2 * (2 * 16 + 48),
+        ),
+        (
+            GPT2Config(n_embd=32, n_layer=2, n_head=4, n_inner=48),
+            AutoModelForCausalLM,
+            (),
+            2 * (3 * 32 + 48),
+        ),
     ],
 )  # fmt: skip
-def test_ia3_finds_its_layers_where_peft_does_not_know_them(
-    config: PretrainedConfig, auto: Any, head: tuple[str, ...], golden: int
-) -> None:
+def test_ia3_finds_its_layers(config: PretrainedConfig, auto: Any, head: tuple[str, ...], golden: int) -> None:
     attached = attach("ia3", meta(config, auto), AttachContext(None, "", (), head))
     assert count_trainable(attached) == golden
 
