@@ -13,19 +13,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from peftsearch.domains import PreparedDomain
-from peftsearch.domains.tasks.base import EXAMPLE, text_batch
+from peftsearch.domains.tasks.base import EXAMPLE
 from peftsearch.domains.tasks.token_classification import LOST, OUTSIDE
 from peftsearch.training.base_model import FrozenBase
-from peftsearch.training.batches import padded_to, to_device
 from peftsearch.training.distributed import PeerError, WorkerGroup
 from peftsearch.training.evaluate import evaluate
+from peftsearch.training.frozen_features import FrozenFeatures
 from peftsearch.training.memory import out_of_memory
 from peftsearch.training.prompting import FEW_SHOT, SHOTS, ZERO_SHOT, Prompting
 from peftsearch.training.segment import PROMPTED, ProbeResult
 from peftsearch.training.session import LeavingError
+from peftsearch.training.span_probe import SpanProbe
 
 log = logging.getLogger(__name__)
 
@@ -90,11 +90,7 @@ def _add_all(
     task, labels = domain.task, domain.labels
     result, group = attempt.result, attempt.group
     train, scored = domain.split("train")[:], domain.split(split)[:]
-    references = task.references(scored)
-    if EXAMPLE in scored:
-        # One for each example, as guesses are, where an example makes several rows.
-        first = {example: row for row, example in reversed(list(enumerate(scored[EXAMPLE])))}
-        references = [references[first[example]] for example in dict.fromkeys(scored[EXAMPLE])]
+    references = _references(domain, split)
 
     def guess() -> None:
         for name, found in task.guesses(train, scored, labels).items():
@@ -113,14 +109,24 @@ def _add_all(
         attempt("zero_shot", "zero-shot", lambda: _untuned(result, base, domain, batch_size, group, split))
     if task.probe is None or domain.architecture != "encoder":
         return
-    encoder = functools.cache(lambda: _Encoder(base, domain, batch_size, group.device, attempt.pause))
+    encoder = functools.cache(lambda: FrozenFeatures(base, domain, batch_size, group.device, attempt.pause))
     if task.probe == "pair" and "first" in train:
         pairs = functools.cache(lambda: _pairs(encoder(), domain, split))
         attempt("cosine", COSINE, lambda: _add_cosine(result, domain, split, pairs()))
         attempt("linear_probe", LINEAR_PROBE, lambda: _pair_probe(result, domain, split, pairs()))
     else:
-        train_probe = {"token": _word_probe, "choice": _choice_probe}.get(task.probe, _text_probe)
+        train_probe = {"token": _word_probe, "choice": _choice_probe, "span": _span_probe}.get(task.probe, _text_probe)
         attempt("linear_probe", LINEAR_PROBE, lambda: train_probe(result, encoder(), domain, split))
+
+
+def _references(domain: PreparedDomain, split: str) -> list[Any]:
+    """What is right: one for each example, also where an example makes several rows."""
+    rows = domain.split(split)[:]
+    references = domain.task.references(rows)
+    if EXAMPLE not in rows:
+        return references
+    first = {example: row for row, example in reversed(list(enumerate(rows[EXAMPLE])))}
+    return [references[first[example]] for example in dict.fromkeys(rows[EXAMPLE])]
 
 
 class _Attempts:
@@ -175,71 +181,6 @@ class _Attempts:
         return None
 
 
-class _Encoder:
-    """The frozen base as a source of features: float32 arrays on the CPU."""
-
-    def __init__(
-        self,
-        base: FrozenBase,
-        domain: PreparedDomain,
-        batch_size: int,
-        device: torch.device,
-        pause: Callable[[], None] = lambda: None,
-    ) -> None:
-        backbone: nn.Module = base.trial_model(domain, seed=0, copy_weights=False).base_model
-        self.backbone = backbone.eval()
-        self.pad_token_id = domain.pad_token_id
-        self.batch_size = batch_size
-        self.device = device
-        self.pause = pause
-
-    def texts(self, columns: Mapping[str, Sequence[Any]]) -> np.ndarray:
-        """Mean-pooled, L2-normalised hidden states of the last layer: one row for each text.
-
-        Args:
-            columns: ``input_ids`` and, where texts are told apart, ``token_type_ids``.
-        """
-
-        def pooled(hidden: torch.Tensor, mask: torch.Tensor, rows: list[int]) -> list[np.ndarray]:
-            weights = mask.unsqueeze(-1).float()
-            mean = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1.0)
-            return list(nn.functional.normalize(mean, dim=1).cpu().numpy())
-
-        return np.stack(self._each(columns, pooled))
-
-    def words(self, columns: Mapping[str, Sequence[Any]]) -> list[np.ndarray]:
-        """Hidden states of the last layer at the piece of each word that is not lost: an array for each sentence."""
-
-        def at_positions(hidden: torch.Tensor, mask: torch.Tensor, rows: list[int]) -> list[np.ndarray]:
-            states = hidden.cpu().numpy()
-            return [
-                states[number, [place for place in columns["positions"][row] if place != LOST]]
-                for number, row in enumerate(rows)
-            ]
-
-        return self._each(columns, at_positions)
-
-    @torch.no_grad()
-    def _each(
-        self,
-        columns: Mapping[str, Sequence[Any]],
-        take: Callable[[torch.Tensor, torch.Tensor, list[int]], list[np.ndarray]],
-    ) -> list[np.ndarray]:
-        inputs = {name: columns[name] for name in ("input_ids", "token_type_ids") if name in columns}
-        # By length, so that little is padded.
-        order = sorted(range(len(inputs["input_ids"])), key=lambda row: len(inputs["input_ids"][row]))
-        found: list[np.ndarray] = [np.empty(0)] * len(order)
-        for start in range(0, len(order), self.batch_size):
-            self.pause()
-            rows = order[start : start + self.batch_size]
-            chosen = {name: [values[row] for row in rows] for name, values in inputs.items()}
-            batch = to_device(text_batch(chosen, self.pad_token_id, multiple_of=padded_to(self.device)), self.device)
-            hidden = self.backbone(**batch).last_hidden_state.float()
-            for row, features in zip(rows, take(hidden, batch["attention_mask"], rows), strict=True):
-                found[row] = features
-        return found
-
-
 def _untuned(
     result: ProbeResult, base: FrozenBase, domain: PreparedDomain, batch_size: int, group: WorkerGroup, split: str
 ) -> None:
@@ -252,7 +193,7 @@ def _untuned(
     result.add("zero_shot", "zero-shot", detail, found.scores, domain.rows[split])
 
 
-def _text_probe(result: ProbeResult, encoder: _Encoder, domain: PreparedDomain, split: str) -> None:
+def _text_probe(result: ProbeResult, encoder: FrozenFeatures, domain: PreparedDomain, split: str) -> None:
     """A linear model on mean-pooled, L2-normalised hidden states of the last layer."""
     train = domain.split("train")[:]
     features = {name: encoder.texts(domain.split(name)[:]) for name in {"validation", split}}
@@ -274,7 +215,7 @@ class _Pairs:
     cosines: dict[str, np.ndarray]
 
 
-def _pairs(encoder: _Encoder, domain: PreparedDomain, split: str) -> _Pairs:
+def _pairs(encoder: FrozenFeatures, domain: PreparedDomain, split: str) -> _Pairs:
     """The features u, v, |u - v| and u * v are those of Conneau et al. 2017 (InferSent, arXiv:1705.02364)."""
     found = _Pairs({}, {})
     for name in {"train", "validation", split}:
@@ -313,7 +254,7 @@ def _pair_probe(result: ProbeResult, domain: PreparedDomain, split: str, pairs: 
     )
 
 
-def _choice_probe(result: ProbeResult, encoder: _Encoder, domain: PreparedDomain, split: str) -> None:
+def _choice_probe(result: ProbeResult, encoder: FrozenFeatures, domain: PreparedDomain, split: str) -> None:
     """A linear model that scores each choice by itself, trained to score the right one above each of the others.
 
     That is a logistic regression without intercept on the differences of their features (Bradley and Terry 1952): the
@@ -356,7 +297,7 @@ def _choice_probe(result: ProbeResult, encoder: _Encoder, domain: PreparedDomain
     )
 
 
-def _word_probe(result: ProbeResult, encoder: _Encoder, domain: PreparedDomain, split: str) -> None:
+def _word_probe(result: ProbeResult, encoder: FrozenFeatures, domain: PreparedDomain, split: str) -> None:
     """A linear model on the hidden states of words, trained on at most about `WORDS` words of train."""
     held_out = {name: domain.split(name)[:] for name in {"validation", split}}
     train = domain.split("train")[_some(domain.lengths("train"))]
@@ -386,6 +327,20 @@ def _word_probe(result: ProbeResult, encoder: _Encoder, domain: PreparedDomain, 
         predict,
         f"frozen features of {len(seen(train))} words",
     )
+
+
+def _span_probe(result: ProbeResult, encoder: FrozenFeatures, domain: PreparedDomain, split: str) -> None:
+    """Linear scores of the answer's first and last token, trained on windows with at most about `WORDS` tokens."""
+    train = domain.split("train")[_some(domain.lengths("train"))]
+    probe = SpanProbe(domain, train, encoder)
+    answers = {name: probe.answers(domain.split(name)[:], encoder) for name in {"validation", split}}
+
+    def predict(strength: float, name: str) -> list[Any]:
+        return answers[name][strength]
+
+    fitted = [(f"L2 = {strength:g}", functools.partial(predict, strength)) for strength in probe.weights]
+    what = f"linear scores of first and last token on frozen features of {probe.tokens} tokens"
+    _add_picked(result, domain, split, fitted, what, probe.parameters)
 
 
 def _some(sizes: Sequence[int]) -> list[int]:
@@ -418,11 +373,9 @@ def _add_best(
         what: The features, in words.
         biases: Whether the models have them.
     """
-    task = domain.task
-    sign = 1.0 if domain.direction == "maximize" else -1.0
-    references = task.references(domain.split("validation")[:])
-    best: tuple[float, str, dict[str, float], Any] | None = None
-    for setting, model in task.probes():
+    fitted: list[tuple[str, Callable[[str], list[Any]]]] = []
+    kind = ""
+    for setting, model in domain.task.probes():
         with warnings.catch_warnings():
             # A probe that has not quite converged is a probe with a little more regularisation; and a label that few
             # examples left out of train has nothing to learn.
@@ -432,21 +385,40 @@ def _add_best(
             except ValueError:
                 # A limit on the examples may leave a single class.
                 continue
-        scores = task.score(predict(model, "validation"), references, domain.labels)
-        if best is None or sign * scores[domain.metric] > sign * best[0]:
-            best = (scores[domain.metric], setting, scores, model)
-    if best is not None:
-        _, setting, scores, model = best
-        if split != "validation":
-            references = task.references(domain.split(split)[:])
-            scores = task.score(predict(model, split), references, domain.labels)
         kind = type(model[-1] if hasattr(model, "steps") else model).__name__
-        outputs = targets.shape[1] if targets.ndim > 1 else max(len(domain.labels), 1)
-        result.add(
-            "linear_probe",
-            LINEAR_PROBE,
-            f"{kind} on {what}, {setting} picked on validation",
-            scores,
-            domain.rows[split],
-            (features.shape[1] + biases) * outputs,
-        )
+        fitted.append((setting, functools.partial(predict, model)))
+    outputs = targets.shape[1] if targets.ndim > 1 else max(len(domain.labels), 1)
+    _add_picked(result, domain, split, fitted, f"{kind} on {what}", (features.shape[1] + biases) * outputs)
+
+
+def _add_picked(
+    result: ProbeResult,
+    domain: PreparedDomain,
+    split: str,
+    fitted: Sequence[tuple[str, Callable[[str], list[Any]]]],
+    what: str,
+    parameters: int,
+) -> None:
+    """Add the best of some fitted linear models on the validation split.
+
+    Args:
+        result: Gets the baseline ``linear_probe``; nothing where there are no models.
+        domain: Its objective decides.
+        split: What is scored.
+        fitted: Of each the setting that tells it from the others, and its predictions for a split.
+        what: The models, in words.
+        parameters: Of each.
+    """
+    if not fitted:
+        return
+    task, metric = domain.task, domain.metric
+    sign = 1.0 if domain.direction == "maximize" else -1.0
+    references = _references(domain, "validation")
+    scored = [
+        (task.score(predict("validation"), references, domain.labels), setting, predict) for setting, predict in fitted
+    ]
+    scores, setting, predict = max(scored, key=lambda found: sign * found[0][metric])
+    if split != "validation":
+        scores = task.score(predict(split), _references(domain, split), domain.labels)
+    detail = f"{what}, {setting} picked on validation"
+    result.add("linear_probe", LINEAR_PROBE, detail, scores, domain.rows[split], parameters)

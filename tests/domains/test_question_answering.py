@@ -313,9 +313,15 @@ def test_learning_beats_the_guesses(kind: str, models: dict[str, Path], tmp_path
     guesses = run.probe()
     assert guesses["no_answer"]["no_answer_f1"] == 1
     assert guesses["no_answer"]["has_answer_f1"] == 0
+    linear = guesses.pop("linear_probe", None)
+    guessed = max(guess["f1"] for guess in guesses.values())
+    assert (linear is not None) == (kind == "encoder")
+    if linear is not None:
+        # Which word names a colour can be seen from the word.
+        assert linear["f1"] > guessed + 0.2
     results = run.train("full", learning_rate=5e-3)
     assert results[-1].train_loss < results[0].train_loss
-    assert results[-1].scores["f1"] > max(guess["f1"] for guess in guesses.values()) + 0.2
+    assert results[-1].scores["f1"] > guessed + 0.2
 
 
 @pytest.mark.parametrize("method", ["lora", "prompt"])
@@ -328,7 +334,10 @@ def test_windows_are_scored_and_questions_counted(method: str, models: dict[str,
     (result,) = run.train(method)
     scored = result.scores["exact_match"] * run.domain.rows["validation"]
     assert scored == pytest.approx(round(scored))
-    assert run.probe()["no_answer"]["exact_match"] == pytest.approx(1 / 3, abs=0.2)
+    baselines = run.probe()
+    assert baselines["no_answer"]["exact_match"] == pytest.approx(1 / 3, abs=0.2)
+    probed = baselines["linear_probe"]["exact_match"] * run.domain.rows["validation"]
+    assert probed == pytest.approx(round(probed))
 
 
 def test_an_encoder_decoder_learns(models: dict[str, Path], tmp_path: Path) -> None:

@@ -163,9 +163,9 @@ class Task(ABC):
     """Whether `predict` needs the tokenizer."""
     loss_options: ClassVar[frozenset[str]] = frozenset()
     """Which of ``training.label_smoothing`` and ``training.class_weights`` `losses` heeds (`LossOptions`)."""
-    probe: ClassVar[Literal["text", "token", "pair", "choice"] | None] = None
+    probe: ClassVar[Literal["text", "token", "pair", "choice", "span"] | None] = None
     """Whether linear models on frozen features are a baseline: of whole texts, of each word, of both texts of a pair,
-    each by itself, or of each choice with its question."""
+    each by itself, of each choice with its question, or of each token as an answer's first and last."""
     formats: ClassVar[Mapping[str, str]] = {}
     """What files of some suffix are taken for where the study file names no format, for example ``.txt`` for iob."""
 

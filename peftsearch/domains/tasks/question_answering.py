@@ -86,6 +86,7 @@ class QuestionAnswering(Task):
         "no_answer_exact_match": Metric("no_answer_exact_match", "maximize", "exact match (unanswerable)"),
     }
     Options = QuestionAnsweringOptions
+    probe = "span"
     loss_options: ClassVar[frozenset[str]] = frozenset({"label_smoothing"})
     # PEFT's QUESTION_ANS swallows token_type_ids (and position_ids) on their way to the model: its forward names them
     # as arguments and does not pass them on (PEFT 0.21.2; see test_peft_question_answering_swallows_token_types). An
