@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tiny_models import tiny_decoder, tiny_encoder_decoder
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from peftsearch.domains import PreparedDomain, prepare_domain
 from peftsearch.methods import METHODS
@@ -19,6 +20,7 @@ from peftsearch.training.segment import Segment, SegmentResult, TrialPlan
 from peftsearch.training.worker import Worker
 
 MODELS = {"encoder-decoder": tiny_encoder_decoder, "decoder": tiny_decoder}
+AUTO = {"encoder-decoder": AutoModelForSeq2SeqLM, "decoder": AutoModelForCausalLM}
 SUBJECTS = {
     "dog": "the dog can run",
     "cat": "a cat is not big",

@@ -162,7 +162,7 @@ def _about_texts(
     for text in texts:
         for form_ in forms:
             prompt = f"{head}{shown}Text: {text}\n{form_.ask}"
-            tokens = _without_end(list(tokenizer(prompt)["input_ids"]), tokenizer, domain.architecture)
+            tokens = without_end(list(tokenizer(prompt)["input_ids"]), tokenizer, domain.architecture)
             answers = [answer_tokens(answer, prompt, tokens, chat=False, how=how)[:-1] for answer in form_.answers]
             questions.append(Question(tokens, answers))
     return questions, count
@@ -195,7 +195,8 @@ def _text(ids: Sequence[int], tokenizer: Any) -> str:
     return "\n".join(tokenizer.decode(part).strip() for part in parts if part)
 
 
-def _without_end(ids: list[int], tokenizer: Any, architecture: Architecture) -> list[int]:
+def without_end(ids: list[int], tokenizer: Any, architecture: Architecture) -> list[int]:
+    """A decoder's prompt without the end token that some tokenizers put behind every text."""
     if architecture == "decoder" and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
     return ids

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from peftsearch.domains import PreparedDomain
-from peftsearch.domains.tasks.base import EXAMPLE
+from peftsearch.domains.tasks.base import first_rows
 from peftsearch.domains.tasks.token_classification import LOST, OUTSIDE
 from peftsearch.training.base_model import FrozenBase
 from peftsearch.training.distributed import PeerError, WorkerGroup
@@ -123,10 +123,7 @@ def _references(domain: PreparedDomain, split: str) -> list[Any]:
     """What is right: one for each example, also where an example makes several rows."""
     rows = domain.split(split)[:]
     references = domain.task.references(rows)
-    if EXAMPLE not in rows:
-        return references
-    first = {example: row for row, example in reversed(list(enumerate(rows[EXAMPLE])))}
-    return [references[first[example]] for example in dict.fromkeys(rows[EXAMPLE])]
+    return [references[row] for row in first_rows(rows)]
 
 
 class _Attempts:

@@ -1,7 +1,7 @@
 """Zero-shot and few-shot prompting of the frozen base: what a generative model does without any training.
 
 Labels and choices are compared by likelihood: the answer of the highest mean log-probability per token wins. Texts are
-written as `Generating.predict` writes them.
+written as `Generating.predict` writes them. Stretches of a text are written down by the model and sought in it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import torch
 
 from peftsearch.domains import PreparedDomain
 from peftsearch.domains.models import has_relative_positions
-from peftsearch.domains.tasks.base import Prediction
-from peftsearch.domains.tasks.generation import Generating
-from peftsearch.training.asking import ASKED, balanced, blank_line, without_start
+from peftsearch.domains.tasks.base import EXAMPLE, Prediction, first_rows, pad
+from peftsearch.domains.tasks.generation import Generating, GenerationOptions, generate
+from peftsearch.training.asking import ASKED, balanced, blank_line, without_end, without_start
 from peftsearch.training.base_model import FrozenBase
-from peftsearch.training.batches import collated
+from peftsearch.training.batches import collated, padded_to
+from peftsearch.training.extracting import EXTRACTED, line_ends
 from peftsearch.training.likelihood import Question, answer_scores
 from peftsearch.training.segment import ProbeResult
 
@@ -33,7 +34,8 @@ ZERO_SHOT, FEW_SHOT = "zero-shot prompting", "few-shot prompting"
 class Prompting:
     """The frozen base as it is prompted for a domain.
 
-    Labels, scores and choices are answered by likelihood, summaries and responses by generation.
+    Labels, scores and choices are answered by likelihood; summaries, responses, answers in a text and entities by
+    generation.
 
     Args:
         base: The frozen base.
@@ -42,7 +44,7 @@ class Prompting:
         device: Where the base is.
         split: What is answered.
         limit: Examples of the split that are prompted at most, spread evenly over it; all where None. Where an example
-            takes several prompts (multi_label: one for each label), it counts once for every `PROMPTS` of them.
+            takes several prompts (one for each label, or type of entity), it counts once for every `PROMPTS` of them.
         pause: Called between prompts.
     """
 
@@ -61,19 +63,29 @@ class Prompting:
         self.batch_size = batch_size
         self.device = device
         self.pause = pause
-        count = domain.rows[split]
-        if limit is not None and domain.task.name == "multi_label":
-            limit = max(1, limit * PROMPTS // max(PROMPTS, len(domain.labels)))
+        count, data = domain.rows[split], domain.split(split)
+        several = {
+            "multi_label": len(domain.labels),
+            "token_classification": len(domain.task.metric_labels(domain.labels)),
+        }
+        if limit is not None and domain.task.name in several:
+            limit = max(1, limit * PROMPTS // max(PROMPTS, several[domain.task.name]))
         rows = _spread(count, limit)
-        self.asked_about = domain.split(split)[rows]
         self.examples = len(rows)
         self.of_all = f"on {len(rows)} of {count} {split} examples" if len(rows) < count else f"on all {split} examples"
+        if EXAMPLE in data.column_names:
+            example_of = list(data[EXAMPLE])
+            examples = list(dict.fromkeys(example_of))
+            chosen = {examples[number] for number in rows}
+            rows = [row for row, example in enumerate(example_of) if example in chosen]
+        self.asked_about = data[rows]
 
     @staticmethod
     def possible(domain: PreparedDomain) -> bool:
         """Whether the model is generative and the task can be prompted."""
         task = domain.task
-        return domain.architecture != "encoder" and (isinstance(task, Generating) or task.name in ASKED)
+        prompted = isinstance(task, Generating) or task.name in ASKED or task.name in EXTRACTED
+        return domain.architecture != "encoder" and prompted
 
     def add(self, result: ProbeResult, shots: int) -> None:
         """Add the baseline ``zero_shot``, or with shots ``few_shot``.
@@ -85,6 +97,8 @@ class Prompting:
         """
         if isinstance(self.domain.task, Generating):
             self._add_written(result, shots)
+        elif self._model is not None and self.domain.task.name in EXTRACTED:
+            self._add_extracted(result, self._model, shots)
         elif self._model is not None:
             self._add_chosen(result, self._model, shots)
 
@@ -106,9 +120,52 @@ class Prompting:
         limit = context_length(model, tokenizer, domain.max_length)
         asked = ASKED[domain.task.name](domain, tokenizer, self.asked_about, limit, shots)
         if asked is not None:
-            _check_length(model, asked.questions)
+            _check_length(model, max(_length(question) for question in asked.questions))
             found = answer_scores(model, domain.architecture, asked.questions, self.device, self.pause)
             self._add(result, asked.decide(found), asked.shots, asked.how)
+
+    def _add_extracted(self, result: ProbeResult, model: Any, shots: int) -> None:
+        domain, tokenizer = self.domain, self.base.tokenizer()
+        limit = context_length(model, tokenizer, domain.max_length)
+        asked = EXTRACTED[domain.task.name](domain, tokenizer, self.asked_about, limit, shots)
+        if asked is None:
+            return
+        prompts = [
+            without_end(list(tokenizer(prompt)["input_ids"]), tokenizer, domain.architecture)
+            for prompt in asked.prompts
+        ]
+        longest = max(map(len, prompts))
+        _check_length(model, longest + asked.most)
+        # As many tokens as a batch of the domain's texts has.
+        size = max(1, self.batch_size * domain.max_length // longest)
+        order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+        written = [""] * len(prompts)
+        fill = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        continues = domain.architecture == "decoder"
+        with torch.no_grad():
+            for start in range(0, len(order), size):
+                self.pause()
+                chosen = order[start : start + size]
+                padded, mask = (
+                    torch.from_numpy(pad(rows, value, multiple_of=padded_to(self.device), left=continues))
+                    for rows, value in (
+                        ([prompts[number] for number in chosen], fill),
+                        ([[1] * len(prompts[number]) for number in chosen], 0),
+                    )
+                )
+                texts = generate(
+                    model,
+                    padded.to(self.device),
+                    mask.to(self.device),
+                    tokenizer,
+                    GenerationOptions(),
+                    max_tokens=asked.most,
+                    continues=continues,
+                    ends=line_ends(tokenizer),
+                )
+                for number, text in zip(chosen, texts, strict=True):
+                    written[number] = text.split("\n")[0].strip()
+        self._add(result, asked.decide(written), asked.shots, asked.how)
 
     @functools.cached_property
     def _model(self) -> Any | None:
@@ -116,7 +173,9 @@ class Prompting:
 
     def _add(self, result: ProbeResult, predictions: list[Any], shots: int, how: str) -> None:
         domain = self.domain
-        scores = domain.task.score(predictions, domain.task.references(self.asked_about), domain.labels)
+        references = domain.task.references(self.asked_about)
+        expected = [references[row] for row in first_rows(self.asked_about)]
+        scores = domain.task.score(predictions, expected, domain.labels)
         detail = f"{how}, {self.of_all}"
         if shots:
             examples = f"{shots} training example{'s' if shots > 1 else ''} in the prompt"
@@ -126,12 +185,15 @@ class Prompting:
             result.add("zero_shot", ZERO_SHOT, detail, scores, self.examples)
 
 
-def _check_length(model: Any, questions: Sequence[Question]) -> None:
+def _length(question: Question) -> int:
+    return len(question.prompt) + max(map(len, question.answers))
+
+
+def _check_length(model: Any, longest: int) -> None:
     """Say that a prompt is too long before the model does: on a GPU, what it says ends the process."""
     if has_relative_positions(model.config):
         return
     positions = getattr(model.config, "max_position_embeddings", None)
-    longest = max(len(question.prompt) + max(map(len, question.answers)) for question in questions)
     if positions is not None and longest > positions:
         raise ValueError(f"the longest prompt and answer have {longest} tokens, the model has {positions} positions")
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GPT2Config
-from writing_study import MODELS, plan_and_worker, study, topic_rows, train
+from transformers import AutoTokenizer, GPT2Config
+from writing_study import AUTO, MODELS, plan_and_worker, study, topic_rows, train
 
 from peftsearch.training import asking, prompting
 from peftsearch.training.asking import balanced
@@ -18,7 +18,6 @@ from peftsearch.training.likelihood import Question, answer_scores, common
 from peftsearch.training.prompting import _spread
 from peftsearch.training.segment import PROMPTED, Probe, ProbeResult
 
-AUTO = {"encoder-decoder": AutoModelForSeq2SeqLM, "decoder": AutoModelForCausalLM}
 CPU = torch.device("cpu")
 
 
@@ -275,9 +274,10 @@ def test_an_encoder_is_not_prompted(tmp_path: Path) -> None:
 
 def test_a_prompt_that_has_no_room_in_the_model_fails_before_the_model_sees_it() -> None:
     model = SimpleNamespace(config=GPT2Config(n_positions=8))
-    prompting._check_length(model, [Question([1] * 6, [[2, 3]])])
+    questions = [Question([1], [[2]]), Question([1] * 7, [[2, 3], [2]])]
+    prompting._check_length(model, 8)
     with pytest.raises(ValueError, match="have 9 tokens, the model has 8 positions"):
-        prompting._check_length(model, [Question([1], [[2]]), Question([1] * 7, [[2, 3], [2]])])
+        prompting._check_length(model, max(map(prompting._length, questions)))
 
 
 def test_tuning_beats_prompting(places: dict[str, Path], tmp_path: Path) -> None:

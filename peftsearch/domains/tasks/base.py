@@ -353,6 +353,16 @@ def text_batch(
     return batch
 
 
+def first_rows(rows: Mapping[str, Sequence[Any]]) -> list[int]:
+    """The first row of each example, in the order of the examples, where an example makes several rows; else all."""
+    if EXAMPLE not in rows:
+        return list(range(len(next(iter(rows.values()), ()))))
+    first: dict[int, int] = {}
+    for row, example in enumerate(rows[EXAMPLE]):
+        first.setdefault(example, row)
+    return list(first.values())
+
+
 def predicted_at(labels: torch.Tensor, ignored: int) -> torch.Tensor:
     """Rows and columns at which something is predicted, row by row, of shape (2, positions).
 

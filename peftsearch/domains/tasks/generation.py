@@ -304,6 +304,7 @@ def generate(
     *,
     max_tokens: int,
     continues: bool,
+    ends: Collection[int] = (),
 ) -> list[str]:
     """Let a model write.
 
@@ -318,11 +319,12 @@ def generate(
         settings: How.
         max_tokens: New tokens at most.
         continues: Whether the model continues the prompt (decoders), so that its output begins with it.
+        ends: Tokens that end the text, besides the model's own.
     """
     from transformers import LogitsProcessorList
 
     end = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
+    ends = {*ends, tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
     arguments: dict[str, Any] = {
         "max_new_tokens": max_tokens,
         **({"min_new_tokens": settings.min_tokens} if settings.min_tokens else {"min_length": 0}),
