@@ -104,7 +104,7 @@ def target_modules(model: nn.Module, targets: str) -> str | list[str]:
     """
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    from peftsearch.methods.sublayers import find_sublayers, name_pattern
+    from peftsearch.methods.sublayers import find_sublayers, linear_layers, name_pattern
 
     if targets == ALL_LINEAR:
         return targets
@@ -127,8 +127,12 @@ def target_modules(model: nn.Module, targets: str) -> str | list[str]:
         return known
     sublayers = find_sublayers(model)
     if known is not None:
-        wanted = sublayers.query_and_value
-        return [name for name in known if any(path.endswith(f".{name}") for path in wanted)] or list(known)
+        wanted = [path for path in sublayers.query_and_value if any(path.endswith(f".{name}") for name in known)]
+        names = [name for name in known if any(path.endswith(f".{name}") for path in wanted)]
+        others = set(linear_layers(model)) - set(wanted)
+        if not wanted or not any(path.endswith(f".{name}") for name in names for path in others):
+            return names or list(known)
+        return name_pattern(sublayers, wanted)
     if not sublayers.query_and_value:
         raise ValueError(
             f"No attention was found in {type(model).__name__}: let targets be all-linear, or name the layers to adapt"

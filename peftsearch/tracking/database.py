@@ -36,7 +36,7 @@ from sqlalchemy.exc import (
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from peftsearch.files import FULL
-from peftsearch.spec import StudyError
+from peftsearch.spec import StudyError, first_line
 from peftsearch.tracking.ledger import hide_password
 
 log = logging.getLogger(__name__)
@@ -116,12 +116,12 @@ class PatientStorage(RDBStorage):
                 if not is_away(error):
                     raise
                 waited = time.monotonic() - began
-                no_room = any(text in first_line(error) for text in _NO_ROOM)
+                no_room = any(text in _complaint(error) for text in _NO_ROOM)
                 patience = min(self.patience, FULL) if no_room else self.patience
-                if waited >= patience or any(text in first_line(error) for text in _HOPELESS):
+                if waited >= patience or any(text in _complaint(error) for text in _HOPELESS):
                     what = f"has not answered for {waited:.0f} s" if waited >= patience else "cannot be used"
                     failure = RuntimeError(
-                        f"the ledger {hide_password(self.url)} {what} ({first_line(error)}): nothing that it holds is "
+                        f"the ledger {hide_password(self.url)} {what} ({_complaint(error)}): nothing that it holds is "
                         "lost, run the study again when that is mended"
                     )
                     if writes:
@@ -129,7 +129,7 @@ class PatientStorage(RDBStorage):
                     raise failure from error
                 if not again:
                     log.warning(
-                        "the ledger %s does not answer, waiting: %s", hide_password(self.url), first_line(error)
+                        "the ledger %s does not answer, waiting: %s", hide_password(self.url), _complaint(error)
                     )
                 again = True
                 time.sleep(min(pause, max(0.0, patience - waited)))
@@ -255,7 +255,7 @@ def open_database(url: str, patience: float, guard: Callable[[], None] | None = 
         except StudyError:
             raise
         except Exception as error:  # SQLAlchemy's and the drivers' errors have no common base
-            sentence = f"cannot open the ledger {hide_password(url)}: {first_line(error)}"
+            sentence = f"cannot open the ledger {hide_password(url)}: {_complaint(error)}"
             if isinstance(error, ImportError):
                 raise StudyError(
                     f"{sentence}: the Python driver of that kind of database is not installed", loc
@@ -276,12 +276,11 @@ def is_away(error: BaseException) -> bool:
     return isinstance(error, away)
 
 
-def first_line(error: BaseException) -> str:
+def _complaint(error: BaseException) -> str:
     """What a database's error says, without its statement and its links."""
     if isinstance(error, optuna.exceptions.StorageInternalError) and error.__cause__ is not None:
         error = error.__cause__
-    text = str(getattr(error, "orig", None) or error)
-    return (text.strip().splitlines() or [type(error).__name__])[0]
+    return first_line(getattr(error, "orig", None) or error)
 
 
 def _opens_soon(error: BaseException) -> bool:

@@ -72,7 +72,7 @@ def batch_sizes(lengths: Iterable[int], batch_size: int, tokens: int, batches: i
 
 
 def tokens_of_a_pass(batch_size: int, tokens_per_batch: int | None, longest: int, parts: int) -> int:
-    """Padded tokens of a forward pass, about and at most.
+    """Padded tokens of a forward pass, at most.
 
     Args:
         batch_size: Examples per step at most.
@@ -81,8 +81,11 @@ def tokens_of_a_pass(batch_size: int, tokens_per_batch: int | None, longest: int
         parts: Into how many a step's batch is cut, by texts: over workers, and where gradients are accumulated.
     """
     most = -(-batch_size // parts) * longest
-    # One text at least is computed at once.
-    return most if tokens_per_batch is None else min(most, max(longest, -(-tokens_per_batch // parts)))
+    if tokens_per_batch is None:
+        return most
+    # Of n texts of one length, n * length <= tokens, a part has n / parts, rounded up to whole texts; one text at least
+    # is computed at once.
+    return min(most, max(longest, (tokens_per_batch + (parts - 1) * longest) // parts))
 
 
 def _cut_further(sizes: Sequence[int], batches: int) -> list[int]:

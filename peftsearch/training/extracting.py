@@ -1,4 +1,7 @@
-"""Prompts of tasks whose answers are stretches of the text: a language model writes them, and they are sought in it."""
+"""Prompts of tasks whose answers are stretches of the text: a language model writes them down.
+
+Entities that it lists are sought in the text; an answer to a question is scored as it was written.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 from peftsearch.domains import PreparedDomain
 from peftsearch.domains.metrics.squad import normalise_answer
 from peftsearch.domains.tasks.base import EXAMPLE
+from peftsearch.domains.tasks.token_classification import LOST, OUTSIDE
 from peftsearch.training.asking import balanced
 
 NO_ANSWER, NONE = "no answer", "none"
@@ -41,10 +45,13 @@ def _ask_answer(
 ) -> Extraction | None:
     """A question below its context, all windows put together; None where no shot fits."""
     train = domain.split("train")
-    unanswerable = [start == null for start, null in zip(train["start"], train["null"], strict=True)]
-    head = "Answer the question with words of the text"
-    head += f', or with "{NO_ANSWER}" where the text does not say.\n\n' if any(unanswerable) else ".\n\n"
-    most = domain.task.options.max_answer_length
+    columns = {name: list(train[name]) for name in ("start", "null", "answers")}
+    unanswerable = [not answers for answers in columns["answers"]]
+    head, most = "Answer the question with words of the text", domain.task.options.max_answer_length
+    if any(unanswerable):
+        head += f', or with "{NO_ANSWER}" where the text does not say'
+        most = max(most, _size(f" {NO_ANSWER}", tokenizer))
+    head += ".\n\n"
 
     def example(question: str, text: str, answer: str = "") -> str:
         return f"Text: {text}\nQuestion: {question}\nAnswer:{answer}"
@@ -52,37 +59,58 @@ def _ask_answer(
     def shot(row: int) -> str:
         own = train[row]
         stretch = own["passage"][own["first"][own["start"]] : own["last"][own["end"]]]
-        return example(own["question"], own["passage"], f" {NO_ANSWER if unanswerable[row] else stretch}\n\n")
+        answer = NO_ANSWER if unanswerable[row] else " ".join(stretch.split())
+        return example(own["question"], own["passage"], f" {answer}\n\n")
 
+    # A window that does not hold its question's answer teaches nothing here.
+    usable = [
+        row
+        for row, (start, null) in enumerate(zip(columns["start"], columns["null"], strict=True))
+        if start != null or unanswerable[row]
+    ]
     windows: dict[int, list[int]] = {}
     for row, number in enumerate(asked_about[EXAMPLE]):
         windows.setdefault(number, []).append(row)
     questions = [asked_about["question"][rows[0]] for rows in windows.values()]
-    contexts = [_together([asked_about["passage"][row] for row in rows]) for rows in windows.values()]
-    bare = max(_size(f"{head}{example(question, '')}", tokenizer) for question in questions) + most
+    stride = domain.task.options.stride
+    shared = domain.max_length // 4 if stride is None else stride
+    contexts = [
+        together([(asked_about["passage"][n], asked_about["last"][n]) for n in rows], shared)
+        for rows in windows.values()
+    ]
+    room = limit - max(_size(f"{head}{example(question, '')}", tokenizer) for question in questions) - most
+    if room <= 0:
+        raise ValueError(f"the question and its answer fill the {limit} tokens that a prompt may have")
     longest = max(_size(context, tokenizer) for context in contexts)
-    shown = _shown(shot, balanced(unanswerable, len(unanswerable)), shots, limit - bare - longest, tokenizer)
+    order = [usable[place] for place in balanced([unanswerable[row] for row in usable], len(usable))]
+    # Shots take what the contexts leave, or half of the room: then the longest contexts are cut.
+    shown = _shown(shot, order, shots, max(room - longest, room // 2), tokenizer)
     if shots and not shown:
         return None
-    cut = [_cut(context, limit - bare - _size("".join(shown), tokenizer), tokenizer) for context in contexts]
+    before = head + "".join(shown)
+    left = room - _size("".join(shown), tokenizer)
+    cut = [_cut(context, left, tokenizer) for context in contexts]
     shortened = sum(len(whole) > len(short) for whole, short in zip(contexts, cut, strict=True))
 
     def decide(written: list[str]) -> list[Any]:
         return ["" if normalise_answer(text) == NO_ANSWER else text for text in written]
 
-    prompts = [
-        f"{head}{''.join(shown)}{example(question, text)}" for question, text in zip(questions, cut, strict=True)
-    ]
+    prompts = [before + example(question, text) for question, text in zip(questions, cut, strict=True)]
     how = "the frozen model writes the answer" + (f" ({shortened} contexts cut to fit)" if shortened else "")
     return Extraction(prompts, len(shown), most, decide, how)
 
 
-def _together(passages: Sequence[str]) -> str:
-    """A text from stretches of it that overlap."""
-    whole = passages[0]
-    for passage in passages[1:]:
-        overlap = next((size for size in range(len(passage), 0, -1) if whole.endswith(passage[:size])), 0)
-        whole += passage[overlap:] if overlap else f" {passage}"
+def together(windows: Sequence[tuple[str, Sequence[int]]], shared: int) -> str:
+    """A text from its windows, of which neighbours share some tokens.
+
+    Args:
+        windows: Of each the stretch that it shows, and where in it each token ends (0 for tokens of something else).
+        shared: How many tokens.
+    """
+    whole = windows[0][0]
+    for passage, ends in windows[1:]:
+        own = [end for end in ends if end]
+        whole += passage[own[min(shared, len(own)) - 1] :] if shared else f" {passage}"
     return whole
 
 
@@ -92,7 +120,7 @@ def _ask_entities(
     """For each sentence and each type of entity: which there are; None where no shot fits."""
     labels, train = domain.labels, domain.split("train")
     types = list(domain.task.metric_labels(labels))
-    tags = train["tags"]
+    tags = list(train["tags"])
 
     def head(kind: str) -> str:
         return (
@@ -107,61 +135,80 @@ def _ask_entities(
         found = [" ".join(words[first : last + 1]) for first, last in _stretches(tags[row], labels, kind)]
         return example(kind, words, f" {'; '.join(dict.fromkeys(found)) or NONE}\n\n")
 
-    sentences = asked_about["words"]
+    # Of a long sentence the words that trials see.
+    sentences = [
+        words[: max((place + 1 for place, position in enumerate(positions) if position != LOST), default=1)]
+        for words, positions in zip(asked_about["words"], asked_about["positions"], strict=True)
+    ]
     longest = max(_size(example(types[0], words), tokenizer) for words in sentences)
-    prompts: dict[str, list[str]] = {}
-    counts = set()
+    shown: dict[str, list[str]] = {}
     for kind in types:
         room = limit - longest - _size(head(kind) + kind, tokenizer) - ENTITY_TOKENS
         number = labels.index(f"B-{kind}")
         order = balanced([number in row for row in tags], len(tags))
-        shown = _shown(lambda row, kind=kind: shot(row, kind), order, shots, room, tokenizer)  # type: ignore[misc]
-        if shots and not shown:
-            return None
-        counts.add(len(shown))
-        prompts[kind] = [f"{head(kind)}{''.join(shown)}{example(kind, words)}" for words in sentences]
+        shown[kind] = _shown(functools.partial(shot, kind=kind), order, shots, room, tokenizer)
+    count = min(map(len, shown.values()))
+    if shots and not count:
+        return None
+    before = {kind: head(kind) + "".join(texts[:count]) for kind, texts in shown.items()}
 
     def decide(written: list[str]) -> list[Any]:
         answers = iter(written)
         found = []
-        for words in sentences:
+        for words, whole in zip(sentences, asked_about["words"], strict=True):
             listed = {kind: next(answers).split(";") for kind in types}
-            found.append(entity_tags(words, listed, labels))
+            unseen = [OUTSIDE] * (len(whole) - len(words))
+            found.append(entity_tags(words, listed, labels) + unseen)
         return found
 
-    asked = [prompts[kind][number] for number in range(len(sentences)) for kind in types]
+    asked = [before[kind] + example(kind, words) for words in sentences for kind in types]
     how = "the frozen model lists the entities of each type, which are sought in the text"
-    return Extraction(asked, min(counts), ENTITY_TOKENS, decide, how)
+    return Extraction(asked, count, ENTITY_TOKENS, decide, how)
 
 
 def entity_tags(words: Sequence[str], listed: Mapping[str, Sequence[str]], labels: Sequence[str]) -> list[int]:
     """Numbers of IOB2 tags for entities that were written down.
 
-    An entity is found wherever whole words of the sentence spell it, whatever its case and blanks. Where several
-    overlap, the longest is taken.
+    An entity is found wherever whole words of the sentence spell it, whatever its case and blanks, and without a full
+    stop or comma at its end unless it is spelled with it. Where several overlap, the longest is taken.
 
     Args:
         words: The sentence.
         listed: Type -> entities.
         labels: The tags.
     """
-    spelled = [word.casefold() for word in words]
-    wanted = sorted(
-        {("".join(text.casefold().split()), kind) for kind, texts in listed.items() for text in texts},
-        key=lambda item: (-len(item[0]), item),
-    )
-    tags = [labels.index("O")] * len(words)
-    taken = [False] * len(words)
-    for text, kind in wanted:
-        for first in range(len(words)):
-            last, rest = first, text
-            while rest and last < len(words) and rest.startswith(spelled[last]):
-                rest = rest[len(spelled[last]) :]
-                last += 1
-            if text and not rest and not any(taken[first:last]):
+    spelled = [_plain(word) for word in words]
+    wanted: set[tuple[str, str]] = set()
+    for kind, texts in listed.items():
+        for text in map(_plain, texts):
+            if text.rstrip(".") in ("", NONE):
+                continue
+            bare = text.rstrip(".,")
+            # An abbreviation may end in its stop; a list does, too.
+            wanted.add((bare if bare and _places(spelled, bare) else text, kind))
+    tags = [OUTSIDE] * len(words)
+    for text, kind in sorted(wanted, key=lambda item: (-len(item[0]), item)):
+        for first, last in _places(spelled, text):
+            if all(tag == OUTSIDE for tag in tags[first:last]):
                 tags[first:last] = [labels.index(f"B-{kind}"), *[labels.index(f"I-{kind}")] * (last - first - 1)]
-                taken[first:last] = [True] * (last - first)
     return tags
+
+
+def _plain(text: str) -> str:
+    return "".join(text.casefold().split())
+
+
+def _places(spelled: Sequence[str], text: str) -> list[tuple[int, int]]:
+    """First words, and those behind the last ones, where whole words spell a text."""
+    found = []
+    for first in range(len(spelled)):
+        last, rest = first, text
+        while rest and last < len(spelled) and spelled[last] and rest.startswith(spelled[last]):
+            rest = rest[len(spelled[last]) :]
+            last += 1
+        if not rest:
+            found.append((first, last))
+    return found
 
 
 def _stretches(tags: Sequence[int], labels: Sequence[str], kind: str) -> list[tuple[int, int]]:
@@ -176,16 +223,15 @@ def _stretches(tags: Sequence[int], labels: Sequence[str], kind: str) -> list[tu
 
 
 def _shown(shot: Callable[[int], str], order: Sequence[int], shots: int, room: int, tokenizer: Any) -> list[str]:
-    """The first training examples that fit, each into an even share of the room."""
-    found: list[str] = []
-    # Where hundreds do not fit, the next will not, either.
-    for row in order[: 100 * shots]:
-        text = shot(row)
-        if _size(text, tokenizer) <= room // shots:
-            found.append(text)
-        if len(found) == shots:
-            break
-    return found
+    """As many training examples as fit, up to ``shots``, each into an even share of the room."""
+    # Where none of hundreds fits, the next will not, either.
+    texts = [shot(row) for row in order[: 50 * shots]]
+    sizes = [_size(text, tokenizer) for text in texts]
+    for count in range(shots, 0, -1):
+        found = [text for text, size in zip(texts, sizes, strict=True) if size <= room // count][:count]
+        if len(found) == count:
+            return found
+    return []
 
 
 @functools.lru_cache(maxsize=4)
@@ -202,7 +248,9 @@ def _size(text: str, tokenizer: Any) -> int:
 def _cut(text: str, tokens: int, tokenizer: Any) -> str:
     """The beginning of a text."""
     spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    return text if len(spans) <= tokens else text[: spans[max(tokens, 1) - 1][1]]
+    if len(spans) <= tokens:
+        return text
+    return text[: spans[tokens - 1][1]] if tokens > 0 else ""
 
 
 EXTRACTED = {"question_answering": _ask_answer, "token_classification": _ask_entities}

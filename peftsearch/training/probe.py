@@ -17,6 +17,7 @@ import torch
 from peftsearch.domains import PreparedDomain
 from peftsearch.domains.tasks.base import first_rows
 from peftsearch.domains.tasks.token_classification import LOST, OUTSIDE
+from peftsearch.training.asking import balanced
 from peftsearch.training.base_model import FrozenBase
 from peftsearch.training.distributed import PeerError, WorkerGroup
 from peftsearch.training.evaluate import evaluate
@@ -327,16 +328,24 @@ def _word_probe(result: ProbeResult, encoder: FrozenFeatures, domain: PreparedDo
 
 
 def _span_probe(result: ProbeResult, encoder: FrozenFeatures, domain: PreparedDomain, split: str) -> None:
-    """Linear scores of the answer's first and last token, trained on windows with at most about `WORDS` tokens."""
-    train = domain.split("train")[_some(domain.lengths("train"))]
-    probe = SpanProbe(domain, train, encoder)
+    """Linear scores of the answer's first and last token, trained on windows with at most about `WORDS` tokens.
+
+    Where not all windows can be taken, as many with an answer as without: in long contexts few have one.
+    """
+    data, lengths = domain.split("train"), domain.lengths("train")
+    answered = [start != null for start, null in zip(list(data["start"]), list(data["null"]), strict=True)]
+    order = balanced(answered, len(answered))
+    reached = int(np.searchsorted(np.cumsum([lengths[row] for row in order]), WORDS)) + 1
+    chosen = sorted(order[:reached])
+    probe = SpanProbe(domain, data[chosen], encoder)
     answers = {name: probe.answers(domain.split(name)[:], encoder) for name in {"validation", split}}
 
     def predict(strength: float, name: str) -> list[Any]:
         return answers[name][strength]
 
     fitted = [(f"L2 = {strength:g}", functools.partial(predict, strength)) for strength in probe.weights]
-    what = f"linear scores of first and last token on frozen features of {probe.tokens} tokens"
+    windows = f"{len(chosen)} windows, {sum(answered[row] for row in chosen)} of them with an answer"
+    what = f"linear scores of first and last token on frozen features of {windows}"
     _add_picked(result, domain, split, fitted, what, probe.parameters)
 
 

@@ -1,7 +1,8 @@
 """Zero-shot and few-shot prompting of the frozen base: what a generative model does without any training.
 
 Labels and choices are compared by likelihood: the answer of the highest mean log-probability per token wins. Texts are
-written as `Generating.predict` writes them. Stretches of a text are written down by the model and sought in it.
+written as `Generating.predict` writes them. Answers in a text are scored as they are written; entities that are
+listed are sought in the text.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ SHOTS = 4
 """Training examples shown in a few-shot prompt, where so many fit."""
 PROMPTS = 10
 """So many prompts about one example cost as much as an example may."""
+_PROMPT_TOKENS = 1024
+"""Tokens of a prompt and what is written behind it at most, or four of the domain's longest texts."""
 ZERO_SHOT, FEW_SHOT = "zero-shot prompting", "few-shot prompting"
 
 
@@ -44,7 +47,8 @@ class Prompting:
         device: Where the base is.
         split: What is answered.
         limit: Examples of the split that are prompted at most, spread evenly over it; all where None. Where an example
-            takes several prompts (one for each label, or type of entity), it counts once for every `PROMPTS` of them.
+            takes several prompts (one for each label, or type of entity), it counts once for every `PROMPTS` of them;
+            one behind which entities are written counts as five.
         pause: Called between prompts.
     """
 
@@ -66,7 +70,8 @@ class Prompting:
         count, data = domain.rows[split], domain.split(split)
         several = {
             "multi_label": len(domain.labels),
-            "token_classification": len(domain.task.metric_labels(domain.labels)),
+            # What is written costs more than what is judged.
+            "token_classification": 5 * len(domain.task.metric_labels(domain.labels)),
         }
         if limit is not None and domain.task.name in several:
             limit = max(1, limit * PROMPTS // max(PROMPTS, several[domain.task.name]))
@@ -126,7 +131,8 @@ class Prompting:
 
     def _add_extracted(self, result: ProbeResult, model: Any, shots: int) -> None:
         domain, tokenizer = self.domain, self.base.tokenizer()
-        limit = context_length(model, tokenizer, domain.max_length)
+        # Whole contexts may be documents, of which trials see a window at a time.
+        limit = min(context_length(model, tokenizer, domain.max_length), max(_PROMPT_TOKENS, 4 * domain.max_length))
         asked = EXTRACTED[domain.task.name](domain, tokenizer, self.asked_about, limit, shots)
         if asked is None:
             return

@@ -131,7 +131,9 @@ def finished_result(study_folder: Place, plan: TrialPlan) -> SegmentResult | Non
 
 def _result(written: Mapping[str, Any]) -> SegmentResult:
     test = written.get("test")
-    return SegmentResult(**{**written, "test": TestReading(**test) if test else None})
+    # Earlier versions wrote more.
+    known = {name: value for name, value in written.items() if name in SegmentResult.__dataclass_fields__}
+    return SegmentResult(**{**known, "test": TestReading(**test) if test else None})
 
 
 class TrialSession:

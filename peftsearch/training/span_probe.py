@@ -37,22 +37,36 @@ class SpanProbe:
     def __init__(self, domain: PreparedDomain, train: Mapping[str, Sequence[Any]], encoder: FrozenFeatures) -> None:
         self._domain = domain
         states = encoder.each(train, _states)
-        every = np.concatenate(states)
-        self._mean, self._deviation = every.mean(axis=0), every.std(axis=0) + 1e-6
-        self.tokens, features = every.shape
+        lengths = [len(own) for own in states]
+        inputs = np.concatenate(states)
+        del states
+        self._mean, self._deviation = inputs.mean(axis=0), inputs.std(axis=0) + 1e-6
+        inputs -= self._mean
+        inputs /= self._deviation
+        self.tokens, features = inputs.shape
         self.parameters = 2 * features
         batch = domain.task.collate(train, domain.pad_token_id, multiple_of=1)
-        inputs = _padded([(own - self._mean) / self._deviation for own in states])
-        self.weights = {strength: self._fit(inputs, batch, strength) for strength in STRENGTHS}
+        self.weights = {
+            strength: self._fit(torch.from_numpy(inputs), lengths, batch, strength) for strength in STRENGTHS
+        }
 
-    def _fit(self, inputs: torch.Tensor, batch: Mapping[str, Any], strength: float) -> torch.Tensor:
-        """L-BFGS: the loss is convex."""
+    def _fit(self, inputs: torch.Tensor, lengths: list[int], batch: Mapping[str, Any], strength: float) -> torch.Tensor:
+        """L-BFGS: the loss is convex.
+
+        Args:
+            inputs: Of all windows' tokens, shape (tokens, features): padded to the longest window they would be many
+                times as many.
+            lengths: Tokens of each window.
+            batch: All windows.
+            strength: Of the penalty.
+        """
         weights = torch.zeros(inputs.shape[-1], 2, requires_grad=True)
         optimizer = torch.optim.LBFGS([weights], max_iter=_STEPS, line_search_fn="strong_wolfe")
 
         def loss() -> torch.Tensor:
             optimizer.zero_grad()
-            found = self._domain.task.losses(_output(inputs @ weights), batch).mean()
+            scores = nn.utils.rnn.pad_sequence(list(torch.split(inputs @ weights, lengths)), batch_first=True)
+            found = self._domain.task.losses(_output(scores), batch).mean()
             found = found + strength / 2 * weights.square().sum()
             found.backward()  # type: ignore[no-untyped-call]
             return found

@@ -183,7 +183,7 @@ def padding(bench: Bench) -> Iterator[tuple[str, Side, Side]]:
     count, tokens = -(-len(lengths) // 16), 16 * 128
 
     def padded(batches: list[list[int]]) -> int:
-        return sum(len(rows) * -(-max(lengths[row] for row in rows) // 8) * 8 for rows in batches)
+        return sum(len(rows) * max(lengths[row] for row in rows) for rows in batches)
 
     drawn = [list(range(start, min(start + 16, len(lengths)))) for start in range(0, len(lengths), 16)]
     sorted_ = DataOrder(lengths, 16, 0)

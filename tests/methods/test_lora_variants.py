@@ -153,6 +153,8 @@ def test_the_feed_forward_is_no_attention_whatever_peft_says_of_the_architecture
     assert "fc1" in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["phi"]
     assert target_modules(meta("phi"), ATTENTION) == ["q_proj", "v_proj"]
     assert target_modules(meta("phi"), ATTENTION) == target_modules(meta("llama"), ATTENTION)
+    # RWKV's feed-forward has a "value", too.
+    assert target_modules(meta("rwkv"), ATTENTION) == r"(.*\.)?(blocks\.\d+\.attention\.value)"
 
 
 def test_all_of_an_attention_whose_layers_have_other_names() -> None:

@@ -222,6 +222,28 @@ def test_the_files_of_another_trial_under_the_same_number_are_not_taken_for_its_
     assert meta["trial"] == other.digest
 
 
+def test_a_trial_goes_on_from_a_state_of_an_earlier_version(plan: StudyPlan, tmp_path: Path) -> None:
+    undisturbed = train(plan, tmp_path / "a")
+    folder = trial_folder(tmp_path / "b", "00000")
+    train(plan, tmp_path / "b", 2)
+    for step in saved_steps(folder):
+        tensors, meta = read_checkpoint(folder / state_name(step))
+        # Results named the worker once.
+        meta["result"]["worker"] = "slot 0, some host, process 1"
+        write_checkpoint(folder / state_name(step), tensors, meta)
+    steps = steps_of(plan)
+    worker = new_worker(plan, tmp_path / "b")
+    assert [
+        numbers(worker.do(Segment(trial(plan), step, final=step == steps[-1]))) for step in steps[2:]
+    ] == undisturbed[2:]
+    weights = folder / WEIGHTS
+    tensors, meta = read_checkpoint(weights)
+    meta["result"]["worker"] = "the same"
+    write_checkpoint(weights, tensors, meta)
+    again = new_worker(plan, tmp_path / "b").do(Segment(trial(plan), steps[-1], final=True))
+    assert numbers(again) == undisturbed[-1]
+
+
 def test_a_segment_before_the_latest_state_begins_at_the_state_before_it(plan: StudyPlan, tmp_path: Path) -> None:
     undisturbed = train(plan, tmp_path, 3)
     steps = steps_of(plan)

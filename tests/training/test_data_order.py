@@ -76,9 +76,25 @@ def test_a_limit_on_tokens_fills_batches_and_draws_them_anew() -> None:
     assert set(again.batch(steps + 3)) == second[3]
 
 
+@given(
+    st.lists(st.integers(1, 64), min_size=1, max_size=60),
+    st.integers(1, 20),
+    st.one_of(st.none(), st.integers(1, 400)),
+    st.integers(1, 4),
+)
+def test_no_pass_has_more_tokens_than_said(lengths: list[int], batch_size: int, tokens: int | None, parts: int) -> None:
+    most = tokens_of_a_pass(batch_size, tokens, max(lengths), parts)
+    order = DataOrder(lengths, batch_size, 0, tokens)
+    steps = len(batch_sizes(lengths, batch_size, tokens)) if tokens else -(-len(lengths) // batch_size)
+    for step in range(steps):
+        rows = order.batch(step)
+        size = -(-len(rows) // parts)
+        passes = [rows[first : first + size] for first in range(0, len(rows), size)]
+        assert max(len(own) * max(lengths[row] for row in own) for own in passes) <= most
+
+
 @pytest.mark.parametrize(
-    ("tokens", "parts", "expected"),
-    [(None, 1, 16 * 40), (None, 3, 6 * 40), (320, 1, 320), (320, 2, 160), (1000, 1, 640), (20, 1, 40), (100, 4, 40)],
+    ("tokens", "parts", "expected"), [(None, 1, 16 * 40), (None, 3, 6 * 40), (320, 1, 320), (1000, 1, 640), (20, 1, 40)]
 )
 def test_how_many_tokens_a_pass_has_at_most(tokens: int | None, parts: int, expected: int) -> None:
     assert tokens_of_a_pass(16, tokens, 40, parts) == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from writing_study import AUTO, MODELS, plan_and_worker, study
 
 from peftsearch.training import extracting
 from peftsearch.training import probe as probe_module
-from peftsearch.training.extracting import EXTRACTED, _together, entity_tags, line_ends
+from peftsearch.training.extracting import EXTRACTED, entity_tags, line_ends, together
 from peftsearch.training.segment import Probe, ProbeResult
 
 LABELS = ("O", "B-Drug", "I-Drug", "B-Gene", "I-Gene")
@@ -38,15 +39,26 @@ def test_entities_are_found_as_whole_words_whatever_their_case_and_blanks() -> N
     assert tags("iron iron oxide", Drug=["iron", "iron oxide"]) == ["B-Drug", "B-Drug", "I-Drug"]
     assert tags("p53 gene p53", Gene=["p53"]) == ["B-Gene", "O", "B-Gene"]
     assert tags("nothing here", Drug=["none", "", " "], Gene=[]) == ["O", "O"]
+    # "none" is no entity, whatever the text says; a list's full stop is no part of one, an abbreviation's is.
+    assert tags("None of them took aspirin .", Gene=["none"], Drug=["aspirin."]) == [*"OOOO", "B-Drug", "O"]
+    assert tags("vit. C or vit.", Drug=["vit."]) == ["B-Drug", "O", "O", "B-Drug"]
+    assert entity_tags(["New York", "is"], {"Drug": ["new york"]}, LABELS) == [1, 0]
     # What two types name goes to the one that comes first, always the same.
     assert tags("x y", Drug=["x"], Gene=["x"]) == tags("x y", Gene=["x"], Drug=["x"])
 
 
 def test_a_text_from_its_windows() -> None:
-    text = "one two three four five six"
-    assert _together([text[:14], text[8:18], text[14:]]) == text
-    assert _together(["one two", "three"]) == "one two three"
-    assert _together([text]) == text
+    text = "name ____ ____ ____ date ____ ____ end"
+    spans = [(found.start(), found.end()) for found in re.finditer(r"\S+", text)]
+    windows = []
+    for first in range(0, 6, 2):
+        own = spans[first : first + 4]
+        windows.append((text[own[0][0] : own[-1][1]], [0, *(end - own[0][0] for _, end in own), 0]))
+    assert windows[0][0] == "name ____ ____ ____"
+    # What repeats itself is no overlap.
+    assert together(windows, 2) == text
+    assert together([("one two", [3, 7]), ("oranges", [7])], 0) == "one two oranges"
+    assert together(windows[:1], 2) == windows[0][0]
 
 
 def answers(count: int, words: int = 8) -> list[dict[str, Any]]:
@@ -96,7 +108,10 @@ def test_what_a_model_writes_is_scored_as_the_answer(
 ) -> None:
     # More do not fit beside a text in the tiny models.
     monkeypatch.setattr(probe_module, "SHOTS", 2)
-    rows = {"train": answers(30), "validation": answers(20)}
+    rows = {
+        split: [row for row in answers(count) if row["answers"]["text"]]
+        for split, count in (("train", 30), ("validation", 25))
+    }
     domain = {"task": "question_answering", "options": {"max_answer_length": 1}}
     for word in ("dog", "cat"):
         folder = writer(kind, places[kind], word, tmp_path / word)
@@ -130,12 +145,14 @@ def test_a_question_is_asked_below_its_whole_text(kind: str, places: dict[str, P
         assert sum(shot.endswith("Answer: no answer\n\n") for shot in shots) == 1
     assert asked.decide(["the dog", "No answer."]) == ["the dog", ""]
     # Of a text that does not fit the beginning is asked about; where no shot fits there is no few-shot prompt.
-    short = EXTRACTED["question_answering"](domain, tokenizer, seen, 60, 0)
+    short = EXTRACTED["question_answering"](domain, tokenizer, seen, 82, 0)
     assert short is not None
-    assert "contexts cut to fit" in short.how or all(
-        len(tokenizer(prompt)["input_ids"]) < 60 for prompt in short.prompts
-    )
-    assert EXTRACTED["question_answering"](domain, tokenizer, seen, 60, 2) is None
+    assert short.how.endswith("contexts cut to fit)")
+    assert all("Text: the" in prompt or "Text: red" in prompt for prompt in short.prompts)
+    assert all(len(tokenizer(prompt)["input_ids"]) + short.most <= 82 for prompt in short.prompts)
+    assert EXTRACTED["question_answering"](domain, tokenizer, seen, 82, 2) is None
+    with pytest.raises(ValueError, match="the question and its answer fill the 40 tokens that a prompt may have"):
+        EXTRACTED["question_answering"](domain, tokenizer, seen, 40, 0)
 
 
 def sentences(count: int) -> list[dict[str, Any]]:
