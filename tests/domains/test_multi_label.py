@@ -226,7 +226,9 @@ def test_every_kind_of_model_learns(make: Callable[[Path], Path], tmp_path: Path
     }
     file = written_study(tmp_path, make(tmp_path / "model"), DOMAIN, splits, training=training)
     plan, worker = plan_and_worker(file, tmp_path)
-    first, last = train(plan, worker, "lora", rank=4, targets="all-linear", learning_rate=1e-2)
+    # At 1e-2 a third of the seeds of the encoder end where they began.
+    rate = 3e-3 if make is tiny_encoder else 1e-2
+    first, last = train(plan, worker, "lora", rank=4, targets="all-linear", learning_rate=rate)
     assert last.loss < first.loss
     baselines = worker.do(Probe(next(iter(plan.models)), "d"))
     assert isinstance(baselines, ProbeResult)

@@ -62,7 +62,7 @@ def test_a_failure_is_one_sentence_and_not_repeated_at_once(pages: Pages, monkey
         raise OSError(f"the disk is away\nat {name}")
 
     monkeypatch.setattr(live, "_read", read)
-    monkeypatch.setattr(live, "_statuses", lambda: read(""))
+    monkeypatch.setattr(live, "read_statuses", lambda storage: read(""))
     monkeypatch.setattr(live, "FRESH", 600.0)
     for answer in (pages.data, pages.page, pages.data):
         refused = answer(request("made-up"))
