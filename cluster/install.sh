@@ -31,6 +31,8 @@ if [ -n "$constraints" ] && [ -s "$constraints" ]; then
   pinned=(--constraint "$constraints")
 fi
 "$environment/bin/pip" install --quiet --disable-pip-version-check "${pinned[@]}" "${wheel}[cluster,postgres]"
+# pip takes a wheel that was built anew, with the same version, for the one that is installed.
+"$environment/bin/pip" install --quiet --disable-pip-version-check --no-deps --force-reinstall "$wheel"
 
 if [ -n "$constraints" ] && [ ! -s "$constraints" ]; then
   mkdir -p "$(dirname "$constraints")"

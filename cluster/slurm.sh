@@ -33,6 +33,9 @@ export PATH=$environment/bin:$PATH
 # Slurm's own --requeue is for lost nodes; two minutes before time runs out, --signal says so to this script.
 trap 'out_of_time=yes; scontrol requeue "$SLURM_JOB_ID"' USR1
 
+# Many nodes that import Ray from a cold network file system take longer than the 30 seconds that Ray would wait.
+export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600
+
 # srun starts the same command on every node: the first becomes the head, and runs what follows "--". A port by the
 # job's number, so that a node that is still being cleaned up is not met.
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

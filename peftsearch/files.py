@@ -30,6 +30,8 @@ from peftsearch.spec import StudyError, first_line
 
 log = logging.getLogger(__name__)
 
+_NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "fuse.", "9p", "ceph", "lustre", "gpfs", "beegfs", "glusterfs", "afs")
+
 SCHEMES = ("s3", "gs")
 """Object stores that storages may be in."""
 
@@ -582,3 +584,14 @@ def _beside(where: Path) -> Iterator[Path]:
 
 def _temporary(where: Path) -> Path:
     return where.with_name(f".{where.name}.{uuid.uuid4().hex[:12]}")
+
+
+def on_network(path: Path) -> bool:
+    """Whether a path is on a file system that other machines may write, too."""
+    import psutil
+
+    place = os.path.realpath(path)
+    mounts = {item.mountpoint: item.fstype for item in psutil.disk_partitions(all=True)}
+    while place not in mounts and place != "/":
+        place = os.path.dirname(place)
+    return mounts.get(place, "").startswith(_NETWORK_FILE_SYSTEMS)

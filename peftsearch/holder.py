@@ -333,8 +333,9 @@ def _kernel_lock(folder: Place) -> Iterator[bool]:
     with (folder / _LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
+        except OSError as error:
+            # Some network file systems have no locks (Lustre without -o flock, NFS without lockd): the leases do.
+            yield error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
             return
         try:
             yield True

@@ -132,7 +132,9 @@ def frontier(
         write(csv, trials_csv([record for front in fronts.values() for record in front.front]))
     if html:
         standing = chosen.status()
-        page = front_html(records, chosen_facts, state=standing["state"], planned=standing["planned"], storage=storage)
+        # Of one domain alone it is not known.
+        planned = standing["planned"] if domain is None else None
+        page = front_html(records, chosen_facts, state=standing["state"], planned=planned, storage=storage)
         write(html, page.encode())
     if png:
         write(png, front_png(records, chosen_facts))

@@ -147,7 +147,8 @@ def _choice(task: Task, example: Example, values: list[Any], labels: Sequence[st
 
 def _perplexity(task: Task, example: Example, values: list[Any], labels: Sequence[str]) -> Answer:
     nats, tokens, size = task.merge(values)
-    return {"": math.exp(min(nats / tokens, 700.0)), "bits_per_byte": nats / math.log(2) / size}
+    # Of a text of one token, which nothing stands before, a decoder predicts no byte: only that it ends.
+    return {"": math.exp(min(nats / tokens, 700.0)), "bits_per_byte": nats / math.log(2) / size if size else None}
 
 
 _CLASSIFICATION = Answers({"": pa.string(), "probability": pa.float64()}, _with_probabilities, _label)

@@ -125,7 +125,11 @@ def _similarity(use: Use) -> list[str]:
             'print(rate(["A first text."], ["What goes with it."]))',
         ]
     mean, deviation = scale_of(use.facts.labels)
-    return _about_texts(use, "rate", f"[{mean!r} + {deviation!r} * value for value in logits[:, 0].tolist()]")
+    rated = f"{mean!r} + {deviation!r} * value"
+    if use.task.options.range is not None:
+        low, high = use.task.options.range
+        rated = f"min(max({rated}, {low:g}), {high:g})"
+    return _about_texts(use, "rate", f"[{rated} for value in logits[:, 0].tolist()]")
 
 
 def _token_classification(use: Use) -> list[str]:

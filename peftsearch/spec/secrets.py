@@ -35,7 +35,7 @@ _SHOWN = re.compile(
 _QUERY = re.compile(rf"(?P<before>[?&])[\w.-]*{_WORDS}=(?P<value>[^&\s'\"]*)(?P<more>&?)", re.IGNORECASE)
 # In what is one URL and nothing else, a password may contain anything but "@".
 _URL_LOGIN = re.compile(_SCHEME + r"(?P<user>[^:/@]*):(?P<password>[^@]*)@")
-_ENVIRONMENT = re.compile(rf"(?:^|_){_WORDS}S?(?:_|$)", re.IGNORECASE)
+_ENVIRONMENT = re.compile(rf"(?:^|_|^PG){_WORDS}S?(?:_|$)", re.IGNORECASE)
 _SHORTEST = 6
 
 _known: set[str] = set()

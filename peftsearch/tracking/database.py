@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-import os
 import time
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
@@ -35,7 +34,7 @@ from sqlalchemy.exc import (
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from peftsearch.files import FULL
+from peftsearch.files import FULL, on_network
 from peftsearch.spec import StudyError, first_line
 from peftsearch.tracking.ledger import hide_password
 
@@ -58,8 +57,6 @@ _NO_ROOM = ("disk is full", "No space left on device")
 
 _NO_TRIAL = 2**31 - 1
 """No trial's id in a database is higher: the column is an integer of 32 bits."""
-
-_NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "fuse.", "9p", "ceph", "lustre", "gpfs", "beegfs", "glusterfs", "afs")
 
 
 class PatientStorage(RDBStorage):
@@ -346,14 +343,3 @@ def _sqlite_settings(url: URL) -> Callable[[Any, Any], None]:
             connection.execute("PRAGMA synchronous=FULL")
 
     return settings
-
-
-def on_network(path: Path) -> bool:
-    """Whether a path is on a file system that other machines may write, too."""
-    import psutil
-
-    place = os.path.realpath(path)
-    mounts = {item.mountpoint: item.fstype for item in psutil.disk_partitions(all=True)}
-    while place not in mounts and place != "/":
-        place = os.path.dirname(place)
-    return mounts.get(place, "").startswith(_NETWORK_FILE_SYSTEMS)

@@ -6,6 +6,7 @@ import os
 from contextlib import closing
 from pathlib import Path
 
+from peftsearch.files import on_network
 from peftsearch.spec import hide_secrets, without_passwords
 from peftsearch.tracking.names import shorten
 
@@ -44,7 +45,7 @@ def prepare_environment() -> None:
 
 
 def prepare_sqlite(tracking_uri: str) -> None:
-    """Create a SQLite store's folder, and have the file use a write-ahead log.
+    """Create a SQLite store's folder, and have the file use a write-ahead log; not on a network's file system.
 
     It is remembered in the file. Writing a trial then takes a third of the time, and whoever looks at the UI neither
     waits for the study nor stops it. https://www.sqlite.org/wal.html
@@ -56,7 +57,8 @@ def prepare_sqlite(tracking_uri: str) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with closing(sqlite3.connect(path, timeout=10)) as connection:
-        connection.execute("PRAGMA journal_mode=WAL")
+        # A write-ahead log needs shared memory, which several machines do not have.
+        connection.execute(f"PRAGMA journal_mode={'DELETE' if on_network(path) else 'WAL'}")
 
 
 def sqlite_file(tracking_uri: str) -> Path | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import socket
@@ -216,6 +218,17 @@ def test_a_lease_costs_little_to_check(tmp_path: Path) -> None:
         for _ in range(10_000):
             lease.check()
         assert time.perf_counter() - began < 0.5
+
+
+def test_a_file_system_without_locks_is_no_other_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with holder.hold(tmp_path, "s"), pytest.raises(StudyError, match="is being run by"), holder.hold(tmp_path, "s"):
+        pass
+    with holder.hold(tmp_path, "s"):
+        pass
 
 
 def test_old_leases_do_not_pile_up(tmp_path: Path) -> None:

@@ -131,6 +131,12 @@ def test_an_error_cannot_quote_a_password() -> None:
         assert "hunter2" not in str(error) + error.message + repr(error)
 
 
+@pytest.mark.parametrize("name", ENVIRONMENT)
+def test_what_a_variable_holds_whose_name_says_so_is_hidden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, ENVIRONMENT[name])
+    assert ENVIRONMENT[name] not in hide_secrets(f"cannot sign in with {ENVIRONMENT[name]} there")
+
+
 @pytest.fixture
 def secretive(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in ENVIRONMENT.items():

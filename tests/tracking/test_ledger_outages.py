@@ -18,10 +18,11 @@ import pytest
 from postgres_server import PostgresServer, remove, start_server
 from small_disk import fill
 
+from peftsearch.files import on_network
 from peftsearch.spec import Reading, Rung, StudyError, TrialRecord
 from peftsearch.tracking import database
-from peftsearch.tracking.database import on_network
 from peftsearch.tracking.ledger import Ledger, LedgerCell
+from peftsearch.tracking.mlflow_store import prepare_sqlite
 
 CELLS = [LedgerCell(f"d/{name}/m", "m", "d", name, "accuracy", "maximize") for name in ("lora", "full")]
 
@@ -304,7 +305,12 @@ def test_a_write_ahead_log_is_for_local_files_alone(tmp_path: Path, monkeypatch:
 
     assert not on_network(tmp_path)
     assert mode(tmp_path / "local.db") == "wal"
+    prepare_sqlite(f"sqlite:///{tmp_path}/mlflow.db")
     mounts: Callable[..., Any] = lambda all: [sdiskpart("server:/x", str(tmp_path), "nfs4", "rw")]  # noqa: E731
     monkeypatch.setattr(psutil, "disk_partitions", mounts)
     assert mode(tmp_path / "shared.db") == "delete"
     assert mode(tmp_path / "local.db") == "delete"
+    # MLflow's file is that of all studies of a storage.
+    prepare_sqlite(f"sqlite:///{tmp_path}/mlflow.db")
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)

@@ -49,7 +49,7 @@ pickle.dump((told, found), open(sys.argv[1], "wb"))
 
 
 def test_a_pack_that_does_not_fit_is_halved(write_study: Callable[..., Path], tmp_path: Path) -> None:
-    training = {"epochs": 1, "evaluations": 1, "batch_size": 16, "max_length": 16, "precision": "fp32"}
+    training = {"epochs": 1, "evaluations": 1, "batch_size": 24, "max_length": 16, "precision": "fp32"}
     plan = plan_study(StudyFile.load(write_study(methods={"adapter": {}}, training=training)), tmp_path / "cache")
     values: dict[str, Any] = SAMPLES["adapter"] | {"bottleneck": 20_000}
     steps = plan.budgets["topics", "adapter"].total_steps

@@ -78,7 +78,7 @@ def _headline(study: Material, name: str) -> Iterator[str]:
         yield f"{differences} {', '.join(ties)} {'is' if len(ties) == 1 else 'are'} within the noise."
     cheap = comparison.cheapest
     if cheap is not None and cheap.record.trainable_parameters >= best.chosen.trainable_parameters:
-        yield "Nothing cheaper is within the noise of it."
+        yield "No cheaper trial that was confirmed is within the noise of it."
     elif cheap is not None:
         value_of = tested(cheap.record) or validated(cheap.record)
         assert value_of is not None
@@ -124,6 +124,8 @@ def _against_baselines(best: Result, baselines: Iterable[Baseline]) -> str:
     listed = ", ".join(f"{title} {words.number(value)}" for title, value in known.items())
     if gain <= 0:
         lead = f"Tuning did not pay: nothing beats the {hardest} on the test split"
+    elif seeds < 2:
+        lead = f"It is open whether tuning paid: one seed alone is {words.number(gain)} better than the {hardest}"
     elif gain < seed_noise(best.test, (known[hardest], 0.0, 1)):
         lead = f"It is open whether tuning paid: the gain over the {hardest} is within the noise of {seeds} seeds"
     else:

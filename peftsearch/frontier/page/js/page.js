@@ -167,7 +167,8 @@ function controls(domain, shown) {
   const sizes = domain.trials.map(trial => Math.max(1, trial.trainable_parameters)).sort((a, b) => a - b);
   const [least, most] = [sizes[0] ?? 1, sizes.at(-1) ?? 1], stops = 200;
   const limitAt = stop => stop >= stops ? null : Math.ceil(least * (most / least) ** (stop / stops));
-  const stopNow = view.budget === null || most === least ? stops
+  // Where all have one size, a budget of another domain leaves all of them or none.
+  const stopNow = view.budget === null ? stops : most === least ? (view.budget < least ? 0 : stops)
     : Math.round(Math.max(0, Math.min(1, Math.log(view.budget / least) / Math.log(most / least))) * stops);
   const limitText = limit => limit === null ? 'no limit' : `at most ${whole(limit)}`;
   const output = h('output', {for: 'budget'}, limitText(view.budget));
@@ -176,7 +177,7 @@ function controls(domain, shown) {
       !view.withoutMethods.has(index), () => {
         if (!view.withoutMethods.delete(index)) view.withoutMethods.add(index);
       }, `method-${index}`, glyph(study.methods[index]))))),
-    most > least ? h('div', {class: 'field budget'}, h('label', {for: 'budget'}, 'Budget of trainable parameters'),
+    most > least || view.budget !== null ? h('div', {class: 'field budget'}, h('label', {for: 'budget'}, 'Budget of trainable parameters'),
       h('input', {type: 'range', id: 'budget', min: 0, max: stops, value: stopNow, 'data-focus': 'budget',
         'aria-valuetext': limitText(view.budget),
         oninput: event => {
@@ -346,7 +347,8 @@ function drawHistory(domain) {
     at('history-table').replaceChildren();
     return;
   }
-  if (domain.front.length && domain.hypervolume === 0) {
+  const outside = domain.trials.filter(finished).every(trial => trial.value < 0 || trial.value > 1);
+  if (domain.front.length && domain.hypervolume === 0 && outside) {
     host.replaceChildren(h('p', {class: 'small soft'}, `It says nothing of a metric outside 0 to 1, such as this ${domain.title}.`));
     at('history-table').replaceChildren();
     return;
