@@ -20,6 +20,9 @@ from peftsearch.training.segment import Failure, Outcome, Segment, Work
 from peftsearch.workers.metrics import TICK_SECONDS, DispatcherMeter, Meter
 from peftsearch.workers.packing import Others, Sizes, Waiting, choose
 
+STILLBIRTHS = 5
+"""A slot whose worker groups die so often in a row before they are warm is given up."""
+
 _POLL_SECONDS = 5.0
 """A slot's call returns after this long without work, so that a group never waits in a collective for minutes."""
 
@@ -115,6 +118,7 @@ class Dispatcher:
         self._watch: asyncio.Task[None] | None = None
         self._measuring: asyncio.Task[None] | None = None
         self._notes: list[str] = []
+        self._stillborn: dict[int, int] = {}
 
     # --- asked by trial actors and the driver ---
 
@@ -191,7 +195,7 @@ class Dispatcher:
         info: Mapping[str, Any] | None = None,
         holds: Sequence[str] = (),
         doing: Sequence[Work] = (),
-    ) -> None:
+    ) -> bool:
         """A slot's worker group has started, or started anew: what it had leased before is handed out again.
 
         Args:
@@ -200,16 +204,30 @@ class Dispatcher:
             info: As for `warm`, where the group is warm already and joins a dispatcher that was started anew.
             holds: Keys of the trials whose state it holds in memory.
             doing: What it is working on.
+
+        Returns:
+            Whether it may go on. A slot whose worker groups die one after another while they load the model, as those
+            do that the system kills for their memory, is given up: Ray Train would start it for ever.
         """
         before = self._slots.get(slot)
         if before is not None and before.incarnation == incarnation:
-            return
+            return True
+        stillborn = before is not None and not before.ready and not before.info and info is None
+        self._stillborn[slot] = self._stillborn.get(slot, 0) + 1 if stillborn else 0
+        if self._stillborn[slot] == STILLBIRTHS:
+            del self._slots[slot], self._stillborn[slot]
+            self._unusable[slot] = (
+                f"slot {slot}: its worker died {STILLBIRTHS} times while it loaded model and data, as it does where "
+                "memory does not hold them"
+            )
+            return False
         mine = self._slots[slot] = _Slot(incarnation, ready=info is not None, holds=set(holds), doing=list(doing))
         mine.info.update(info or {})
         self._unusable.pop(slot, None)
         if before is not None:
             self._requeue(before, "its worker died")
         self._wake()
+        return True
 
     async def warm(self, slot: int, incarnation: str, info: dict[str, Any]) -> None:
         """The slot has loaded model and data."""
@@ -240,6 +258,11 @@ class Dispatcher:
             at_work: Whether it has work already and asks for more.
         """
         deadline = time.monotonic() + _POLL_SECONDS
+        asking = self._mine(slot, incarnation)
+        if asking is not None and asking.leased and not at_work:
+            # An answer was lost on its way, and Ray asks again: nobody works on what it leased.
+            self._queue.extendleft(job for job in reversed(asking.leased.values()) if not job.answer.done())
+            asking.leased.clear()
         while True:
             if self._stopping:
                 return Order(stop=True)

@@ -50,9 +50,12 @@ def slot_loop(config: dict[str, Any]) -> None:
     # Every rank speaks for the slot where it fails alone.
     link.incarnation = group.from_first(link.incarnation) or link.incarnation
     leads = group.rank == 0
+    goes_on = True
     if leads:
         with contextlib.suppress(ray.exceptions.ActorDiedError):
-            link.tell("join")
+            goes_on = link.tell("join")
+    if not group.from_first(goes_on):
+        return
     worker = Worker(plan, group)
     departs = departure()
     # The others of a group leave when the first does: they ask one another.

@@ -160,3 +160,33 @@ def test_data_that_is_gone_or_another_is_one_sentence_and_costs_nothing(
             counted.duplicated,
         )
     )
+
+
+def test_a_worker_that_dies_whenever_it_loads_the_model_ends_the_study_in_one_sentence(
+    drive: Callable[..., Driver], write_study: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As where the system kills it for its memory: Ray Train would start it for ever."""
+    driver = drive(write_study("heavy", methods={"lora": {}}), tmp_path / "storage", "heavy")
+    killed: set[int] = set()
+
+    def loads(worker: psutil.Process) -> bool:
+        try:
+            return "model.safetensors" in Path(f"/proc/{worker.pid}/maps").read_text()
+        except OSError:
+            return False
+
+    while driver.running:
+        for worker in driver.workers():
+            deadline = time.monotonic() + 60
+            while driver.running and worker.is_running() and time.monotonic() < deadline:
+                if loads(worker):
+                    killed.add(worker.pid)
+                    worker.kill()
+                    break
+                time.sleep(0.01)
+        time.sleep(0.2)
+    assert driver.wait() == 1
+    assert len(killed) >= 5
+    assert "no slot can work: slot 0: its worker died 5 times while it loaded model and data" in driver.output
+    assert "Traceback" not in driver.output
+    assert driver.leftovers() == []

@@ -8,7 +8,7 @@ import pytest
 from dispatcher_runs import held_by_the_first_of_two, outcome, queued, run, segment, started, take
 
 from peftsearch.training.segment import Failure
-from peftsearch.workers.dispatcher import Dispatcher, Order
+from peftsearch.workers.dispatcher import STILLBIRTHS, Dispatcher, Order
 from peftsearch.workers.packing import Sizes
 
 
@@ -145,6 +145,42 @@ def test_an_unusable_slot_is_reported_and_its_work_waits_for_another() -> None:
         await started(dispatcher, 1)
         assert (await take(dispatcher, 1)).work == segment(1)
         task.cancel()
+
+    run(scenario)
+
+
+def test_a_slot_whose_workers_die_while_they_load_the_model_is_given_up() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(max_retries=1)
+        await started(dispatcher, 0)
+        # Warm ones that die are no reason, however many they are.
+        for life in range(2 * STILLBIRTHS):
+            assert await dispatcher.join(0, f"warm {life}")
+            await dispatcher.warm(0, f"warm {life}", {"host": "here"})
+        went_on = [await dispatcher.join(0, f"cold {life}") for life in range(STILLBIRTHS + 1)]
+        assert went_on == [True] * STILLBIRTHS + [False]
+        reason = (await dispatcher.status())["unusable"][0]
+        assert reason.startswith("slot 0: its worker died 5 times while it loaded model and data")
+        # Started again (a machine has joined), it has as many tries.
+        assert await dispatcher.join(0, "another")
+        assert not (await dispatcher.status())["unusable"]
+
+    run(scenario)
+
+
+def test_what_was_leased_in_an_answer_that_got_lost_is_handed_out_again() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(max_retries=1)
+        await started(dispatcher, 0)
+        (asked,) = await queued(dispatcher, segment(1))
+        lost = await take(dispatcher, 0)
+        # Ray repeats the call.
+        order = await take(dispatcher, 0)
+        assert order.work == segment(1)
+        assert order.lease != lost.lease
+        await dispatcher.finish(0, "life-0", order.lease or 0, outcome("once"))
+        answer, attempts = await asked
+        assert (answer.details["text"], attempts) == ("once", 0)
 
     run(scenario)
 
