@@ -45,8 +45,8 @@ def _targets(model: PreTrainedModel) -> dict[str, list[str]]:
 
     sublayers = find_sublayers(model)
     attention = [path for path in sublayers.blocks if _KEY_OR_VALUE.search(path.rpartition(".")[2])]
-    # Queries, keys and values from one layer are scaled together.
-    # What a layer of positions gives (DeBERTa's pos_q_proj) is no query.
+    # Queries, keys and values from one layer are scaled together. What a layer of positions gives is none of them
+    # (DeBERTa's pos_q_proj).
     fused = [path for path in sublayers.query_and_value if not path.rpartition(".")[2].startswith("pos_")]
     attention_names = short_names(model, attention or fused)
     feed_forward_names = short_names(model, sublayers.feed_forward_ends)

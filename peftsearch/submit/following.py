@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from peftsearch.submit.job_server import Job, JobServer, Told, first_line, reason
+from peftsearch.submit.job_server import Job, JobServer, Told, one_line, reason
 
 STOPPED = 130
 """Exit status of a study that was asked to stop."""
@@ -70,7 +70,7 @@ def _exit_status(job: Job, told: Told) -> int:
         told(f"the job {job.id} was stopped; everything so far is recorded, and submitting again continues it")
         return STOPPED
     if job.exit_status is None:
-        told(f"the job {job.id} has failed: {first_line(job.message)}")
+        told(f"the job {job.id} has failed: {one_line(job.message)}")
         return 1
     if job.exit_status == _NO_SUCH_COMMAND:
         told("the cluster's head has no command 'peftsearch': install this package on all of its nodes")

@@ -215,10 +215,10 @@ def _explain(error: Exception, who: str) -> NoReturn:
 
 def reason(error: BaseException) -> str:
     """An error in one line, without passwords."""
-    return first_line(hide_secrets(str(error))) or type(error).__name__
+    return one_line(hide_secrets(str(error))) or type(error).__name__
 
 
-def first_line(text: str) -> str:
+def one_line(text: str) -> str:
     """The first line that says something, cut where it is long; empty where there is none."""
     return next((line.strip()[:300] for line in text.splitlines() if line.strip()), "")
 

@@ -29,6 +29,8 @@ SHOTS = 4
 """Training examples shown in a few-shot prompt, where so many fit."""
 PROMPTS = 10
 """So many prompts about one example cost as much as an example may."""
+_WRITTEN = 5
+"""So many prompts that are judged cost as much as one behind which entities are written."""
 _PROMPT_TOKENS = 1024
 """Tokens of a prompt and what is written behind it at most, or four of the domain's longest texts."""
 ZERO_SHOT, FEW_SHOT = "zero-shot prompting", "few-shot prompting"
@@ -48,7 +50,7 @@ class Prompting:
         split: What is answered.
         limit: Examples of the split that are prompted at most, spread evenly over it; all where None. Where an example
             takes several prompts (one for each label, or type of entity), it counts once for every `PROMPTS` of them;
-            one behind which entities are written counts as five.
+            one behind which entities are written counts as `_WRITTEN`.
         pause: Called between prompts.
     """
 
@@ -70,8 +72,7 @@ class Prompting:
         count, data = domain.rows[split], domain.split(split)
         several = {
             "multi_label": len(domain.labels),
-            # What is written costs more than what is judged.
-            "token_classification": 5 * len(domain.task.metric_labels(domain.labels)),
+            "token_classification": _WRITTEN * len(domain.task.metric_labels(domain.labels)),
         }
         if limit is not None and domain.task.name in several:
             limit = max(1, limit * PROMPTS // max(PROMPTS, several[domain.task.name]))
