@@ -102,4 +102,7 @@ class StudyHandle:
 
     def facts(self) -> StudyFacts:
         """What is known beside the trials."""
-        return known_facts(read_json(self.folder.facts), self.folder)
+        facts = known_facts(read_json(self.folder.facts), self.folder)
+        if facts.id is None:
+            facts.id = (read_json(self.folder.spec) or {}).get("id")
+        return facts

@@ -119,6 +119,7 @@ def plan_facts(study: StudyHandle, plan: StudyPlan) -> StudyFacts:
     before = read_json(study.folder.facts)
     facts = StudyFacts(
         study=study.name,
+        id=study.id,
         description=study.spec.description and hide_secrets(study.spec.description),
         trials_per_cell=study.spec.search.trials,
         methods=tuple(study.spec.methods),

@@ -60,7 +60,7 @@ def status(study: StudyHandle) -> dict[str, Any]:
         "elapsed_seconds": _elapsed(study, driver, held),
         "ledger": hide_password(study.ledger_url),
         "mlflow_tracking_uri": study.public_tracking_uri,
-        "mlflow_experiment": study.name,
+        "mlflow_experiment": driver.get("mlflow_experiment") or study.name,
         "storage": str(study.folder.storage),
         "folder": str(study.folder.path),
         "driver": {"host": driver.get("host"), "pid": driver.get("pid")},

@@ -101,7 +101,7 @@ def run(
                 if origin is not None:
                     events.phase(f"taking over the trials of {origin.name}")
                     take_over_into(study, origin, facts, ledger)
-                tracker = open_tracker(study, facts, ledger)
+                tracker = open_tracker(study, facts, ledger, lease)
                 hurried = False
                 try:
                     if tracker is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from peftsearch.handle import StudyHandle
-from peftsearch.holder import hold
+from peftsearch.holder import Lease, hold
 from peftsearch.spec import StudyError, StudyFacts, TrialRecord, TrialState, first_line, hide_secrets
 from peftsearch.storage import mendable
 from peftsearch.study_ledger import open_ledger
@@ -28,12 +29,19 @@ _DRAWING = threading.Lock()
 """matplotlib draws in one thread at a time."""
 
 
-def open_tracker(study: StudyHandle, facts: StudyFacts, ledger: Ledger) -> MlflowTracker | None:
+def open_tracker(study: StudyHandle, facts: StudyFacts, ledger: Ledger, lease: Lease) -> MlflowTracker | None:
     """What writes the study's trials to MLflow; None where tracking is off."""
     from peftsearch.tracking.mlflow_tracker import MlflowTracker
 
+    def note_experiment(name: str) -> None:
+        # For `status`: a study does not end because its storage does not take a note.
+        with contextlib.suppress(OSError):
+            lease.note(mlflow_experiment=name)
+
     uri = study.mlflow_tracking_uri
-    return None if uri is None else MlflowTracker(uri, artifact_location(study), facts, ledger.set_run_id)
+    if uri is None:
+        return None
+    return MlflowTracker(uri, artifact_location(study), facts, ledger.set_run_id, note_experiment)
 
 
 def artifact_location(study: StudyHandle) -> str | None:
@@ -97,7 +105,7 @@ def sync(study: StudyHandle) -> int:
     ):
         # Whoever asked wants to know at once, and why, where the server does not answer.
         check_server(uri, [], facts, artifact_location=artifact_location(study))
-        tracker = open_tracker(study, facts, ledger)
+        tracker = open_tracker(study, facts, ledger, lease)
         assert tracker is not None
         for record in ledger.records:
             tracker.update(record)

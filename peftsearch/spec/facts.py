@@ -89,6 +89,9 @@ class StudyFacts(_Facts):
     """Everything beside the trials."""
 
     study: str
+    id: str | None = Field(
+        default=None, description="Tells the study from others of its name; studies of earlier versions have none here"
+    )
     description: str | None = None
     trials_per_cell: int
     methods: tuple[str, ...]

@@ -35,6 +35,7 @@ from peftsearch.tracking.mlflow_runs import (
     REPORT,
     STATUS,
     STUDY,
+    STUDY_ID,
     TAG_LENGTH,
     THIS_RUN,
     DomainReport,
@@ -57,18 +58,23 @@ from peftsearch.tracking.mlflow_runs import (
     trial_note,
     trial_params,
 )
-from peftsearch.tracking.mlflow_store import prepare_sqlite, relocate_artifacts
+from peftsearch.tracking.mlflow_store import prepare_sqlite, public_uri, relocate_artifacts
 from peftsearch.tracking.mlflow_views import saved_views, unless_a_readers, view_links
 from peftsearch.tracking.names import confirmation_name, description_note, mlflow_names, run_name, shorten
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import DatasetInput, Run
+    from mlflow.entities import DatasetInput, Experiment, Run
 
 
 # MLflow's limits (mlflow.utils.validation).
 _DATA_NAME = 500
 _DATA_DIGEST = 36
+
+_ID_SHOWN = 8
+"""How much of a study's id tells its experiment from that of another study of the same name."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -110,6 +116,8 @@ class Mirror:
         self.facts = facts
         self._client: MlflowClient | None = None
         self._experiment: str | None = None
+        self.experiment_name: str | None = None
+        """What MLflow calls the study, once it is connected: its name, where no other study there has it."""
         self._parents: dict[str, Known] = {}
         self._trials: dict[int, Known] = {}
         self._twins: dict[int, list[Known]] = {}
@@ -149,9 +157,18 @@ class Mirror:
         self._experiment = None
         client, facts = self.client, self.facts
         self._relocate()
-        found = client.get_experiment_by_name(facts.study)
+        mine = {STUDY_ID: facts.id} if facts.id else {}
+        found, name = self._find()
+        self.experiment_name = name
         if found is None:
-            experiment = client.create_experiment(facts.study, self.artifact_location)
+            experiment = client.create_experiment(name, self.artifact_location, mine)
+            if name != facts.study:
+                log.warning(
+                    "MLflow at %s shows another study named %r: this one's experiment is %r",
+                    public_uri(self.tracking_uri),
+                    facts.study,
+                    name,
+                )
         else:
             experiment = found.experiment_id
             if found.lifecycle_stage == "deleted":
@@ -159,7 +176,7 @@ class Mirror:
         # MLflow shows the first line above the run table, and the rest when it is asked to.
         paragraphs = [description_note(facts.description)] if facts.description else []
         note = "\n\n".join([view_links(experiment, facts.study), *paragraphs])
-        tags = {STUDY: facts.study}
+        tags = {STUDY: facts.study, **mine}
         have = {} if found is None else found.tags
         if KIND not in have:
             # Else the UI guesses whether the experiment is about training or about chats.
@@ -324,6 +341,28 @@ class Mirror:
 
     # --- reading ---
 
+    def _find(self) -> tuple[Experiment | None, str]:
+        """The study's experiment, None where there is none yet, and its name.
+
+        The experiment that carries the study's id, whatever somebody has called it since; else the one of its name,
+        unless that is of another study of the same name: a server is shared by groups who do not know each other.
+        """
+        from mlflow.entities import ViewType
+
+        facts, client = self.facts, self.client
+        if facts.id is None:
+            return client.get_experiment_by_name(facts.study), facts.study
+        found = client.search_experiments(ViewType.ALL, filter_string=f"tags.`{STUDY_ID}` = '{facts.id}'")
+        if found:
+            # Where somebody has copied the tag, the oldest.
+            experiment = min(found, key=lambda item: (item.lifecycle_stage == "deleted", item.creation_time or 0))
+            return experiment, experiment.name
+        for name in (facts.study, f"{facts.study} {facts.id[:_ID_SHOWN]}"):
+            named = client.get_experiment_by_name(name)
+            if named is None or named.tags.get(STUDY_ID, facts.id) == facts.id:
+                return named, name
+        return None, f"{facts.study} {facts.id}"
+
     @contextlib.contextmanager
     def _doubted_where_it_fails(self, domain: str, number: int | None = None) -> Iterator[None]:
         try:
@@ -339,7 +378,7 @@ class Mirror:
         from mlflow.exceptions import MlflowException
 
         assert self._experiment is not None
-        found = self.client.get_experiment_by_name(self.facts.study)
+        found, _ = self._find()
         if found is None or found.experiment_id != self._experiment or found.lifecycle_stage == "deleted":
             return False
         for domain in self._doubted_domains & self._parents.keys():

@@ -30,6 +30,7 @@ NOTE_LENGTH = TAG_LENGTH
 """Characters that a run's note may have: it is a tag."""
 
 STUDY = "peftsearch.study"
+STUDY_ID = "peftsearch.study_id"
 DOMAIN = "peftsearch.domain"
 NUMBER = "peftsearch.number"
 CONFIRMS = "peftsearch.confirms"

@@ -99,6 +99,7 @@ class MlflowTracker:
         facts: The study. Baselines that are added to it later are seen.
         on_run_id: Told each trial's run id once. It is called in the thread of whoever calls `update`, `report`,
             `flush` or `close`, so it may write the ledger.
+        on_experiment: Told what MLflow calls the study, in the same threads, once that is known.
     """
 
     def __init__(
@@ -107,12 +108,15 @@ class MlflowTracker:
         artifact_location: str | None,
         facts: StudyFacts,
         on_run_id: Callable[[int, str], None],
+        on_experiment: Callable[[str], None] | None = None,
     ) -> None:
         prepare_environment()
         self.tracking_uri = tracking_uri
         self.last_error: str | None = None
         self._facts = facts
         self._on_run_id = on_run_id
+        self._on_experiment = on_experiment
+        self._experiment: str | None = None
         self._mirror = Mirror(tracking_uri, artifact_location, facts)
         self._lock = threading.Lock()
         self._records: dict[int, TrialRecord] = {}
@@ -213,6 +217,10 @@ class MlflowTracker:
     # --- the caller's side ---
 
     def _deliver(self) -> None:
+        name = self._mirror.experiment_name
+        if self._on_experiment is not None and name is not None and name != self._experiment:
+            self._experiment = name
+            self._on_experiment(name)
         while True:
             try:
                 number, run_id = self._run_ids.get_nowait()

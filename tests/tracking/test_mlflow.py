@@ -348,6 +348,42 @@ def test_of_a_trial_that_has_ended_little_is_kept_and_the_rest_is_asked_for(
     assert [step for step, _ in store.history(run, "loss")] == [10, 20, 30]
 
 
+def test_two_studies_of_one_name_on_one_server(store: Store, study: str) -> None:
+    ours, theirs = (study_facts(study, id=f"{word}-0000-4000-8000-000000000000") for word in ("11111111", "22222222"))
+    told: list[str] = []
+    first = store.sync([trial(0), trial(1, 1, TrialState.PRUNED)], ours)
+    before = store.everything(study)
+    tracker = MlflowTracker(store.uri, store.artifacts, theirs, lambda number, run_id: None, told.append)
+    tracker.update(trial(0, 2))
+    assert tracker.close(60)
+    assert store.everything(study) == before
+    other = f"{study} 22222222"
+    assert told == [other]
+    assert set(store.children(other)) == {0}
+    # Both find their own again, whoever comes first.
+    again = store.children(other)[0].info.run_id
+    assert store.sync([trial(0, 2)], theirs) == {0: again}
+    assert store.sync([trial(0), trial(1, 1, TrialState.PRUNED)], ours) == first
+    assert not set(first.values()) & {again}
+
+
+def test_an_experiment_that_somebody_renamed_is_still_the_studys(store: Store, study: str) -> None:
+    facts = study_facts(study, id="33333333-0000-4000-8000-000000000000")
+    ids = store.sync([trial(0)], facts)
+    experiment = store.client.get_experiment_by_name(study)
+    assert experiment is not None
+    store.client.rename_experiment(experiment.experiment_id, f"{study}, spring")
+    assert store.sync([trial(0)], facts) == ids
+    assert store.client.get_experiment_by_name(study) is None
+
+
+def test_an_experiment_of_an_earlier_version_is_taken_over(store: Store, study: str) -> None:
+    ids = store.sync([trial(0)], study_facts(study))
+    assert store.sync([trial(0)], study_facts(study, id="44444444-0000-4000-8000-000000000000")) == ids
+    # And is nobody else's from then on.
+    assert store.sync([trial(0)], study_facts(study, id="55555555-0000-4000-8000-000000000000")) != ids
+
+
 def test_a_run_deleted_while_the_study_runs(store: Store, study: str) -> None:
     tracker = store.tracker(study_facts(study))
     tracker.update(trial(0, 1, TrialState.RUNNING))
