@@ -32,7 +32,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from peftsearch.files import FULL, Place, create_json, delete, names, read_json, write_json
+from peftsearch.files import FULL, PAUSES, Place, create_json, delete, names, patiently, read_json, write_json
 from peftsearch.spec import StudyError
 
 log = logging.getLogger(__name__)
@@ -202,27 +202,33 @@ def hold(
 
     Raises:
         StudyError: Another process holds it; says which.
+        StorageError: The storage stays away.
         KeyboardInterrupt: Somebody asked to stop.
     """
     with _kernel_lock(folder) as locked:
-        number, found = latest(folder)
+        number, found = _latest(folder)
         if found is not None and not found.released:
             if found.here:
                 if found.lives():
                     raise _held(name, found)
             else:
                 _watch(folder, name, number, found, waiting, stopped)
-                number, _ = latest(folder)
+                number, _ = _latest(folder)
         elif not locked:
             raise _held(name, found)
         holder = Holder(uuid.uuid4().hex, socket.gethostname(), _machine(), os.getpid(), _started(os.getpid()), _now())
         holder = replace(holder, heard=holder.since)
         lease = Lease(folder, name, number + 1, holder, lost)
-        if not create_json(_file(folder, number + 1), asdict(holder)):
-            raise _held(name, latest(folder)[1])
-        for old in _numbers(folder):
-            if old <= number - _KEPT:
-                delete(_file(folder, old))
+        lease_file = _file(folder, number + 1)
+        if not patiently(lease_file, lambda: create_json(lease_file, asdict(holder)), "write"):
+            first = _latest(folder)[1]
+            # Of an attempt whose answer was lost, the file may be there all the same.
+            if first is None or first.token != holder.token:
+                raise _held(name, first)
+        with contextlib.suppress(OSError):
+            for old in _numbers(folder):
+                if old <= number - _KEPT:
+                    delete(_file(folder, old))
         lease.start()
         try:
             yield lease
@@ -290,6 +296,15 @@ def latest(folder: Place) -> tuple[int, Holder | None]:
         raise StudyError(f"the lease {where} cannot be read: delete it where no driver runs that study") from None
 
 
+def _latest(folder: Place) -> tuple[int, Holder | None]:
+    """As `latest`, with patience for a storage that does not answer at once.
+
+    Raises:
+        StorageError: It stayed away.
+    """
+    return patiently(folder, lambda: latest(folder), "read")
+
+
 def clock() -> float:
     """Seconds that have passed, those in which this machine was suspended included."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
@@ -310,7 +325,11 @@ def _watch(
         if stopped():
             raise KeyboardInterrupt
         time.sleep(min(1.0, SILENCE / 10))
-        now_number, now = latest(folder)
+        asked = clock()
+        now_number, now = _latest(folder)
+        if clock() - asked >= PAUSES[0]:
+            # The storage was away, for the other one's heart, too: silence counts only where it could be heard.
+            began = clock()
         if now is not None and now.released:
             return
         if now is None or now_number != number or now.beats != found.beats:

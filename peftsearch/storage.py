@@ -8,6 +8,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -267,16 +268,19 @@ def read_json(where: Place) -> dict[str, Any] | None:
     """What one of a study's files holds; None where there is none.
 
     Raises:
-        StudyError: The file is damaged, or cannot be read.
-        OSError: The object store cannot be reached.
+        StudyError: The file is damaged, or cannot be read, or the object store stayed away.
     """
     try:
-        found = files.read_json(where)
+        if isinstance(where, Path):
+            found = files.read_json(where)
+        else:
+            # Whoever gets here has heard of the store a moment ago: it will come back.
+            found = files.patiently(where, partial(files.read_json, where), "read")
     except (ValueError, RecursionError) as error:
         raise damaged(where, reason(error)) from None
+    except StorageError as error:
+        raise StudyError(str(error)) from None
     except OSError as error:
-        if not isinstance(where, Path):
-            raise
         raise StudyError(f"cannot read {str(where)!r}: {reason(error)}") from None
     if found is not None and not isinstance(found, dict):
         raise damaged(where, "it holds no JSON object")

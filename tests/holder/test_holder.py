@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -194,6 +195,56 @@ def test_a_driver_that_cannot_see_its_storage_looks_before_it_writes(
             (folder / "drivers").unlink()
             away.rename(folder / "drivers")
             check.result(timeout=20)
+
+
+def test_a_storage_that_is_away_when_a_driver_begins_is_waited_for(tmp_path: Path) -> None:
+    (drivers := tmp_path / "drivers").write_text("no folder: as a mount that is gone")
+    with ThreadPoolExecutor(1) as pool:
+        back = pool.submit(lambda: (time.sleep(0.5), drivers.unlink()))
+        with holder.hold(tmp_path, "s") as lease:
+            lease.check()
+        back.result()
+
+
+def test_silence_is_not_heard_while_the_storage_is_away(
+    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder := tmp_path / "s").mkdir()
+    first = start(folder, another_machine("far", folder, tmp_path))
+    assert first.says() == "held"
+    first.end()
+    monkeypatch.setattr(holder, "SILENCE", 3.0)
+    lease, away = folder / "drivers" / "000001.json", tmp_path / "away"
+    returned: list[float] = []
+
+    def leave(_: str) -> None:
+        lease.rename(away)
+        lease.mkdir()  # that cannot be read, as a file of a server that is away
+        Timer(0.5, come_back).start()
+
+    def come_back() -> None:
+        lease.rmdir()
+        away.rename(lease)
+        returned.append(holder.clock())
+
+    with holder.hold(folder, "s", waiting=leave):
+        assert holder.clock() - returned[0] >= 3.0
+
+
+def test_a_lease_whose_answer_was_lost_is_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The object store has made the file, and the connection broke before it could say so."""
+    create, lost = holder.create_json, [True]
+
+    def create_and_lose(where: Path, value: Any) -> bool:
+        made = create(where, value)
+        if lost.pop() if lost else False:
+            raise ConnectionResetError("connection reset by peer")
+        return made
+
+    monkeypatch.setattr(holder, "create_json", create_and_lose)
+    with holder.hold(tmp_path, "s") as lease:
+        lease.check()
+    assert not lost
 
 
 def test_a_full_disk_is_no_storage_that_comes_back(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
