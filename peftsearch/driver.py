@@ -39,6 +39,9 @@ from peftsearch.workers import LEAVE_SECONDS, SlotPlan, SlotPool, live_nodes, no
 
 log = logging.getLogger(__name__)
 
+_PROBES_SECONDS = 10.0
+"""Who collects the baselines has so long to notice that nobody waits for them any more."""
+
 
 @contextlib.contextmanager
 def ray_cluster(address: str | None, warn: Callable[[str], None] = log.warning) -> Iterator[list[dict[str, float]]]:
@@ -269,6 +272,8 @@ def run_study(
         events.phase(f"warming up {slots.slots} slot{'s' if slots.slots > 1 else ''}")
         pool.start()
         state_seconds = LEAVE_SECONDS
+        probes: list[threading.Thread] = []
+        enough = threading.Event()
         try:
             from peftsearch.search.tune import run_trials
 
@@ -280,7 +285,7 @@ def run_study(
             def over() -> bool:
                 return stopped() or pool.lost() or run.broken is not None
 
-            probes = [_start_probes(pool, plan, facts, save_facts, events)]
+            probes.append(_start_probes(pool, plan, facts, save_facts, events, enough))
             events.planned(run)
             run.at_once = pool.at_once
             with held_folder(Path(tempfile.gettempdir()), "ps-tune-") as scratch:
@@ -288,7 +293,7 @@ def run_study(
             if spec.confirm.seeds and not over():
                 confirming = confirmations()
                 if confirming.planned:
-                    probes.append(_start_probes(pool, plan, facts, save_facts, events, after=probes[0]))
+                    probes.append(_start_probes(pool, plan, facts, save_facts, events, enough, after=probes[0]))
                 _confirm(confirming, pool, over, events)
             while any(thread.is_alive() for thread in probes) and not over():
                 time.sleep(0.2)
@@ -301,6 +306,9 @@ def run_study(
             state_seconds = 5.0
             raise
         finally:
+            enough.set()
+            for thread in probes:
+                thread.join(_PROBES_SECONDS)
             # Who is asked to stop waits for the states of what is being trained, and for nothing else.
             pool.stop(timeout=5.0 if stopped() else 30.0, state_timeout=state_seconds)
 
@@ -378,6 +386,8 @@ def _confirm(confirmations: Confirmations, pool: SlotPool, over: Callable[[], bo
             else:
                 pool.dispatcher.end.remote(segment.trial.key)
                 tell()
+    for unanswered in pending:
+        ray.cancel(unanswered)
 
 
 def _start_probes(
@@ -386,12 +396,16 @@ def _start_probes(
     facts: StudyFacts,
     save_facts: Callable[[StudyFacts], None],
     events: StudyEvents,
+    enough: threading.Event,
     *,
     after: threading.Thread | None = None,
 ) -> threading.Thread:
     """Have the slots score the baselines, and record them as they come.
 
     Args:
+        enough: Set when nobody waits for them any more. The thread ends soon then: one that waits for Ray while it is
+            shut down takes the process with it (seen with Ray 2.60: SIGSEGV, or an exit without a word;
+            https://github.com/ray-project/ray/issues/31145).
         after: Scores them on validation; then the test split is read by those that have a score there, as confirmations
             read it. None: on validation, ahead of the first trials.
     """
@@ -423,9 +437,17 @@ def _start_probes(
     def collect() -> None:
         if after is not None:
             after.join()
+            if enough.is_set():
+                return
         pending = submit() if submitted is None else submitted
-        for wanted, reference in pending:
+        for number, (wanted, reference) in enumerate(pending):
             try:
+                while not ray.wait([reference], timeout=0.5)[0]:
+                    if enough.is_set():
+                        # Else Ray would ask the dispatcher again for ever, and say so.
+                        for _, unanswered in pending[number:]:
+                            ray.cancel(unanswered)
+                        return
                 outcome, _ = ray.get(reference)
             except Exception as error:  # the cluster is going down: the next run scores the baselines
                 log.warning("baselines of %s: %s", wanted.domain, error)

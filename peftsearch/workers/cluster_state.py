@@ -79,19 +79,36 @@ def needed_callbacks(callbacks: list[Any]) -> list[Any]:
 
 def controllers() -> list[psutil.Process]:
     """The processes of this driver's Train controllers, which are on its own machine."""
+    found = []
+    for actor in _controllers().values():
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(actor["Pid"])
+            # Its number may mean another process here, where the driver is in a container of its own.
+            if "TrainController" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def end_controllers() -> None:
+    """End this driver's Train controllers whatever they do, as `ray.kill` does; Ray Train keeps their handles."""
+    import ray
+    from ray._private.worker import global_worker
+
+    for actor in _controllers():
+        global_worker.core_worker.kill_actor(ray.ActorID.from_hex(actor), True)
+
+
+def _controllers() -> dict[str, dict[str, Any]]:
+    """This driver's living Train controllers, by Ray's id of theirs."""
     import ray
     from ray._private import state
 
     mine = ray.get_runtime_context().get_job_id()
-    found = []
-    for actor in state.actors(actor_state_name="ALIVE").values():
-        if actor["JobID"] == mine and "TrainController" in actor["ActorClassName"]:
-            with contextlib.suppress(psutil.Error):
-                process = psutil.Process(actor["Pid"])
-                # Its number may mean another process here, where the driver is in a container of its own.
-                if "TrainController" in " ".join(process.cmdline()):
-                    found.append(process)
-    return found
+    return {
+        key: actor
+        for key, actor in state.actors(actor_state_name="ALIVE").items()
+        if actor["JobID"] == mine and "TrainController" in actor["ActorClassName"]
+    }
 
 
 def end_processes(processes: Sequence[psutil.Process], seconds: float) -> None:

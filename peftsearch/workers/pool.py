@@ -25,6 +25,7 @@ from peftsearch.training.packing_key import pack_key
 from peftsearch.training.segment import WorkerPlan
 from peftsearch.workers.cluster_state import (
     controllers,
+    end_controllers,
     end_coordinator,
     end_processes,
     live_nodes,
@@ -190,6 +191,7 @@ class SlotPool:
             ready, _ = ray.wait([pending], timeout=0.5)
             if ready:
                 return
+        ray.cancel(pending)
 
     def lost(self) -> bool:
         """Whether nothing would ever be trained again: no slot can work though there is room, or the head has died."""
@@ -243,9 +245,14 @@ class SlotPool:
             # One that waits for room hears of nothing; it ends with the driver, or when it gives up.
             if run.thread is not None and number in patience:
                 run.thread.join(max(0.0, told + patience[number] - time.monotonic()))
-        if not any(run.alive for run in self._runs.values()):
-            end_processes(ending, _EXIT_SECONDS)
         try:
+            late = [run.thread for run in self._runs.values() if run.thread is not None and run.thread.is_alive()]
+            if late:
+                # A thread that still waits for its controller while Ray is shut down may take the process with it.
+                end_controllers()
+            for thread in late:
+                thread.join(_LOOK_SECONDS)
+            end_processes(ending, _EXIT_SECONDS)
             ray.kill(self.dispatcher)
             remove_orphaned_groups()
             end_coordinator(timeout)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -87,6 +88,8 @@ def running(path: Path, storage: Path, home: Path, **settings: str) -> Iterator[
         driver.terminate()
         driver.wait(600)
         log.close()
+    # As it says itself: an end in another way (a crash in Ray) leaves things behind.
+    assert driver.returncode in (130, -signal.SIGKILL), Path(log.name).read_text()[-3000:]
 
 
 def family(driver: psutil.Process) -> list[psutil.Process]:
