@@ -40,6 +40,10 @@ export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600
 # job's number, so that a node that is still being cleaned up is not met.
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$("$environment/bin/python" -c 'import socket, sys; print(socket.gethostbyname(sys.argv[1]))' "$head")
+# Debian calls a machine 127.0.1.1 in its own /etc/hosts; this script runs on the first node, which the others look for.
+if [ "$SLURM_JOB_NUM_NODES" -gt 1 ] && [ "${address%%.*}" = 127 ]; then
+  address=$(hostname -I | cut -d " " -f 1)
+fi
 # shellcheck disable=SC2016 # the inner shell's
 srun --kill-on-bad-exit=1 ray symmetric-run \
   --address "$address:$((20000 + SLURM_JOB_ID % 10000))" --min-nodes "$SLURM_JOB_NUM_NODES" \

@@ -370,11 +370,15 @@ def _confirmation(card: CardFacts) -> list[str]:
     ]
 
 
+_LABEL_SCORES = ("f1", "precision", "recall")
+
+
 def _label_table(scores: Mapping[str, float]) -> list[str]:
     by_label: dict[str, dict[str, float]] = {}
     for name, value in scores.items():
         kind, slash, label = name.partition("/")
-        if slash:
+        # Of a domain that joins others, the others' metrics are named alike.
+        if slash and kind in _LABEL_SCORES:
             by_label.setdefault(label, {})[kind] = value
     if not by_label:
         return []

@@ -53,7 +53,7 @@ def _writing(use: Use, model: str, lengthens: bool) -> list[str]:
     fields = 'text="A text."' + (', text_pair="What goes with it."' if use.pair else "")
     return [
         _made("text-generation", model),
-        f"prompt = TEMPLATE.format({fields})",
+        f"prompt = prompt_of({fields})",
         *(['prompt = [{"role": "user", "content": prompt}]'] if use.task.options.chat else []),
         f"written = pipe(prompt, return_full_text=False, {', '.join(generation_arguments(use))})",
         'print(written[0]["generated_text"].strip())',

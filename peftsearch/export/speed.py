@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from peftsearch.domains.tasks.base import Prediction
+from peftsearch.domains.tasks.base import EXAMPLE, Prediction
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +34,7 @@ class Speed:
         examples_per_second: In batches, over the same examples' split.
         batch_size: Examples in such a batch.
         examples: How many examples latency was measured on.
+        unit: What an example is: ``window`` where texts are cut into several.
         hardware: Name of the GPU or CPU.
         threads: CPU threads of PyTorch.
     """
@@ -45,13 +46,14 @@ class Speed:
     examples: int
     hardware: str
     threads: int
+    unit: str = "example"
 
     def sentence(self) -> str:
         """For a person who chooses by it."""
         threads = f", {self.threads} thread{'s' if self.threads != 1 else ''}" if "GPU" not in self.hardware else ""
         return (
-            f"{self.latency_ms:.3g} ms for one example by itself (median of {self.examples}; 95 % below "
-            f"{self.latency_p95_ms:.3g} ms), {self.examples_per_second:,.3g} examples a second in batches of "
+            f"{self.latency_ms:.3g} ms for one {self.unit} by itself (median of {self.examples}; 95 % below "
+            f"{self.latency_p95_ms:.3g} ms), {self.examples_per_second:,.3g} {self.unit}s a second in batches of "
             f"{self.batch_size}; {self.hardware}{threads}, without tokenisation"
         )
 
@@ -107,6 +109,7 @@ def measure_speed(model: nn.Module, domain: PreparedDomain, split: str, batch_si
         examples=len(single),
         hardware=_hardware(device),
         threads=torch.get_num_threads(),
+        unit="window" if EXAMPLE in data.column_names and len(set(data[EXAMPLE])) < len(data) else "example",
     )
 
 

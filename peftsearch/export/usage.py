@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,10 +58,12 @@ def generation_arguments(use: Use) -> list[str]:
     options, settings = task.options, task.options.generation
     arguments = [f"max_new_tokens={settings.max_tokens or options.target_length}", f"num_beams={settings.beams}"]
     arguments += [f"min_new_tokens={settings.min_tokens}"] if settings.min_tokens else []
-    arguments += [f"length_penalty={settings.length_penalty:g}"] if settings.beams > 1 else []
-    arguments += [f"no_repeat_ngram_size={settings.no_repeat_ngram}"] if settings.no_repeat_ngram else []
+    # What a checkpoint's generation_config.json says is overruled here, too.
+    arguments += [] if settings.min_tokens else ["min_length=0"]
+    arguments += [f"length_penalty={settings.length_penalty:g}", "early_stopping=False"] if settings.beams > 1 else []
+    arguments += [f"no_repeat_ngram_size={settings.no_repeat_ngram}", "repetition_penalty=1.0"]
     arguments.append(f"do_sample={settings.sample}")
-    arguments += [f"temperature={settings.temperature:g}"] if settings.sample else []
+    arguments += [f"temperature={settings.temperature:g}", "top_k=0", "top_p=1.0"] if settings.sample else []
     return arguments
 
 
@@ -173,11 +176,12 @@ def _language_modeling(use: Use) -> list[str]:
     if use.architecture != "decoder":
         return []
     return [
-        "def perplexity(text):",
-        f"    inputs = tokenizer([text], truncation=True, max_length={use.facts.max_length}, return_tensors='pt')",
-        '    ids = inputs["input_ids"]',
+        "def perplexity(text):  # of what fits into one window, the text's end included",
+        "    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]",
+        f'    ids = tokenizer(text, truncation=True, max_length={use.facts.max_length - 1})["input_ids"]',
+        "    ids = torch.tensor([ids if ids[-1:] == end else ids + end])",
         "    with torch.no_grad():",
-        "        logits = model(**inputs).logits[:, -ids.shape[1]:]",
+        "        logits = model(input_ids=ids).logits[:, -ids.shape[1]:]",
         "    return torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:]).exp().item()",
         "",
         "",
@@ -190,21 +194,32 @@ def _writing(use: Use) -> list[str]:
     options = task.options
     template = task.template(Tokenization(None, use.facts.max_length, use.architecture), use.pair)
     texts = "text, text_pair" if use.pair else "text"
-    fields = "text=text, text_pair=text_pair" if use.pair else "text=text"
     decoder = use.architecture == "decoder"
-    lines = [f"TEMPLATE = {template!r}", "", "", f"def write({texts}):", f"    prompt = TEMPLATE.format({fields})"]
-    special = ""
+    lines = [f"def prompt_of({texts}):", f"    return {_joined(template)}", "", "", f"def tokens_of({texts}):"]
+    prompt, special = f"prompt_of({texts})", ""
     if options.chat:
         lines += [
-            '    message = [{"role": "user", "content": prompt}]',
+            f'    message = [{{"role": "user", "content": {prompt}}}]',
             "    prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)",
         ]
-        special = ", add_special_tokens=False"
-    length = use.facts.max_length
-    lines.append(
-        f"    inputs = tokenizer([prompt], truncation=True, max_length={length}, return_tensors='pt'{special})"
-    )
+        prompt, special = "prompt", ", add_special_tokens=False"
+    lines += [f"    return tokenizer([{prompt}], return_tensors='pt'{special})", "", "", f"def write({texts}):"]
+    if decoder and options.generation.no_repeat_ngram:
+        lines.append("    # In the study no_repeat_ngram_size was for the answer alone; here the prompt counts, too.")
+    cut = ["        text = text[:-excess]  # the text is cut, not what stands around it"]
+    if use.pair:
+        cut = [
+            "        if len(text) > len(text_pair):  # the longer text is cut, not what stands around it",
+            "            text = text[:-excess]",
+            "        else:",
+            "            text_pair = text_pair[:-excess]",
+        ]
     lines += [
+        f"    inputs = tokens_of({texts})",
+        f"    while {'(text or text_pair)' if use.pair else 'text'} and "
+        f'(excess := inputs["input_ids"].shape[1] - {use.facts.max_length}) > 0:',
+        *cut,
+        f"        inputs = tokens_of({texts})",
         "    with torch.no_grad():",
         '        ids = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], '
         f"{', '.join(generation_arguments(use))})",
@@ -216,6 +231,13 @@ def _writing(use: Use) -> list[str]:
         f'print(write("A text."{", " + repr("What goes with it.") if use.pair else ""}))',
     ]
     return lines
+
+
+def _joined(template: str) -> str:
+    """A template as Python adds it up: braces in it, or in the texts, mean nothing."""
+    parts = re.split(r"\{(text|text_pair)\}", template)
+    words = [part if number % 2 else repr(part) for number, part in enumerate(parts) if part]
+    return " + ".join(words)
 
 
 def _question_answering(use: Use) -> list[str]:

@@ -207,8 +207,8 @@ class Verdict:
 def verdict(front: DomainFront) -> Verdict:
     """The best trial against the majority class and the linear probe on the same model's frozen embeddings.
 
-    For accuracies, a difference below two standard errors of the difference of two proportions (on the validation
-    split's rows) is called noise; that is a cautious test, as both are scored on the same texts.
+    A difference below two standard errors (`_noise`, on the validation split's rows) is called noise; that is a
+    cautious test, as both are scored on the same texts. Of metrics without bounds (perplexity) none is known.
     """
     best = front.best
     metric = front.facts.metric
@@ -462,10 +462,25 @@ def _oriented(front: DomainFront, value: float, reference: float) -> float:
     return value - reference if front.facts.direction == "maximize" else reference - value
 
 
+_CORRELATIONS = ("pearson", "spearman", "mcc")
+
+
 def _noise(front: DomainFront, one: float, other: float, rows: int) -> float:
-    if front.facts.metric != "accuracy" or rows == 0:
+    """Two standard errors of the difference of two values that rest on so many texts; 0.0 where none is known.
+
+    Of an accuracy, the binomial's; of any other mean of numbers from 0 to 1 that is the most it can be, and for F1 the
+    right size. Of a correlation, ``(1 - r²) / sqrt(rows)`` (Fisher, 1915).
+    """
+    values = (one, other)
+    if rows == 0:
         return 0.0
-    return 2 * math.sqrt(sum(max(0.0, p * (1 - p)) for p in (one, other)) / rows)
+    if front.facts.metric in _CORRELATIONS:
+        variances = [(1 - min(1.0, value * value)) ** 2 for value in values]
+    elif front.facts.direction == "maximize" and all(0 <= value <= 1 for value in values):
+        variances = [value * (1 - value) for value in values]
+    else:
+        return 0.0
+    return 2 * math.sqrt(sum(variances) / rows)
 
 
 def _percent(part: int, total: int) -> str:

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -58,8 +59,10 @@ def merged(studies: list[tuple[Study, Path]]) -> dict[str, ExportedAdapter]:
     }
 
 
-def _train(model: Path, tasks: tuple[str, ...], folder: Path) -> Study:
-    document = {
+def _train(
+    model: Path, tasks: tuple[str, ...], folder: Path, options: dict[str, dict[str, Any]] | None = None
+) -> Study:
+    document: dict[str, Any] = {
         "name": "tasks",
         "model": str(model),
         "domains": {task: task_domain(task, folder) for task in tasks},
@@ -68,6 +71,8 @@ def _train(model: Path, tasks: tuple[str, ...], folder: Path) -> Study:
         "training": {"epochs": 4, "evaluations": 1, "batch_size": 12, "max_length": 48, "precision": "fp32"},
         "tracking": {"mlflow": "off"},
     }
+    for task, own in (options or {}).items():
+        document["domains"][task]["options"] = {**document["domains"][task].get("options", {}), **own}
     trials = {task: ("lora", SAMPLES["lora"] | {"learning_rate": 2e-2}) for task in tasks}
     return train_study(document, folder, folder / "storage", trials)
 
@@ -224,10 +229,35 @@ def test_a_cards_pipeline_finds_the_entities_that_predict_finds(
     assert any(row["entities"] for row in found)
 
 
-def test_a_decoders_pipeline_writes_what_its_card_writes(tmp_path: Path) -> None:
-    (item,) = _train(tiny_decoder(tmp_path / "model"), ("instruction",), tmp_path).export(tmp_path / "adapters")
-    _, space = run_card((Path(str(item.folder)) / "README.md").read_text())
+def test_a_decoders_card_does_what_the_study_did(tmp_path: Path) -> None:
+    template = {"instruction": {"template": 'the {"clause": "{text}"} is'}}
+    study = _train(tiny_decoder(tmp_path / "model"), ("instruction", "language_modeling"), tmp_path, template)
+    items = {item.record.domain: Path(str(item.folder)) for item in study.export(tmp_path / "adapters")}
+    _, space = run_card((items["instruction"] / "README.md").read_text())
     assert space["written"][0]["generated_text"].strip() == space["write"]("A text.")
+    texts = ["the contract is a breach", "the {text} {of} the {contract", "dog"]
+    rows = [{"text": text} for text in texts]
+    found = Predictor.load(items["instruction"]).predict(rows)
+    assert [row[""] for row in found] == [space["write"](text) for text in texts]
+
+    # Of a text that is too long, what stands around it is kept.
+    model, tokenizer = space["model"], space["tokenizer"]
+    prompts: list[str] = []
+
+    def generate(**arguments: Any) -> Any:
+        prompts.append(tokenizer.decode(arguments["input_ids"][0]))
+        assert 40 < arguments["input_ids"].shape[1] <= 48
+        return arguments["input_ids"]
+
+    space["model"] = SimpleNamespace(generate=generate)
+    space["write"]("the contract " * 100)
+    short, end = (tokenizer.decode(tokenizer(text)["input_ids"]) for text in ("x", '"} is'))
+    assert prompts[0].endswith(end.removeprefix(short[: -len("x")])), prompts
+    space["model"] = model
+
+    _, space = run_card((items["language_modeling"] / "README.md").read_text())
+    found = Predictor.load(items["language_modeling"]).predict(rows)
+    assert [space["perplexity"](text) for text in texts] == pytest.approx([row[""] for row in found], rel=1e-3)
 
 
 # --- files ---

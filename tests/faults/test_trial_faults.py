@@ -163,7 +163,7 @@ def test_data_that_is_gone_or_another_is_one_sentence_and_costs_nothing(
 
 
 def test_a_worker_that_dies_whenever_it_loads_the_model_ends_the_study_in_one_sentence(
-    drive: Callable[..., Driver], write_study: Callable[..., Path], tmp_path: Path
+    drive: Callable[..., Driver], write_study: Callable[..., Path], tmp_path: Path, note: Callable[[Row], None]
 ) -> None:
     """As where the system kills it for its memory: Ray Train would start it for ever."""
     driver = drive(write_study("heavy", methods={"lora": {}}), tmp_path / "storage", "heavy")
@@ -190,3 +190,12 @@ def test_a_worker_that_dies_whenever_it_loads_the_model_ends_the_study_in_one_se
     assert "no slot can work: slot 0: its worker died 5 times while it loaded model and data" in driver.output
     assert "Traceback" not in driver.output
     assert driver.leftovers() == []
+    note(
+        Row(
+            "worker killed whenever it loads the model",
+            "SIGKILL as it maps the weights, each time",
+            "after five times the slot is given up; where it was the last, the study ends with one sentence",
+            0,
+            0,
+        )
+    )

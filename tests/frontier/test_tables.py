@@ -263,6 +263,18 @@ def test_verdict(facts: StudyFacts, probe: float, paid: bool | None, words: str)
     assert re.search(words, found.sentence), found.sentence
 
 
+@pytest.mark.parametrize(
+    ("metric", "best", "probe", "paid"),
+    [("f1", 0.8, 0.79, None), ("f1", 0.8, 0.6, True), ("mcc", 0.8, 0.79, None), ("mcc", 0.8, 0.6, True)],
+)
+def test_every_bounded_metric_has_its_noise(
+    facts: StudyFacts, metric: str, best: float, probe: float, paid: bool | None
+) -> None:
+    facts = with_probe(facts, probe)
+    facts.domains["clinical"].metric = metric
+    assert verdict(domain_fronts([make_record(4, best, 10)], facts)["clinical"]).paid is paid
+
+
 def test_verdict_without_trials_or_baselines(facts: StudyFacts) -> None:
     assert verdict(domain_fronts([], facts)["clinical"]).paid is None
     bare = facts.model_copy(deep=True)
