@@ -39,7 +39,7 @@ from peftsearch.workers import LEAVE_SECONDS, SlotPlan, SlotPool, live_nodes, no
 
 log = logging.getLogger(__name__)
 
-_PROBES_SECONDS = 10.0
+_PROBES_SECONDS = 5.0
 """Who collects the baselines has so long to notice that nobody waits for them any more."""
 
 
@@ -307,10 +307,13 @@ def run_study(
             raise
         finally:
             enough.set()
-            for thread in probes:
-                thread.join(_PROBES_SECONDS)
-            # Who is asked to stop waits for the states of what is being trained, and for nothing else.
-            pool.stop(timeout=5.0 if stopped() else 30.0, state_timeout=state_seconds)
+            try:
+                deadline = time.monotonic() + _PROBES_SECONDS
+                for thread in probes:
+                    thread.join(max(0.0, deadline - time.monotonic()))
+            finally:
+                # Who is asked to stop waits for the states of what is being trained, and for nothing else.
+                pool.stop(timeout=5.0 if stopped() else 30.0, state_timeout=state_seconds)
 
 
 class _Costs:
@@ -442,12 +445,13 @@ def _start_probes(
         pending = submit() if submitted is None else submitted
         for number, (wanted, reference) in enumerate(pending):
             try:
-                while not ray.wait([reference], timeout=0.5)[0]:
-                    if enough.is_set():
-                        # Else Ray would ask the dispatcher again for ever, and say so.
-                        for _, unanswered in pending[number:]:
-                            ray.cancel(unanswered)
-                        return
+                while not enough.is_set() and not ray.wait([reference], timeout=0.5)[0]:
+                    pass
+                if enough.is_set():
+                    # Else Ray would ask the dispatcher again for ever, and say so.
+                    for _, unanswered in pending[number:]:
+                        ray.cancel(unanswered)
+                    return
                 outcome, _ = ray.get(reference)
             except Exception as error:  # the cluster is going down: the next run scores the baselines
                 log.warning("baselines of %s: %s", wanted.domain, error)

@@ -317,7 +317,7 @@ def patiently(where: Place, call: Callable[[], T], what: Literal["read", "write"
         raise StorageError(f"cannot {what} {where}: {reason(error)}") from error
 
 
-def create_bytes(where: Place, content: bytes) -> bool:
+def create_bytes(where: Place, content: bytes, contender: str | None = None) -> bool:
     """Write a file unless there is one already; returns whether it was written.
 
     Of several processes that try at the same time at most one succeeds. On a file system that is the promise of a hard
@@ -326,6 +326,12 @@ def create_bytes(where: Place, content: bytes) -> bool:
     contender puts down a claim first and goes on only where it then sees no other claim; whoever wrote later sees the
     earlier one, as listings of S3 and Google Cloud are strongly consistent. A contender that stops for a minute between
     its claim and its write is taken for dead.
+
+    Args:
+        where: The file.
+        content: All of it.
+        contender: Unique name of who wants it. One that asks again, after an answer that was lost, then meets its own
+            claim, and not that of another.
 
     Raises:
         OSError: It cannot be written.
@@ -350,7 +356,7 @@ def create_bytes(where: Place, content: bytes) -> bool:
     for attempt in range(8):
         if exists(where):
             return False
-        mine = claims / uuid.uuid4().hex
+        mine = claims / (contender or uuid.uuid4().hex)
         write_bytes(mine, b"claim")
         try:
             if not _other_claims(claims, mine.name):
@@ -406,9 +412,9 @@ def write_json(where: Place, value: Any) -> None:
     write_bytes(where, _json(value))
 
 
-def create_json(where: Place, value: Any) -> bool:
+def create_json(where: Place, value: Any, contender: str | None = None) -> bool:
     """Write JSON unless there is a file already; see `create_bytes`."""
-    return create_bytes(where, _json(value))
+    return create_bytes(where, _json(value), contender)
 
 
 def read_json(where: Place) -> Any:

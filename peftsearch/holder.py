@@ -32,7 +32,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from peftsearch.files import FULL, PAUSES, Place, create_json, delete, names, patiently, read_json, write_json
+from peftsearch.files import FULL, Place, create_json, delete, names, patiently, read_json, write_json
 from peftsearch.spec import StudyError
 
 log = logging.getLogger(__name__)
@@ -220,8 +220,10 @@ def hold(
         holder = replace(holder, heard=holder.since)
         lease = Lease(folder, name, number + 1, holder, lost)
         lease_file = _file(folder, number + 1)
-        if not patiently(lease_file, lambda: create_json(lease_file, asdict(holder)), "write"):
-            first = _latest(folder)[1]
+        if not patiently(lease_file, lambda: create_json(lease_file, asdict(holder), holder.token), "write"):
+            given, first = _latest(folder)
+            if given <= number:
+                raise StudyError(f"several processes want to run the study {name!r}, and hinder one another: try again")
             # Of an attempt whose answer was lost, the file may be there all the same.
             if first is None or first.token != holder.token:
                 raise _held(name, first)
@@ -325,9 +327,10 @@ def _watch(
         if stopped():
             raise KeyboardInterrupt
         time.sleep(min(1.0, SILENCE / 10))
-        asked = clock()
-        now_number, now = _latest(folder)
-        if clock() - asked >= PAUSES[0]:
+        try:
+            now_number, now = latest(folder)
+        except OSError:
+            now_number, now = _latest(folder)
             # The storage was away, for the other one's heart, too: silence counts only where it could be heard.
             began = clock()
         if now is not None and now.released:
@@ -349,7 +352,7 @@ def _kernel_lock(folder: Place) -> Iterator[bool]:
     if not isinstance(folder, Path):
         yield True
         return
-    with (folder / _LOCK).open("a+") as file:
+    with patiently(folder, lambda: (folder / _LOCK).open("a+"), "write") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -33,15 +32,14 @@ def open_tracker(study: StudyHandle, facts: StudyFacts, ledger: Ledger, lease: L
     """What writes the study's trials to MLflow; None where tracking is off."""
     from peftsearch.tracking.mlflow_tracker import MlflowTracker
 
-    def note_experiment(name: str) -> None:
-        # For `status`: a study does not end because its storage does not take a note.
-        with contextlib.suppress(OSError):
-            lease.note(mlflow_experiment=name)
-
     uri = study.mlflow_tracking_uri
     if uri is None:
         return None
-    return MlflowTracker(uri, artifact_location(study), facts, ledger.set_run_id, note_experiment)
+
+    def note(name: str) -> None:
+        lease.note(mlflow_experiment=name)
+
+    return MlflowTracker(uri, artifact_location(study), facts, ledger.set_run_id, note)
 
 
 def artifact_location(study: StudyHandle) -> str | None:

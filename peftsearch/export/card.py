@@ -408,11 +408,7 @@ def _origin(card: CardFacts) -> str:
     """Where one sees the trial among the others."""
     study, record = card.facts.study, card.record
     place = f"front.html#{quote(record.domain, safe='')}/{record.number}"
-    run = (
-        f"MLflow run `{record.mlflow_run_id}` of the experiment {escape_markdown(study)}; "
-        if record.mlflow_run_id
-        else ""
-    )
+    run = f"MLflow run `{record.mlflow_run_id}`; " if record.mlflow_run_id else ""
     return f"Among the study's other trials: {run}`peftsearch frontier {study} --html front.html`, then `{place}`."
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from peftsearch.export.usage import Use, examples_of, generation_arguments, reads_first_piece
+from peftsearch.export.usage import Use, examples_of, reads_first_piece
 
 
 def pipeline_code(use: Use, model: str, *, lengthens: bool) -> list[str]:
@@ -55,7 +55,7 @@ def _writing(use: Use, model: str, lengthens: bool) -> list[str]:
         _made("text-generation", model),
         f"prompt = prompt_of({fields})",
         *(['prompt = [{"role": "user", "content": prompt}]'] if use.task.options.chat else []),
-        f"written = pipe(prompt, return_full_text=False, {', '.join(generation_arguments(use))})",
+        "written = pipe(prompt, return_full_text=False, **generation)",
         'print(written[0]["generated_text"].strip())',
     ]
 

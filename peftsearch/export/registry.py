@@ -20,7 +20,7 @@ from peftsearch.export.folder import PROVENANCE
 from peftsearch.frontier.front import domain_fronts
 from peftsearch.frontier.mlflow_report import picks_of
 from peftsearch.spec import StudyError, StudyFacts, TrialRecord
-from peftsearch.tracking.mlflow_runs import DOMAIN, NUMBER, PARAM_LENGTH, STUDY, texts
+from peftsearch.tracking.mlflow_runs import DOMAIN, NUMBER, PARAM_LENGTH, STUDY, STUDY_ID, texts
 from peftsearch.tracking.mlflow_store import brief, prepare_environment, public_uri, relocate_artifacts
 from peftsearch.tracking.names import run_name
 
@@ -90,7 +90,9 @@ def aliases_of(records: Sequence[TrialRecord], facts: StudyFacts, ending: str = 
     return found
 
 
-def check_registry(registry: Registry, study: str, records: Sequence[TrialRecord]) -> None:
+def check_registry(
+    registry: Registry, study: str, records: Sequence[TrialRecord], *, study_id: str | None = None
+) -> None:
     """See that the names are free or this study's, and that MLflow has the trials' runs.
 
     Raises:
@@ -117,11 +119,18 @@ def check_registry(registry: Registry, study: str, records: Sequence[TrialRecord
             )
     with _answering(registry) as client:
         for domain in domains:
-            _check_name(client, registry.name_for(domain), study, domain)
+            _check_name(client, registry.name_for(domain), study, study_id, domain)
 
 
 def register(
-    registry: Registry, study: str, record: TrialRecord, folder: Path, form: str, aliases: Sequence[str]
+    registry: Registry,
+    study: str,
+    record: TrialRecord,
+    folder: Path,
+    form: str,
+    aliases: Sequence[str],
+    *,
+    study_id: str | None = None,
 ) -> Registered:
     """Make an exported folder a version of its registered model, and have aliases point to it.
 
@@ -135,6 +144,7 @@ def register(
         folder: The verified export, on this machine.
         form: ``adapter``, ``merged`` or ``lora``.
         aliases: Of the version; taken from those that have them.
+        study_id: Tells the study from others of its name (`StudyFacts.id`).
 
     Raises:
         StudyError: As `check_registry`.
@@ -145,12 +155,17 @@ def register(
     name = registry.name_for(record.domain)
     known = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     weights = known["weights"]["sha256"]
+    owner = {STUDY: study, DOMAIN: record.domain, **({STUDY_ID: study_id} if study_id else {})}
+    # Versions that earlier versions of peftsearch have registered do not say the study's id.
     tags = {STUDY: study, DOMAIN: record.domain, NUMBER: str(record.number), _FORM: form, _WEIGHTS: weights}
     with _answering(registry) as client:
-        if not _check_name(client, name, study, record.domain):
+        if _check_name(client, name, study, study_id, record.domain):
+            if study_id:
+                client.set_registered_model_tag(name, STUDY_ID, study_id)  # which earlier versions did not know
+        else:
             client.create_registered_model(
                 name,
-                {STUDY: study, DOMAIN: record.domain},
+                owner,
                 f"Adapters of the peftsearch study {study} for {record.domain}",
             )
         version = _version(client, name, tags)
@@ -196,10 +211,10 @@ def register(
 def _speed_tags(speed: Mapping[str, Any]) -> dict[str, str]:
     """What was measured after the export (`peftsearch.export.speed.Speed`), as tags of a version."""
     numbers = {key: f"{speed[key]:.4g}" for key in ("latency_ms", "latency_p95_ms", "examples_per_second") if speed}
-    return numbers | {key: str(speed[key]) for key in ("batch_size", "hardware", "threads") if speed}
+    return numbers | {key: str(speed[key]) for key in ("batch_size", "unit", "hardware", "threads") if key in speed}
 
 
-def _check_name(client: MlflowClient, name: str, study: str, domain: str) -> bool:
+def _check_name(client: MlflowClient, name: str, study: str, study_id: str | None, domain: str) -> bool:
     """Whether the registered model is there, and this study's for this domain."""
     from mlflow.exceptions import MlflowException
 
@@ -210,8 +225,10 @@ def _check_name(client: MlflowClient, name: str, study: str, domain: str) -> boo
             return False
         raise
     found = (known.get(STUDY), known.get(DOMAIN))
-    if found != (study, domain):
-        what = f"the adapters of the study {found[0]!r} for {found[1]!r}" if all(found) else "something else"
+    another = found == (study, domain) and study_id is not None and known.get(STUDY_ID, study_id) != study_id
+    if another or found != (study, domain):
+        what = f"the adapters of {'another' if another else 'the'} study {found[0]!r} for {found[1]!r}"
+        what = what if all(found) else "something else"
         raise StudyError(
             f"the name {name!r} is taken in MLflow's registry: it holds {what}; choose another name with --register-as"
         )

@@ -34,7 +34,7 @@ class Speed:
         examples_per_second: In batches, over the same examples' split.
         batch_size: Examples in such a batch.
         examples: How many examples latency was measured on.
-        unit: What an example is: ``window`` where texts are cut into several.
+        unit: What is meant by an example: a ``window`` where texts are cut into several, or put together.
         hardware: Name of the GPU or CPU.
         threads: CPU threads of PyTorch.
     """
@@ -109,7 +109,7 @@ def measure_speed(model: nn.Module, domain: PreparedDomain, split: str, batch_si
         examples=len(single),
         hardware=_hardware(device),
         threads=torch.get_num_threads(),
-        unit="window" if EXAMPLE in data.column_names and len(set(data[EXAMPLE])) < len(data) else "example",
+        unit="window" if EXAMPLE in data.column_names else "example",
     )
 
 

@@ -150,7 +150,7 @@ def export_trials(
             _check_one(repo, records)
         check_repo(repo, study.facts.study, records[0].domain)
     if registry is not None:
-        check_registry(registry, study.facts.study, records)
+        check_registry(registry, study.facts.study, records, study_id=study.facts.id)
 
     named = [f"{record.domain}/{_name_of(record, form)}" for record in records]
     if to is not None:
@@ -212,7 +212,9 @@ def export_trials(
                 source = places[index] if isinstance(to, Path) else staged[index]
                 assert isinstance(source, Path)
                 mine = aliases.get(item.record.number, ())
-                version = register(registry, study.facts.study, item.record, source, form, mine)
+                version = register(
+                    registry, study.facts.study, item.record, source, form, mine, study_id=study.facts.id
+                )
                 told(f"Registered as {' and '.join(version.uris)}")
                 exported[position] = replace(item, registered=version)
     return exported

@@ -52,7 +52,7 @@ def reads_first_piece(use: Use) -> bool:
     return (use.task.options.piece or ("last" if use.architecture == "decoder" else "first")) == "first"
 
 
-def generation_arguments(use: Use) -> list[str]:
+def _generation(use: Use) -> list[str]:
     """Arguments of ``generate`` with which the study's texts were written."""
     task: Any = use.task
     options, settings = task.options, task.options.generation
@@ -176,10 +176,10 @@ def _language_modeling(use: Use) -> list[str]:
     if use.architecture != "decoder":
         return []
     return [
-        "def perplexity(text):  # of what fits into one window, the text's end included",
+        "def perplexity(text):  # with its end; of a long text its first window",
         "    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]",
-        f'    ids = tokenizer(text, truncation=True, max_length={use.facts.max_length - 1})["input_ids"]',
-        "    ids = torch.tensor([ids if ids[-1:] == end else ids + end])",
+        '    ids = tokenizer(text)["input_ids"]',
+        f"    ids = torch.tensor([(ids if ids[-1:] == end else ids + end)[:{use.facts.max_length}]])",
         "    with torch.no_grad():",
         "        logits = model(input_ids=ids).logits[:, -ids.shape[1]:]",
         "    return torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:]).exp().item()",
@@ -195,7 +195,18 @@ def _writing(use: Use) -> list[str]:
     template = task.template(Tokenization(None, use.facts.max_length, use.architecture), use.pair)
     texts = "text, text_pair" if use.pair else "text"
     decoder = use.architecture == "decoder"
-    lines = [f"def prompt_of({texts}):", f"    return {_joined(template)}", "", "", f"def tokens_of({texts}):"]
+    lines = [
+        "ends = model.generation_config.eos_token_id",
+        "ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}",
+        "generation = dict(",
+        f"    {', '.join(_generation(use))},",
+        "    eos_token_id=sorted(ends),",
+        "    pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,",
+        ")",
+    ]
+    if decoder and options.generation.no_repeat_ngram:
+        lines.append("# In the study no_repeat_ngram_size was for the answer alone; here the prompt counts, too.")
+    lines += ["", "", f"def prompt_of({texts}):", f"    return {_joined(template)}", "", "", f"def tokens_of({texts}):"]
     prompt, special = f"prompt_of({texts})", ""
     if options.chat:
         lines += [
@@ -203,26 +214,40 @@ def _writing(use: Use) -> list[str]:
             "    prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)",
         ]
         prompt, special = "prompt", ", add_special_tokens=False"
-    lines += [f"    return tokenizer([{prompt}], return_tensors='pt'{special})", "", "", f"def write({texts}):"]
-    if decoder and options.generation.no_repeat_ngram:
-        lines.append("    # In the study no_repeat_ngram_size was for the answer alone; here the prompt counts, too.")
-    cut = ["        text = text[:-excess]  # the text is cut, not what stands around it"]
-    if use.pair:
-        cut = [
-            "        if len(text) > len(text_pair):  # the longer text is cut, not what stands around it",
-            "            text = text[:-excess]",
-            "        else:",
-            "            text_pair = text_pair[:-excess]",
+    lines.append(f"    inputs = tokenizer([{prompt}], return_tensors='pt'{special})")
+    if decoder and not options.chat:
+        lines += [
+            '    if inputs["input_ids"][0, -1] == tokenizer.eos_token_id:  # the answer is still to come',
+            "        inputs = {name: value[:, :-1] for name, value in inputs.items()}",
         ]
     lines += [
+        "    return inputs",
+        "",
+        "",
+        "def shorter(text, excess):  # by so many tokens, about",
+        '    tokens = max(1, len(tokenizer(text)["input_ids"]))',
+        "    return text[: min(len(text) - 1, len(text) * max(0, tokens - excess) // tokens)]",
+        "",
+        "",
+        f"def write({texts}):",
         f"    inputs = tokens_of({texts})",
         f"    while {'(text or text_pair)' if use.pair else 'text'} and "
         f'(excess := inputs["input_ids"].shape[1] - {use.facts.max_length}) > 0:',
-        *cut,
+    ]
+    if use.pair:
+        lines += [
+            "        if len(text) > len(text_pair):  # the longer text is cut, not what stands around it",
+            "            text = shorter(text, excess)",
+            "        else:",
+            "            text_pair = shorter(text_pair, excess)",
+        ]
+    else:
+        lines.append("        text = shorter(text, excess)  # the text is cut, not what stands around it")
+    lines += [
         f"        inputs = tokens_of({texts})",
         "    with torch.no_grad():",
         '        ids = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], '
-        f"{', '.join(generation_arguments(use))})",
+        "**generation)",
         "    return tokenizer.decode(ids[0"
         + (', inputs["input_ids"].shape[1]:' if decoder else "")
         + "], skip_special_tokens=True).strip()",

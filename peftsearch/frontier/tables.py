@@ -468,11 +468,12 @@ _CORRELATIONS = ("pearson", "spearman", "mcc")
 def _noise(front: DomainFront, one: float, other: float, rows: int) -> float:
     """Two standard errors of the difference of two values that rest on so many texts; 0.0 where none is known.
 
-    Of an accuracy, the binomial's; of any other mean of numbers from 0 to 1 that is the most it can be, and for F1 the
-    right size. Of a correlation, ``(1 - r²) / sqrt(rows)`` (Fisher, 1915).
+    Of an accuracy, the binomial's; of any other mean of numbers from 0 to 1 that is the most it can be, and for a micro
+    F1 the right size. What goes by label rests on fewer texts, nobody knows here how many. Of a correlation,
+    ``(1 - r²) / sqrt(rows)`` (Fisher, 1915).
     """
     values = (one, other)
-    if rows == 0:
+    if rows == 0 or "/" in front.facts.metric or front.facts.metric.startswith("macro"):
         return 0.0
     if front.facts.metric in _CORRELATIONS:
         variances = [(1 - min(1.0, value * value)) ** 2 for value in values]

@@ -159,7 +159,6 @@ class Mirror:
         self._relocate()
         mine = {STUDY_ID: facts.id} if facts.id else {}
         found, name = self._find()
-        self.experiment_name = name
         if found is None:
             experiment = client.create_experiment(name, self.artifact_location, mine)
             if name != facts.study:
@@ -194,7 +193,7 @@ class Mirror:
             parent = self._parents.get(known.tags.get(DOMAIN, ""))
             if parent is not None and not known.deleted and known.tags.get(PARENT) != parent.run_id:
                 self._log(known, [], {}, {PARENT: parent.run_id})
-        self._experiment = experiment
+        self._experiment, self.experiment_name = experiment, name
         self._doubted_trials.clear()
         self._doubted_domains.clear()
 
@@ -348,6 +347,7 @@ class Mirror:
         unless that is of another study of the same name: a server is shared by groups who do not know each other.
         """
         from mlflow.entities import ViewType
+        from mlflow.exceptions import MlflowException
 
         facts, client = self.facts, self.client
         if facts.id is None:
@@ -358,7 +358,13 @@ class Mirror:
             experiment = min(found, key=lambda item: (item.lifecycle_stage == "deleted", item.creation_time or 0))
             return experiment, experiment.name
         for name in (facts.study, f"{facts.study} {facts.id[:_ID_SHOWN]}"):
-            named = client.get_experiment_by_name(name)
+            try:
+                named = client.get_experiment_by_name(name)
+            except MlflowException as error:
+                # A server with permissions does not show what belongs to others.
+                if error.error_code != "PERMISSION_DENIED":
+                    raise
+                continue
             if named is None or named.tags.get(STUDY_ID, facts.id) == facts.id:
                 return named, name
         return None, f"{facts.study} {facts.id}"
@@ -378,7 +384,7 @@ class Mirror:
         from mlflow.exceptions import MlflowException
 
         assert self._experiment is not None
-        found, _ = self._find()
+        found, self.experiment_name = self._find()
         if found is None or found.experiment_id != self._experiment or found.lifecycle_stage == "deleted":
             return False
         for domain in self._doubted_domains & self._parents.keys():

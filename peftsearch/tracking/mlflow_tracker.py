@@ -99,7 +99,8 @@ class MlflowTracker:
         facts: The study. Baselines that are added to it later are seen.
         on_run_id: Told each trial's run id once. It is called in the thread of whoever calls `update`, `report`,
             `flush` or `close`, so it may write the ledger.
-        on_experiment: Told what MLflow calls the study, in the same threads, once that is known.
+        on_experiment: Told what MLflow calls the study, in the same threads, once that is known. Told again later
+            where it raises an OSError.
     """
 
     def __init__(
@@ -219,8 +220,11 @@ class MlflowTracker:
     def _deliver(self) -> None:
         name = self._mirror.experiment_name
         if self._on_experiment is not None and name is not None and name != self._experiment:
-            self._experiment = name
-            self._on_experiment(name)
+            try:
+                self._on_experiment(name)
+                self._experiment = name
+            except OSError as error:  # a note for people: tried again with the next trial
+                log.info("the name of the experiment could not be noted: %s", error)
         while True:
             try:
                 number, run_id = self._run_ids.get_nowait()

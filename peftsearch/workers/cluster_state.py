@@ -95,7 +95,8 @@ def end_controllers() -> None:
     from ray._private.worker import global_worker
 
     for actor in _controllers():
-        global_worker.core_worker.kill_actor(ray.ActorID.from_hex(actor), True)
+        with contextlib.suppress(Exception):  # has ended meanwhile
+            global_worker.core_worker.kill_actor(ray.ActorID.from_hex(actor), True)
 
 
 def _controllers() -> dict[str, dict[str, Any]]:

@@ -134,7 +134,12 @@ class Dispatcher:
         job = _Job(work, asyncio.get_running_loop().create_future())
         self._queue.append(job)
         self._wake()
-        return await job.answer
+        try:
+            return await job.answer
+        finally:
+            # Whoever asked has given up (``ray.cancel``): nobody shall begin with it.
+            if job.answer.cancelled() and job in self._queue:
+                self._queue.remove(job)
 
     async def end(self, key: str) -> None:
         """A trial has ended (its plan's key): whoever holds its state may drop it. Its queued work is withdrawn."""

@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -245,19 +245,19 @@ class SlotPool:
             # One that waits for room hears of nothing; it ends with the driver, or when it gives up.
             if run.thread is not None and number in patience:
                 run.thread.join(max(0.0, told + patience[number] - time.monotonic()))
-        try:
-            late = [run.thread for run in self._runs.values() if run.thread is not None and run.thread.is_alive()]
-            if late:
-                # A thread that still waits for its controller while Ray is shut down may take the process with it.
-                end_controllers()
-            for thread in late:
-                thread.join(_LOOK_SECONDS)
-            end_processes(ending, _EXIT_SECONDS)
-            ray.kill(self.dispatcher)
-            remove_orphaned_groups()
-            end_coordinator(timeout)
-        except Exception as error:  # the cluster is going down
-            log.warning("the cluster could not be tidied up: %s", error)
+        late = [run.thread for run in self._runs.values() if run.thread is not None and run.thread.is_alive()]
+        for tidy in (
+            # A thread that still waits for its controller while Ray is shut down may take the process with it.
+            *((end_controllers, partial(_join, late, _LOOK_SECONDS)) if late else ()),
+            partial(end_processes, ending, _EXIT_SECONDS),
+            partial(ray.kill, self.dispatcher),
+            remove_orphaned_groups,
+            partial(end_coordinator, timeout),
+        ):
+            try:
+                tidy()
+            except Exception as error:  # the cluster is going down
+                log.warning("the cluster could not be tidied up: %s", error)
 
     # --- inside ---
 
@@ -405,6 +405,13 @@ def _end_children() -> None:
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             child.kill()
+
+
+def _join(threads: Sequence[threading.Thread], seconds: float) -> None:
+    """Wait for all of them, so long together."""
+    deadline = time.monotonic() + seconds
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def _answers(host: str, port: int) -> bool:

@@ -19,7 +19,7 @@ import psutil
 from forks import Fork
 
 WARDEN = Path(__file__).with_name("warden.py")
-PATIENCE = 900.0
+PATIENCE = 600.0
 """Seconds after which nothing is waited for any more; machines that run these tests may be busy."""
 
 RAY_PARTS = {

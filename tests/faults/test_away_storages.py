@@ -68,10 +68,13 @@ def kept(relay: Relay, s3_server: S3Server) -> files.Place:
     return files.place(there.replace(f":{s3_server.port}", f":{relay.port}")) / "study.json"
 
 
-def test_a_studys_file_is_read_when_its_store_is_back(relay: Relay, kept: files.Place) -> None:
+def test_a_studys_file_is_read_when_its_store_is_back(
+    relay: Relay, kept: files.Place, caplog: pytest.LogCaptureFixture
+) -> None:
     # S3's own client tries for some six seconds.
-    Timer(8, relay.listen).start()
+    Timer(12, relay.listen).start()
     assert storage.read_json(kept) == {"a": 1}
+    assert "trying again" in caplog.text
 
 
 def test_a_store_that_stays_away_is_one_sentence(

@@ -186,6 +186,7 @@ class Chaos:
         self.driver = self.start(self.name)
 
 
+@pytest.mark.timeout(1800 + 60 * MINUTES)
 def test_chaos(
     undisturbed: Undisturbed,
     drive: Callable[..., Driver],

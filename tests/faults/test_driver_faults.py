@@ -28,6 +28,7 @@ def records(storage: Path, name: str) -> list[TrialRecord]:
     return study.trials() if study else []
 
 
+@pytest.mark.timeout(900 + 120 * KILLS)
 def test_a_driver_killed_many_times_ends_with_the_same_ledger(
     undisturbed: Undisturbed, drive: Callable[..., Driver], tmp_path: Path, note: Callable[[Row], None]
 ) -> None:

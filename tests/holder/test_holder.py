@@ -235,8 +235,8 @@ def test_a_lease_whose_answer_was_lost_is_ones_own(tmp_path: Path, monkeypatch: 
     """The object store has made the file, and the connection broke before it could say so."""
     create, lost = holder.create_json, [True]
 
-    def create_and_lose(where: Path, value: Any) -> bool:
-        made = create(where, value)
+    def create_and_lose(where: Path, value: Any, contender: str) -> bool:
+        made = create(where, value, contender)
         if lost.pop() if lost else False:
             raise ConnectionResetError("connection reset by peer")
         return made

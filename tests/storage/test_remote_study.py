@@ -23,7 +23,7 @@ SMALL = {
     "training": {"epochs": 1, "evaluations": 2, "batch_size": 16, "max_length": 16},
     "confirm": {"seeds": 1},
 }
-PATIENCE = 1500.0
+PATIENCE = 600.0
 """Seconds: Ray takes long to start where many others compute."""
 
 

@@ -22,7 +22,7 @@ from peftsearch.training.checkpoint import saved_steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
-PATIENCE = 900.0
+PATIENCE = 400.0
 """Machines that run tests are busy."""
 
 WORK_SECONDS = 4.0

@@ -111,7 +111,7 @@ def test_a_version_says_how_fast_it_was_and_a_run_where_it_was_exported(place: P
     first, _ = place.records
     place.register(first, adapter_folder(tmp_path / "first"), "best")
     tags = {"latency_ms": "1.235", "latency_p95_ms": "2.5", "examples_per_second": "812.3"}
-    tags |= {"batch_size": "64", "hardware": "A processor", "threads": "2"}
+    tags |= {"batch_size": "64", "unit": "example", "hardware": "A processor", "threads": "2"}
     version = place.client.get_model_version_by_alias(place.domain, "best")
     assert tags.items() <= version.tags.items()
     # Exported and timed again: the same version.
@@ -136,6 +136,17 @@ def test_a_server_that_is_away_is_one_sentence(tmp_path: Path) -> None:
     assert "does not know of the exports" in said
     assert "hunter2" not in said
     assert "\n" not in said
+
+
+def test_another_study_of_the_same_name_does_not_take_a_models_aliases(place: Place, tmp_path: Path) -> None:
+    first, second = place.records
+    place.register(first, adapter_folder(tmp_path / "first"), "best")
+    # As an earlier version left it, it is whoever's asks first.
+    register(place.registry, place.study, first, tmp_path / "first", "adapter", ["best"], study_id="ours")
+    assert len(place.client.search_model_versions(f"name = '{place.domain}'")) == 1
+    check_registry(place.registry, place.study, [second], study_id="ours")
+    with pytest.raises(StudyError, match=r"it holds the adapters of another study '.*'; choose another name"):
+        check_registry(place.registry, place.study, [second], study_id="theirs")
 
 
 def test_names_that_are_taken_are_refused(place: Place, tmp_path: Path) -> None:

@@ -39,6 +39,20 @@ def test_a_waiting_slot_is_woken_by_new_work() -> None:
     run(scenario)
 
 
+def test_work_that_nobody_waits_for_any_more_is_not_begun() -> None:
+    async def scenario() -> None:
+        dispatcher = Dispatcher(max_retries=1)
+        await started(dispatcher, 0)
+        first, second = await queued(dispatcher, segment(1), segment(2))
+        first.cancel()
+        await asyncio.sleep(0.01)
+        assert (await dispatcher.status())["queued"] == 1
+        assert (await take(dispatcher, 0)).work == segment(2)
+        second.cancel()
+
+    run(scenario)
+
+
 def test_leased_work_of_a_dead_slot_is_handed_out_again_and_first() -> None:
     async def scenario() -> None:
         dispatcher = Dispatcher(max_retries=1)
