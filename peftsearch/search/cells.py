@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from peftsearch.methods import MethodSpace, method_space
+from peftsearch.methods import MethodSpace, Quantization, method_space
 from peftsearch.search.proposals import Grid
 from peftsearch.spec import Range, Scalar, SearchSpec, StudyError, StudySpec
 
@@ -89,4 +89,15 @@ def corners(cell: Cell, varied: Collection[str] | None = None) -> list[dict[str,
             values = [dimension]
         several = hyperparameter.shapes_parameters if varied is None else name in varied
         found = [{**corner, name: value} for corner in found for value in (values if several else values[:1])]
+    return found
+
+
+def base_forms(cells: Iterable[Cell]) -> set[tuple[str, Quantization | None]]:
+    """The models of some cells, each in every form that a trial may want its base stored in."""
+    found: set[tuple[str, Quantization | None]] = set()
+    for cell in cells:
+        space, method = cell.space.space, cell.space.method
+        # How a base is stored is chosen by words, which are listed: a value of each other hyperparameter is enough.
+        for values in corners(cell, {name for name, chosen in space.items() if isinstance(chosen, tuple)}):
+            found.add((cell.model, method.quantization(values)))
     return found

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from peftsearch.search.cells import corners
+from peftsearch.domains import CheckedDomain, ExpectedDomain
+from peftsearch.search.cells import base_forms
 from peftsearch.search.run import TrialCost
 from peftsearch.search.vocabulary import ScoredPositions
 from peftsearch.training import activations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from peftsearch.search.cells import Cell
     from peftsearch.search.counts import ParameterCount
     from peftsearch.search.plan import StudyPlan
-    from peftsearch.spec import ModelFacts, StudySpec
+    from peftsearch.spec import DataSpec, ModelFacts, StudySpec
     from peftsearch.training.segment import ModelPlace
 
 Format = Literal["fp32", "bf16"]
@@ -98,20 +99,23 @@ QUANTIZED_BYTES: Mapping[Quantization, float] = {"nf4": 0.5 + 0.127 / 8, "int8":
 int8 has one byte and a scale per row, which is next to nothing."""
 
 
-def frozen_bytes(shape: ModelShape, quantization: Quantization | None, parts: int = 1) -> int:
-    """The frozen base in memory; of a quantised one the embeddings keep their format.
+def frozen_bytes(shape: ModelShape, quantization: Quantization | None, parts: int = 1, with_head: bool = False) -> int:
+    """The frozen base in memory; of a quantised one the embeddings keep their format, as does what gives the vocabulary
+    (`training.quantised.left_unquantised`).
 
     Args:
         shape: The model.
         quantization: How it is stored.
         parts: Among so many workers its layers are divided; each then has two layers whole, the one that computes and
             the next one (`training.sharding`).
+        with_head: Whether it has the language-modelling head.
     """
     per_weight = shape.weight_bytes if quantization is None else QUANTIZED_BYTES[quantization]
-    multiplied = (shape.parameters - shape.embeddings) * per_weight
+    kept = shape.embeddings * (2 if with_head and not shape.tied else 1)
+    multiplied = (shape.parameters - kept) * per_weight
     if parts > 1:
         multiplied = min(multiplied, multiplied / parts + 2 * multiplied / max(1, shape.layers))
-    return round(multiplied + shape.embeddings * shape.weight_bytes)
+    return round(multiplied + kept * shape.weight_bytes)
 
 
 def activation_bytes(shape: ModelShape, batch: int, length: int, compute_bytes: int, recomputed: bool = False) -> int:
@@ -286,7 +290,7 @@ class MemoryCosts:
         spec: The study file.
         cells: All cells.
         shapes: The models.
-        lengths: Tokens per text, by domain.
+        lengths: Tokens of an example at most, by domain: see `example_tokens`.
         scored: Where the vocabulary is scored, by model and domain.
     """
 
@@ -305,7 +309,10 @@ class MemoryCosts:
         self._compute_bytes = 2 if _training_format(spec) == "bf16" else 4
         # A worker keeps every base of the study that it has seen, and of each its quantised forms.
         self._parts = spec.resources.workers_per_trial if spec.resources.strategy == "fsdp" else 1
-        self._bases = sum(frozen_bytes(shapes[model], form, self._parts) for model, form in _bases(cells))
+        with_head = {model for (model, _), found in scored.items() if found is not None}
+        self._bases = sum(
+            frozen_bytes(shapes[model], form, self._parts, model in with_head) for model, form in base_forms(cells)
+        )
 
     def __call__(self, cell: Cell, count: ParameterCount) -> int:
         """Peak of one worker, in bytes: of the GPU where it trains on one."""
@@ -336,6 +343,16 @@ class MemoryCosts:
         return (0 if resources.gpus_per_worker else PROCESS_BYTES) + self._bases + trial
 
 
+def example_tokens(domain: CheckedDomain | ExpectedDomain, data: DataSpec) -> int:
+    """Tokens that a model computes for one example of a domain, at most: of all texts that it reads for it, and, for a
+    decoder that writes, of what it writes behind the prompt.
+    """
+    splits = domain.raw.splits if isinstance(domain, CheckedDomain) else {}
+    written = domain.task.decodes and domain.architecture == "decoder"
+    longest = domain.max_length + (int(domain.task.options.target_length) if written else 0)
+    return longest * domain.task.texts_at_once(splits, data)
+
+
 class TrialCosts:
     """Memory and time of single configurations, by the formulas above.
 
@@ -349,9 +366,7 @@ class TrialCosts:
         self.speeds = speeds
         self._shapes = model_shapes(plan.models, plan.model_facts)
         self._format: Format = _training_format(plan.spec)
-        lengths = {name: domain.max_length for name, domain in plan.domains.items()}
-        scored = {key: ScoredPositions.of(domain) for key, domain in plan.prepared.items()}
-        self.memory = MemoryCosts(plan.spec, [item.cell for item in plan.cells], self._shapes, lengths, scored)
+        self.memory = plan.memory(self._shapes)
         self._seconds = functools.cache(self._seconds_of)
 
     def __call__(self, cell: Cell, hyperparameters: Mapping[str, Any], count: ParameterCount) -> TrialCost:
@@ -406,16 +421,6 @@ def _tokens(data: PreparedDomain, split: str) -> tuple[int, int]:
     # Of an encoder-decoder only the decoder's positions are.
     of_texts = head.of_text * len(lengths)
     return sum(lengths), of_texts if data.architecture == "encoder-decoder" else sum(lengths)
-
-
-def _bases(cells: Iterable[Cell]) -> set[tuple[str, Quantization | None]]:
-    found: set[tuple[str, Quantization | None]] = set()
-    for cell in cells:
-        space, method = cell.space.space, cell.space.method
-        # How a base is stored is chosen by words, which are listed: a value of each other hyperparameter is enough.
-        for values in corners(cell, {name for name, chosen in space.items() if isinstance(chosen, tuple)}):
-            found.add((cell.model, method.quantization(values)))
-    return found
 
 
 def model_shapes(places: Mapping[str, ModelPlace], facts: Mapping[str, ModelFacts]) -> dict[str, ModelShape]:

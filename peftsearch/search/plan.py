@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from peftsearch.domains import CheckedDomain, ExpectedDomain, PreparedDomain, check_domain, expected_domain, load_domain
 from peftsearch.files import Place
-from peftsearch.search.cells import Cell, corners, study_cells, trials_of
+from peftsearch.methods import Quantization
+from peftsearch.search.cells import Cell, base_forms, corners, study_cells, trials_of
 from peftsearch.search.counts import ParameterCount, ParameterCounter
-from peftsearch.search.estimate import MemoryCosts, model_shapes
+from peftsearch.search.estimate import QUANTIZED_BYTES, MemoryCosts, ModelShape, example_tokens, model_shapes
 from peftsearch.search.loss_options import check_loss_options
 from peftsearch.search.run import DomainSearch, TrialCost, excesses
 from peftsearch.search.strategy import check_strategy
@@ -64,6 +65,8 @@ class StudyPlan:
     models: Mapping[str, ModelPlace]
     model_facts: Mapping[str, ModelFacts]
     counter: ParameterCounter
+    example_tokens: Mapping[str, int]
+    """Tokens that a model computes for one example at most, by domain."""
     general_texts: tuple[str, ...] = ()
     """On which forgetting is measured."""
     ignoring: tuple[str, ...] = ()
@@ -89,13 +92,15 @@ class StudyPlan:
         """Trials of a cell: as many as every other's, unless its grid has fewer."""
         return trials_of(self.spec.search, cell.space)
 
+    def memory(self, shapes: Mapping[str, ModelShape]) -> MemoryCosts:
+        """What single configurations take, given the models' shapes."""
+        scored = {key: ScoredPositions.of(domain) for key, domain in self.prepared.items()}
+        return MemoryCosts(self.spec, [item.cell for item in self.cells], shapes, self.example_tokens, scored)
+
     def _training(self, method: str) -> TrainingSpec:
         """A method's training, with gradient checkpointing where one of its cells is known to need it."""
         training = self.spec.training_of(method)
-        lengths = {name: domain.max_length for name, domain in self.domains.items()}
-        shapes = model_shapes(self.models, self.model_facts)
-        scored = {key: ScoredPositions.of(domain) for key, domain in self.prepared.items()}
-        memory = MemoryCosts(self.spec, [item.cell for item in self.cells], shapes, lengths, scored)
+        memory = self.memory(model_shapes(self.models, self.model_facts))
         mine = (item for item in self.cells if item.cell.method == method)
         if training.gradient_checkpointing != "auto" or not any(memory.recomputes(i.cell, i.largest) for i in mine):
             return training
@@ -114,7 +119,7 @@ class StudyPlan:
         """What the workers need to know."""
         return WorkerPlan(
             study_folder=study_folder,
-            models=dict(self.models),
+            models={model: replace(place, form=self._common_form(model)) for model, place in self.models.items()},
             domains={key: domain.folder for key, domain in self.prepared.items()},
             budgets=dict(self.budgets),
             training={method: self._training(method) for method in self.spec.methods},
@@ -125,6 +130,12 @@ class StudyPlan:
             bare=frozenset(key for key, domain in self.prepared.items() if domain.head.bare),
             strategy=self.spec.resources.strategy,
         )
+
+    def _common_form(self, model: str) -> Quantization | None:
+        """How a base is stored for what is not a trial: in the largest form that trials need in any case."""
+        forms = {form for of, form in base_forms(item.cell for item in self.cells) if of == model}
+        quantised = [form for form in forms if form is not None]
+        return max(quantised, key=QUANTIZED_BYTES.__getitem__) if len(quantised) == len(forms) else None
 
 
 def plan_study(file: StudyFile, cache: Path, *, partial: bool = False, begun: bool = False) -> StudyPlan:
@@ -174,7 +185,7 @@ def plan_study(file: StudyFile, cache: Path, *, partial: bool = False, begun: bo
         )
         for path, place in models.items()
     }
-    lengths = {name: checked[first_model, name].max_length for name in spec.domains}
+    lengths = {name: example_tokens(checked[first_model, name], spec.domains[name].data) for name in spec.domains}
     _check_tokens(spec)
     scored = {key: ScoredPositions.of(domain) for key, domain in checked.items()}
     _check_limits(spec, cell_plans, MemoryCosts(spec, cells, model_shapes(models, facts), lengths, scored))
@@ -195,6 +206,7 @@ def plan_study(file: StudyFile, cache: Path, *, partial: bool = False, begun: bo
         models,
         facts,
         counter,
+        lengths,
         general,
         ignoring,
         unchecked.sentences,

@@ -46,6 +46,7 @@ class FrozenBase:
         revision: Hub revision.
         device: Where the weights live.
         trust_remote_code: Whether code that the model brings along may run.
+        form: How it is stored for what is not a trial.
         group: The workers that share it; each holds a part of it where the group is sharded.
     """
 
@@ -56,11 +57,13 @@ class FrozenBase:
         device: torch.device | None = None,
         *,
         trust_remote_code: bool = False,
+        form: Quantization | None = None,
         group: WorkerGroup | None = None,
     ) -> None:
         self.location = location
         self.revision = revision
         self.trust_remote_code = trust_remote_code
+        self.form = form
         self.device = device or torch.device("cpu")
         self._group = group or WorkerGroup(device=self.device)
         self._templates: dict[tuple[str, str, Quantization | None], Template] = {}
@@ -95,6 +98,14 @@ class FrozenBase:
         model = _copy(template.model) if copy_weights else share_tensors(template.model)
         _draw_anew(model, template.fresh)
         return model
+
+    def common_model(self, domain: PreparedDomain) -> PreTrainedModel:
+        """A model for what is not a trial (a baseline, a measurement), with any head, in the base's common form.
+
+        Raises:
+            ValueError: The base cannot be stored so.
+        """
+        return self.trial_model(domain, seed=0, copy_weights=False, quantization=self.form)
 
     def fingerprint(self) -> dict[str, int]:
         """A hash per pretrained tensor; equal before and after a study, or something wrote to the base."""
@@ -143,17 +154,27 @@ class FrozenBase:
             The model in evaluation mode; None where the checkpoint holds no such head.
         """
         auto = "AutoModelForSeq2SeqLM" if architecture == "encoder-decoder" else "AutoModelForCausalLM"
-        model, fresh = self._load(Head(auto, None), {})
+        head = Head(auto, None)
+        if self.form is None:
+            model, fresh = self._load(head, {})
+        else:
+            model, fresh = self._load_quantised(head, {}, self.form, whole=True)
         if fresh:
             return None
         # A backbone has a name of its own in some classes (T5's in a classifier), and none in others.
         prefix = f"{model.base_model_prefix}."
-        known = {name.removeprefix(prefix): parameter for name, parameter in self._tensors.items()}
-        aliases = _aliases(model)
+        known = {key.removeprefix(prefix): key for key in self._tensors}
+        layers, aliases = quantised_layers(model), _aliases(model)
         for name, parameter in list(model.named_parameters()):
-            same = known.get(name.removeprefix(prefix))
-            if same is not None and same.shape == parameter.shape and same.dtype == parameter.dtype:
+            layer = layers.get(name.removesuffix(".weight"))
+            key = known.get(_key(name.removeprefix(prefix), parameter, layer))
+            same = None if key is None else self._tensors[key]
+            if key is None or same is None or same.shape != parameter.shape or same.dtype != parameter.dtype:
+                continue
+            if layer is None:
                 _replace(model, aliases[name], same)
+            elif not isinstance(same, ShardedWeight):
+                share_layer(layer, self._quantised[key])
         return move(model.requires_grad_(False), self.device).eval()
 
     def _load_anywhere(self, head: Head, config_kwargs: dict[str, Any]) -> tuple[PreTrainedModel, frozenset[str]]:
@@ -186,7 +207,7 @@ class FrozenBase:
         return load_model(self.location, self.revision, head, config_kwargs, trust_remote_code=trusted, **kwargs)
 
     def _load_quantised(
-        self, head: Head, config_kwargs: dict[str, Any], quantization: Quantization
+        self, head: Head, config_kwargs: dict[str, Any], quantization: Quantization, whole: bool = False
     ) -> tuple[PreTrainedModel, frozenset[str]]:
         bare, fresh = self._load(head, config_kwargs, device_map="meta")
         unquantised = left_unquantised(bare, fresh_modules(bare, fresh))
@@ -198,7 +219,7 @@ class FrozenBase:
             quantization_config=quantization_config(quantization, self.device, unquantised),
         )
         settle(model)
-        if self._group.mesh is not None:
+        if self._group.mesh is not None and not whole:
             parts = matrices_in_layers(model)
             for names in _aliases(model).values():
                 if names[0] in parts:
@@ -216,8 +237,7 @@ class FrozenBase:
             if name in fresh:
                 continue
             layer = layers.get(name.removesuffix(".weight"))
-            # Tensors that are not quantised are the same whatever becomes of the others.
-            key = name if layer is None else f"{name} ({type(parameter).__name__})"
+            key = _key(name, parameter, layer)
             known = self._tensors.get(key)
             if known is None or known.shape != parameter.shape or known.dtype != parameter.dtype:
                 self._tensors[key] = parameter
@@ -227,6 +247,11 @@ class FrozenBase:
                 share_layer(layer, self._quantised[key])
             else:
                 _replace(model, aliases[name], known)
+
+
+def _key(name: str, parameter: nn.Parameter, layer: Any | None) -> str:
+    """What a tensor is known as. Those that are not quantised are the same whatever becomes of the others."""
+    return name if layer is None else f"{name} ({type(parameter).__name__})"
 
 
 @dataclass(frozen=True)

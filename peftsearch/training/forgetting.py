@@ -96,7 +96,7 @@ class GeneralText:
         self._ids = sorted((list(row) for row in ids if len(row) >= 4), key=len)
         if not self._ids:
             raise ValueError("no text of 'forgetting' has the four tokens that a prediction needs")
-        model = base.trial_model(domain, seed=0, copy_weights=False)
+        model = base.common_model(domain)
         self._start = model.config.decoder_start_token_id if self._architecture == "encoder-decoder" else None
         self.base_loss = self.loss(model)
         """Mean cross-entropy per token of the frozen base."""

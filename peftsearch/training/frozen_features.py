@@ -35,7 +35,7 @@ class FrozenFeatures:
         device: torch.device,
         pause: Callable[[], None] = lambda: None,
     ) -> None:
-        backbone: nn.Module = base.trial_model(domain, seed=0, copy_weights=False).base_model
+        backbone: nn.Module = base.common_model(domain).base_model
         self.backbone = backbone.eval()
         self.pad_token_id = domain.pad_token_id
         self.batch_size = batch_size

@@ -34,6 +34,9 @@ GUESSES = "guesses"
 """What a failure of the guesses from the data is noted as."""
 LINEAR_PROBE, COSINE = "linear model on frozen features", "cosine of frozen embeddings"
 
+_OF_THE_MODEL = frozenset({"zero_shot", "few_shot", "linear_probe", "cosine"})
+"""Baselines that compute with the frozen base."""
+
 # Words, or choices, that a probe of them is trained on at most: more do not help a linear model much, and cost memory.
 WORDS = 50_000
 
@@ -82,6 +85,9 @@ def probe(
         compute(lambda: None)
     else:
         group.first_alone(compute)
+    if base.form is not None:
+        for name in _OF_THE_MODEL & set(result.details):
+            result.details[name] += f"; its base stored as {base.form}"
     return result
 
 
@@ -183,9 +189,9 @@ def _untuned(
     result: ProbeResult, base: FrozenBase, domain: PreparedDomain, batch_size: int, group: WorkerGroup, split: str
 ) -> None:
     """The frozen model does the task as it is, where its checkpoint brings the head."""
-    if base.template(domain).modules_to_save:
+    if base.template(domain, base.form).modules_to_save:
         return
-    model = base.trial_model(domain, seed=0, copy_weights=False).eval()
+    model = base.common_model(domain).eval()
     found = evaluate(model, domain, split, batch_size, group if group.sharded else WorkerGroup(device=group.device))
     detail = f"the frozen model as it is, on the whole {split} split"
     result.add("zero_shot", "zero-shot", detail, found.scores, domain.rows[split])

@@ -110,7 +110,7 @@ class Prompting:
 
     def _add_written(self, result: ProbeResult, shots: int) -> None:
         domain, asked_about = self.domain, self.asked_about
-        model = self.base.trial_model(domain, seed=0, copy_weights=False).eval()
+        model = self.base.common_model(domain).eval()
         limit = context_length(model, domain.tokenizer, domain.max_length)
         shown = _shots(domain, asked_about, limit, shots)
         if shots and not shown:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from peftsearch.files import Place
+from peftsearch.methods import Quantization
 from peftsearch.spec import TrainingSpec
 from peftsearch.training.budget import Budget
 
@@ -21,6 +22,9 @@ class ModelPlace:
     revision: str | None = None
     trust_remote_code: bool = False
     """Whether the study file says that code which the model brings along may run."""
+    form: Quantization | None = None
+    """How it is stored for what is not a trial (baselines, measurements): as it is, or quantised where all trials are,
+    since a model may be too large otherwise."""
 
 
 @dataclass(frozen=True)

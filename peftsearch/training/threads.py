@@ -141,7 +141,7 @@ def training_step(
     batch = collated(task, domain.split("train")[rows], domain.pad_token_id, base.device)
     inputs = {name: value for name, value in batch.items() if name not in task.hidden}
     with torch.random.fork_rng(devices=[]):
-        model = base.trial_model(domain, seed=0, copy_weights=False)
+        model = base.common_model(domain)
     use_fast_attention()
     use_fast_dropout(model)
     model.train()

@@ -68,7 +68,7 @@ class Worker:
         first = next(iter(self.plan.models))
         for model, name in self.plan.domains:
             if model == first:
-                self.base(first).trial_model(self.domain(model, name), seed=0, copy_weights=False)
+                self.base(first).common_model(self.domain(model, name))
         if self.plan.measure_threads:
             torch.set_num_threads(self._study_threads(first))
 
@@ -114,6 +114,7 @@ class Worker:
                 place.revision,
                 self.group.device,
                 trust_remote_code=place.trust_remote_code,
+                form=place.form,
                 group=self.group,
             )
         return self._bases[model]

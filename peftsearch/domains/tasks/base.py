@@ -201,6 +201,15 @@ class Task(ABC):
     def content(self, table: pa.Table) -> list[tuple[str, ...]]:
         """Everything of each row that training can see, label included, for fingerprints."""
 
+    def texts_at_once(self, splits: Mapping[str, pa.Table], data: DataSpec) -> int:
+        """How many texts the model reads for one example, at most: so many rows of a batch, each of its own length.
+
+        Args:
+            splits: The rows of each split, as `read` returns them; none where the data is not at hand.
+            data: The domain's ``data`` section.
+        """
+        return 1
+
     def strata(self, table: pa.Table) -> list[str] | None:
         """What each split should hold in the same proportion: the label of each row, for tasks that have one."""
         return None

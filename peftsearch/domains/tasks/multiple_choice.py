@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field
 
 from peftsearch.domains.splits import hash_order, normalise
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 CHOICES = pa.list_(pa.large_string())
+CHOICES_EXPECTED = 4
+"""Choices of a question whose data is not at hand: as most published tests of this kind have."""
 
 
 class MultipleChoiceOptions(TaskOptions):
@@ -108,6 +111,13 @@ class MultipleChoice(Task):
             (context, question, *choices, str(label))
             for (context, question, choices), label in zip(_rows(table), labels, strict=True)
         ]
+
+    def texts_at_once(self, splits: Mapping[str, pa.Table], data: DataSpec) -> int:
+        """One for each choice; of a column of lists that is not at hand, `CHOICES_EXPECTED` are taken."""
+        choices = data.columns.choices
+        if not splits:
+            return CHOICES_EXPECTED if isinstance(choices, str) else len(choices)
+        return max(int(pc.max(pc.list_value_length(table.column("choices"))).as_py()) for table in splits.values())
 
     def strata(self, table: pa.Table) -> list[str] | None:
         """The right choice's position."""

@@ -118,6 +118,10 @@ class Similarity(Classification):
         """The texts, then the score."""
         return list(zip(*text_columns(table), map(repr, table.column("label").to_pylist()), strict=True))
 
+    def texts_at_once(self, splits: Mapping[str, pa.Table], data: DataSpec) -> int:
+        """Both texts of a pair, for ``encoding: separate``."""
+        return 2 if self.separate else 1
+
     def strata(self, table: pa.Table) -> list[str] | None:
         """Which quarter of the scores each is in."""
         scores = table.column("label").to_numpy()
