@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from peftsearch.files import persist, write_bytes
@@ -13,7 +14,7 @@ from peftsearch.spec import THREADS, StudyError, StudyFacts, hide_secrets, witho
 from peftsearch.spec.changes import compare
 from peftsearch.storage import check_storage, read_json, write_json
 from peftsearch.study_ledger import open_ledger
-from peftsearch.warm_start import warm_start
+from peftsearch.warm_start import WarmStart, warm_start
 
 if TYPE_CHECKING:
     from peftsearch.search.plan import StudyPlan
@@ -145,12 +146,14 @@ def save_facts(study: StudyHandle, facts: StudyFacts) -> None:
     persist(study.folder.facts, lambda: write_json(study.folder.facts, facts.model_dump(mode="json")))
 
 
-def write_files(study: StudyHandle, origin: Origin | None = None) -> None:
-    """Write the specification and the study file into the study's folder, without passwords."""
+def write_files(study: StudyHandle, origin: Origin | None = None, begins_with: WarmStart | None = None) -> None:
+    """Write the specification, what the study begins with and its file into its folder, without passwords."""
     assert study.file is not None
     known = read_json(study.folder.spec) or {"begun": now()}
     if origin is not None:
         known["forked_from"] = {"study": origin.name, "id": origin.id, "done": False}
+    if begins_with is not None:
+        known["warm_start"] = asdict(begins_with)
     written = {
         "study": as_saved(study.spec),
         "folder": str(study.file.folder),

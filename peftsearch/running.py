@@ -73,7 +73,7 @@ def run(
         check_same_data(study, plan)
         for warning in plan.warnings:
             events.warning(warning)
-        guesses, found_in = warm_start(study)
+        begins_with = warm_start(study)
         if origin is not None:
             # Refused before the study has a folder.
             shared_cells(origin, as_saved(study.spec), plan_facts(study, plan))
@@ -84,11 +84,11 @@ def run(
             hold(study.folder.path, study.name, lost=stopped.set, waiting=events.phase, stopped=stopped) as lease,
         ):
             facts = plan_facts(study, plan)
-            if found_in:
-                facts.provenance["warm_start"] = found_in
+            if begins_with is not None:
+                facts.provenance["warm_start"] = f"{begins_with.study}: {begins_with.trials}"
             if origin is not None:
                 facts.provenance["forked_from"] = f"{origin.name} ({origin.id})"
-            write_files(study, origin)
+            write_files(study, origin, begins_with)
             save_facts(study, facts)
 
             def save_while_held(known: StudyFacts) -> None:
@@ -122,7 +122,7 @@ def run(
                                 observers,
                                 save_while_held,
                                 stopped,
-                                guesses,
+                                begins_with.guesses if begins_with else None,
                                 backlog=lambda: tracker.backlog if tracker else 0,
                             )
                         except StudyError as error:

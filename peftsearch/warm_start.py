@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+from peftsearch.files import Place
 from peftsearch.handle import StudyHandle
 from peftsearch.results import frontier, status
 from peftsearch.spec import StudyError, TrialRecord
+from peftsearch.storage import damaged, read_json
 
 
-def warm_start(study: StudyHandle) -> tuple[dict[str, list[dict[str, Any]]], str]:
-    """What ``search.warm_start`` brings: configurations by method, best first, and where they are from.
+@dataclass(frozen=True)
+class WarmStart:
+    """What a study begins with.
+
+    Attributes:
+        study: The study that it was found in.
+        trials: The numbers of its trials, or why there are none.
+        guesses: Configurations by method, the best ones first.
+    """
+
+    study: str
+    trials: str
+    guesses: dict[str, list[dict[str, Any]]]
+
+
+def warm_start(study: StudyHandle) -> WarmStart | None:
+    """What ``search.warm_start`` brings; None where the study file does not name a study.
+
+    A study that has begun goes on with what it began with, whatever has become of the other one since: its folder
+    keeps it (`StudyFolder.spec`).
 
     A study's fronts are taken model by model. Scores of different domains do not compare: the best trials of all
     fronts come first, then the second ones, and so on.
@@ -21,7 +42,10 @@ def warm_start(study: StudyHandle) -> tuple[dict[str, list[dict[str, Any]]], str
     name = study.spec.search.warm_start
     if name is None or study.spec.search.sampler == "grid":
         # A grid has its own order, and the plan says so.
-        return {}, ""
+        return None
+    kept = _kept(study.folder.spec)
+    if kept is not None and kept.study == name:
+        return kept
     loc = ("search", "warm_start")
     if name == study.name:
         raise StudyError("a study cannot start from its own front: name another one", loc)
@@ -48,4 +72,12 @@ def warm_start(study: StudyHandle) -> tuple[dict[str, list[dict[str, Any]]], str
             guesses.setdefault(record.method, []).append(dict(record.hyperparameters))
             used.append(record.number)
     trials = ", ".join(map(str, sorted(used))) or "none of its trials has a method of this study"
-    return guesses, f"{name}: {trials}"
+    return WarmStart(name, trials, guesses)
+
+
+def _kept(where: Place) -> WarmStart | None:
+    found = (read_json(where) or {}).get("warm_start")
+    try:
+        return None if found is None else WarmStart(**found)
+    except TypeError:
+        raise damaged(where, "what it says of warm_start cannot be read") from None

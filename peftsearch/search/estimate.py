@@ -132,17 +132,19 @@ def activation_bytes(shape: ModelShape, batch: int, length: int, compute_bytes: 
     return formula(shape.layers, shape.hidden, batch * length, compute_bytes)
 
 
-def trial_bytes(shape: ModelShape, trainable: int, trains_copy: bool, activations: int, parts: int = 1) -> int:
+def trial_bytes(
+    shape: ModelShape, trainable: int, trains_copy: bool, activations: int, parts: int = 1, moments: int = 8
+) -> int:
     """What a trial adds to the frozen weights.
 
     Adapter weights (4 bytes each), or a second copy of the model for methods that train it, and what the optimiser
-    steps on where that is in half precision (4 bytes each); 4 bytes of gradient and 8 bytes of AdamW's two moments per
-    trainable parameter; and the activations. Of a copy in so many parts, a worker trains one.
+    steps on where that is in half precision (4 bytes each); 4 bytes of gradient and AdamW's two moments (8 bytes
+    together, or 2) per trainable parameter; and the activations. Of a copy in so many parts, a worker trains one.
     """
     weights = shape.parameters * shape.weight_bytes if trains_copy else 4 * trainable
     if trains_copy and shape.weight_bytes < 4:
         weights += 4 * trainable
-    return (weights + (4 + 8) * trainable) // (parts if trains_copy else 1) + activations
+    return (weights + (4 + moments) * trainable) // (parts if trains_copy else 1) + activations
 
 
 def training_operations(shape: ModelShape, tokens: float, trains_copy: bool, scored: float = 0) -> float:
@@ -339,7 +341,9 @@ class MemoryCosts:
             kept += scored.training_bytes(-(-tokens // length), shape.vocabulary, self._compute_bytes)
             # The last evaluation is the largest one: in the weights' own format.
             evaluated = scored.evaluation_bytes(training.evaluation_batch_size, shape.vocabulary, shape.weight_bytes)
-        trial = trial_bytes(shape, count.trainable, cell.space.method.trains_copy, max(kept, evaluated), self._parts)
+        moments = 2 if training.optimizer == "adamw_8bit" else 8
+        copies = cell.space.method.trains_copy
+        trial = trial_bytes(shape, count.trainable, copies, max(kept, evaluated), self._parts, moments)
         return (0 if resources.gpus_per_worker else PROCESS_BYTES) + self._bases + trial
 
 

@@ -134,8 +134,9 @@ class StudyPlan:
     def _common_form(self, model: str) -> Quantization | None:
         """How a base is stored for what is not a trial: in the largest form that trials need in any case."""
         forms = {form for of, form in base_forms(item.cell for item in self.cells) if of == model}
-        quantised = [form for form in forms if form is not None]
-        return max(quantised, key=QUANTIZED_BYTES.__getitem__) if len(quantised) == len(forms) else None
+        if None in forms:
+            return None
+        return max((form for form in forms if form is not None), key=lambda form: QUANTIZED_BYTES[form], default=None)
 
 
 def plan_study(file: StudyFile, cache: Path, *, partial: bool = False, begun: bool = False) -> StudyPlan:

@@ -296,7 +296,7 @@ class TrainingSpec(_Section):
         "work, and much less memory; auto: where they would not fit",
     )
     optimizer: Literal["adamw", "adamw_8bit"] = Field(
-        default="adamw", description="adamw_8bit (bitsandbytes, GPU) keeps its moments in 8 bits"
+        default="adamw", description="adamw_8bit (bitsandbytes) keeps its moments in 8 bits"
     )
 
     @property

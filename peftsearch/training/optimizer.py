@@ -14,6 +14,8 @@ from peftsearch.training.base_model import trainable
 from peftsearch.training.sharding import is_part, part_like
 
 _NUMBER = "number:"
+# The numbers that eight bits stand for, shared by all parameters: by the name of an entry, what bitsandbytes calls them.
+_TABLES = {"qmap1": "dynamic", "qmap2": "udynamic"}
 
 
 def learning_rate_factor(step: int, total_steps: int, training: TrainingSpec) -> float:
@@ -115,6 +117,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -
     tensors: dict[str, torch.Tensor] = {}
     for parameter, state in optimizer.state.items():
         for entry, value in state.items():
+            if entry in _TABLES:
+                continue
             if isinstance(value, torch.Tensor):
                 tensors[f"{entry}/{names[id(parameter)]}"] = value
             elif isinstance(value, int):
@@ -137,3 +141,14 @@ def load_optimizer_tensors(
         device = parameter.device if entry != "step" or optimizer.defaults.get("fused") else torch.device("cpu")
         moved = tensor.to(device)
         optimizer.state[parameter][entry] = part_like(moved, parameter) if moved.shape == parameter.shape else moved
+        if tensor.dtype == torch.uint8:
+            _add_tables(optimizer, parameter)
+
+
+def _add_tables(optimizer: Any, parameter: nn.Parameter) -> None:
+    """What bitsandbytes adds to a parameter's state where it makes it itself."""
+    if not optimizer.name2qmap:
+        optimizer.fill_qmap()
+    for entry, name in _TABLES.items():
+        optimizer.name2qmap[name] = optimizer.name2qmap[name].to(parameter.device)
+        optimizer.state[parameter][entry] = optimizer.name2qmap[name]

@@ -127,6 +127,7 @@ def test_memory() -> None:
     assert trial_bytes(SHAPE, trainable=1000, trains_copy=False, activations=7) == 16_000 + 7
     # Full fine-tuning: the same for every weight.
     assert trial_bytes(SHAPE, trainable=1_000_000, trains_copy=True, activations=0) == 16_000_000
+    assert trial_bytes(SHAPE, trainable=1_000_000, trains_copy=True, activations=0, moments=2) == 10_000_000
     # Half precision is trained by way of a copy in full precision.
     half = dataclasses.replace(SHAPE, weight_bytes=2)
     assert trial_bytes(half, trainable=1_000_000, trains_copy=True, activations=0) == 18_000_000

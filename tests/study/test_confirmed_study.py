@@ -239,6 +239,20 @@ def test_a_study_starts_from_anothers_front(finished: Path, study_file: Path, tm
         assert first.hyperparameters == best.hyperparameters
     numbers = ", ".join(str(number) for number in sorted(record.number for record in front))
     assert study.facts().provenance["warm_start"] == f"confirmed: {numbers}"
+    # It goes on with what it began with, when the other study is gone: also where a new method comes to it.
+    before = [record.hyperparameters for record in study.trials()]
+    gone = finished / "studies" / "confirmed"
+    gone.rename(tmp_path / "gone")
+    try:
+        document["search"]["trials"] = 3
+        path.write_text(yaml.safe_dump(document))
+        run(path, finished)
+    finally:
+        (tmp_path / "gone").rename(gone)
+    study = Study.open("warm", finished)
+    assert [record.hyperparameters for record in study.trials()][: len(before)] == before
+    assert len(study.trials()) > len(before)
+    assert study.facts().provenance["warm_start"] == f"confirmed: {numbers}"
 
 
 def test_a_grid_within_limits_is_tried_in_order_with_its_methods_budgets_and_early_stopping(

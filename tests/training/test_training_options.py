@@ -19,7 +19,7 @@ from peftsearch.domains.tasks import LossOptions
 from peftsearch.methods import METHODS, AttachContext
 from peftsearch.search.plan import StudyPlan, plan_study
 from peftsearch.spec import StudyFile, TrainingSpec
-from peftsearch.training.checkpoint import WEIGHTS, delete_states, read_checkpoint, trial_folder
+from peftsearch.training.checkpoint import WEIGHTS, delete_states, read_checkpoint, state_name, trial_folder
 from peftsearch.training.distributed import WorkerGroup
 from peftsearch.training.optimizer import make_optimizer, master_weights, step_optimizer
 from peftsearch.training.segment import Segment, SegmentResult, TrialPlan
@@ -93,19 +93,35 @@ def test_an_interrupted_trial_over_a_base_in_half_precision(
     model.save_pretrained(tmp_path / "half")
     AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "half")
     plan = planned(write_study, tmp_path, tmp_path / "half", evaluations=2, epochs=1)
+    check_continued(plan, method, tmp_path)
+
+
+def test_an_interrupted_trial_with_eight_bit_moments(write_study: Make, tmp_path: Path) -> None:
+    plan = planned(write_study, tmp_path, evaluations=2, epochs=1, optimizer="adamw_8bit")
+    # Below 4,096 weights bitsandbytes keeps them in 32 bits, as it does those of the head.
+    moments = check_continued(plan, "lora", tmp_path, rank=256)
+    kinds = {tensor.dtype for name, tensor in moments.items() if name.partition("/")[0].endswith(("state1", "state2"))}
+    assert kinds == {torch.uint8, torch.float32}
+
+
+def check_continued(plan: StudyPlan, method: str, tmp_path: Path, **changes: Any) -> dict[str, torch.Tensor]:
+    """A trial whose worker changes comes to what it comes to without; returns what its last state but one holds."""
     defaults: dict[str, Any] = {name: item.space for name, item in METHODS[method].hyperparameters.items()}
-    rate = {"learning_rate": 1e-4}
-    chosen = defaults | (trial(plan).hyperparameters if method == "lora" else {}) | rate
+    changes |= {"learning_rate": 1e-4}
+    chosen = defaults | (trial(plan).hyperparameters if method == "lora" else {}) | changes
     what = replace(trial(plan), method=method, hyperparameters=chosen)
     steps = plan.budgets["topics", method].evaluation_steps
     segments = [Segment(what, step, final=step == steps[-1]) for step in steps]
     whole = worker(plan, tmp_path / "whole")
     expected = [whole.do(segment) for segment in segments]
-    found = [worker(plan, tmp_path / "parts").do(segment) for segment in segments]
+    found = [worker(plan, tmp_path / "parts").do(segments[0])]
+    state, _ = read_checkpoint(trial_folder(tmp_path / "parts", what.key) / state_name(steps[0]))
+    found += [worker(plan, tmp_path / "parts").do(segment) for segment in segments[1:]]
     for one, other in zip(expected, found, strict=True):
         assert isinstance(one, SegmentResult), one
         assert isinstance(other, SegmentResult), other
         assert (one.loss, one.train_loss, one.scores) == (other.loss, other.train_loss, other.scores)
+    return {name.partition("optimizer/")[2] or name: tensor for name, tensor in state.items()}
 
 
 def test_factors_are_not_drawn_to_zero() -> None:
