@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from peftsearch.cli.options import NameOption, SetOption, StorageOption, StudyFileArgument
 from peftsearch.cli.output import err, out, print_fronts
-from peftsearch.spec import hide_secrets
+from peftsearch.spec import TrialRecord, TrialState, hide_secrets
 
 
 def run(
@@ -64,9 +65,25 @@ def run(
         err.print(stopped, markup=False, end="")
         raise typer.Exit(130) from None
     print_fronts(chosen, fronts)
+    _check_any_scored(chosen.trials())
     out.print(f"Trials in MLflow:   peftsearch ui{option}", markup=False)
     out.print(f"The front as JSON:  peftsearch frontier {chosen.name} --json{option}", markup=False)
     out.print(f"Export adapters:    peftsearch export {chosen.name} --to adapters{option}", markup=False)
+
+
+def _check_any_scored(records: Sequence[TrialRecord]) -> None:
+    """Not every trial has failed.
+
+    Raises:
+        RuntimeError: All have; says why the first one did.
+    """
+    failed = [record for record in records if record.state is TrialState.FAILED]
+    if failed and len(failed) == len(records):
+        why = " ".join((failed[0].error or "for a reason that is not known").split())
+        count = f"all {len(failed)} trials" if len(failed) > 1 else "the only trial"
+        raise RuntimeError(
+            f"{count} failed, and there is no front; trial {failed[0].number} ({failed[0].method}): {why}"
+        )
 
 
 def validate(

@@ -14,7 +14,7 @@ from peftsearch.training.base_model import trainable
 from peftsearch.training.sharding import is_part, part_like
 
 _NUMBER = "number:"
-# The numbers that eight bits stand for, shared by all parameters: by the name of an entry, what bitsandbytes calls them.
+# What eight bits stand for, shared by all parameters: by the name of an entry, what bitsandbytes calls it.
 _TABLES = {"qmap1": "dynamic", "qmap2": "udynamic"}
 
 

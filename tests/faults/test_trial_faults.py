@@ -99,6 +99,22 @@ def test_a_trial_that_diverges_or_does_not_fit_fails_alone(
         note(Row(fault, injected, happened, counted.lost, counted.duplicated))
 
 
+def test_a_study_none_of_whose_trials_can_be_trained_does_not_end_as_if_it_had_gone_well(
+    drive: Callable[..., Driver], write_study: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = write_study(
+        "hopeless",
+        methods={"full": {"learning_rate": [10.0, 11.0]}},
+        search={"trials": 2, "sampler": "grid", "scheduler": "none"},
+        training={"epochs": 1, "evaluations": 1, "batch_size": 16, "max_length": 16, "weight_decay": 1e6},
+    )
+    driver = drive(path, tmp_path / "storage", "hopeless")
+    assert driver.wait() == 1, driver.output[-3000:]
+    assert "Error: all 2 trials failed, and there is no front; trial 0 (full): " in driver.output
+    assert "Traceback" not in driver.output
+    assert driver.leftovers() == []
+
+
 def test_data_that_is_gone_or_another_is_one_sentence_and_costs_nothing(
     undisturbed: Undisturbed,
     drive: Callable[..., Driver],
