@@ -74,6 +74,11 @@ def totals(plan: StudyPlan, estimated: Estimate | None) -> list[str]:
     if estimated is not None:
         needed = f"about {size(estimated.worker_bytes)} {where} per worker ({estimated.largest} needs most)"
         lines.append(f"Rough estimate: {needed}.")
+        if estimated.memory_here is not None and estimated.worker_bytes > estimated.memory_here:
+            lines.append(
+                f"This machine has {size(estimated.memory_here)}: such trials would probably fail here. A smaller "
+                "model or batch_size needs less; search.max_memory leaves out what needs more than it says."
+            )
     small = sorted({item.cell.method for item in plan.cells if plan.trials(item.cell) < spec.search.trials})
     if small:
         grids = "grid of {} has" if len(small) == 1 else "grids of {} have"

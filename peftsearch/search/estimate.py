@@ -217,6 +217,8 @@ class Estimate:
             front is not known before).
         device: What was measured, for people.
         assumed: The time is a `REFERENCE_GPU`'s, because this machine has no GPU.
+        memory_here: All memory of what a worker would compute on here: the machine's, or its smallest GPU's; None where
+            it has no GPU and the study wants one.
     """
 
     worker_bytes: int
@@ -224,6 +226,7 @@ class Estimate:
     seconds: float
     device: str
     assumed: bool = False
+    memory_here: int | None = None
 
 
 def estimate(plan: StudyPlan) -> Estimate | None:
@@ -250,8 +253,22 @@ def estimate(plan: StudyPlan) -> Estimate | None:
         reached += "; small models reach less"
         return Estimate(worker_bytes, largest, seconds, f"{REFERENCE_GPU} ({reached})", assumed=True)
     count = torch.cuda.device_count() if on_gpu else 1
+    here = memory_here(on_gpu)
     name = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} CPU cores"
-    return Estimate(worker_bytes, largest, seconds / count, f"{count} x {name}" if count > 1 else name)
+    described = f"{count} x {name}" if count > 1 else name
+    return Estimate(worker_bytes, largest, seconds / count, described, memory_here=here)
+
+
+def memory_here(on_gpu: bool) -> int:
+    """Bytes of memory that this machine has, or its smallest GPU."""
+    import psutil
+    import torch
+
+    if not on_gpu:
+        return int(psutil.virtual_memory().total)
+    return min(
+        int(torch.cuda.get_device_properties(number).total_memory) for number in range(torch.cuda.device_count())
+    )
 
 
 def number_formats(spec: StudySpec) -> list[Format]:

@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from cli_study import Result, small_study, tree, write_study
 from rich.console import Console
@@ -22,6 +23,7 @@ from peftsearch.search.estimate import (
     evaluation_operations,
     frozen_bytes,
     measured_speed,
+    memory_here,
     training_operations,
     trial_bytes,
 )
@@ -117,6 +119,11 @@ def test_sentences_of_an_estimate(study: Study) -> None:
     lines = totals(plan, Estimate(3 * 2**30, "full", 4000.0, "2 CPU cores"))
     assert lines[1] == "Rough estimate: about 3.0 GiB of memory per worker (full needs most)."
     assert lines[2].startswith("Rough estimate: about 1 h 07 min without pruning on this machine (2 CPU cores)")
+    fits = Estimate(3 * 2**30, "full", 4000.0, "2 CPU cores", memory_here=3 * 2**30)
+    assert totals(plan, fits) == lines
+    too_large = totals(plan, dataclasses.replace(fits, memory_here=2 * 2**30))
+    assert too_large[2].startswith("This machine has 2.0 GiB: such trials would probably fail here.")
+    assert memory_here(on_gpu=False) == psutil.virtual_memory().total == estimate(plan).memory_here
 
 
 def test_memory() -> None:
