@@ -100,9 +100,10 @@ class ExportedFolder:
             base = str(package_path(path))
         if not base or not isinstance(base, str):
             raise StudyError(f"{str(adapter)!r} names no base model (base_model_name_or_path): export the trial again")
-        if Path(base).is_absolute() and not Path(base).is_dir():
+        if (Path(base).is_absolute() or base.startswith("./")) and not Path(base).is_dir():
+            # What was pushed says ./NAME of a base that was in a folder: no other model of the Hub is taken for it.
             raise StudyError(
-                f"the base model {base!r} of the adapter {str(folder)!r} is not there: put it back, or write its new "
+                f"the base model {base!r} of the adapter {str(folder)!r} is not there: put it there, or write its "
                 f"place as base_model_name_or_path into {ADAPTER_CONFIG}"
             )
         return cls(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peftsearch.export.card import CardFacts, model_card, speed_section
+from peftsearch.export.card import CardFacts, model_card, published_card, speed_section
 from peftsearch.export.contents import missing_weights, note_verified
 from peftsearch.export.convert import Form, check_form
 from peftsearch.export.folder import CARD
@@ -231,9 +231,9 @@ def _check_one(repo: HubRepo, records: Sequence[TrialRecord]) -> None:
 
 
 def _push(folder: Path, repo: HubRepo, card: CardFacts, item: ExportedAdapter, staging: Path, private: bool) -> str:
-    """Upload a folder, with a card that loads it from there, and a provenance that is fit for others."""
+    """Upload a folder, with a card that loads it from there, and nothing in its texts of where it was made."""
     copy = Path(shutil.copytree(folder, staging / "pushed"))
-    text = model_card(replace(card, folder=repo))
+    text = model_card(published_card(card, repo))
     if item.speed is not None:
         text += f"\n{speed_section(item.speed)}"
     (copy / CARD).write_text(text, encoding="utf-8")
