@@ -127,7 +127,7 @@ class Study(StudyHandle):
             facts.domains,
             state=standing["state"],
             planned=standing["planned"],
-            storage=standing["storage"],
+            storage=self.folder.option,
         )
 
     def status(self) -> dict[str, Any]:
