@@ -352,8 +352,8 @@ def _loading_notes(card: CardFacts) -> list[str]:
         name = escape_markdown(card.location.removeprefix("./"))
         notes[0] += (
             f" **The base model is not in this repository, nor on the Hub**: it was a folder called {name} where the "
-            "adapter was trained. Replace `base` in the code by the folder where you have it; for `peftsearch predict`, "
-            "write that folder as `base_model_name_or_path` into `adapter_config.json`."
+            "adapter was trained. Replace `base` in the code by the folder where you have it; for `peftsearch predict` "
+            "write it as `base_model_name_or_path` into `adapter_config.json`."
         )
     elif not card.complete and not card.base_on_hub:
         notes[0] += (

@@ -70,9 +70,7 @@ def without_folders(value: Any) -> Any:
     """A text, or all texts of a JSON value, without the folders of absolute paths: their last parts stay."""
     if isinstance(value, dict):
         # What a class is called is nobody's path, whatever it looks like.
-        return {
-            without_folders(key): item if key == "labels" else without_folders(item) for key, item in value.items()
-        }
+        return {without_folders(key): item if key == "labels" else without_folders(item) for key, item in value.items()}
     if isinstance(value, list):
         return [without_folders(item) for item in value]
     if not isinstance(value, str):

@@ -41,7 +41,7 @@ def test_a_card_hands_both_texts_over(quiet_machine: None, tmp_path: Path) -> No
         "training": {"epochs": 1, "evaluations": 1, "batch_size": 12, "max_length": 32, "precision": "fp32"},
         "tracking": {"mlflow": "off"},
     }
-    trials = {domain: ("lora", SAMPLES["lora"]) for domain in ("alone", "joined")}
+    trials = dict.fromkeys(("alone", "joined"), ("lora", SAMPLES["lora"]))
     study = train_study(document, tmp_path, tmp_path / "storage", trials)
     for item in study.export(tmp_path / "out"):
         assert isinstance(item.folder, Path)
