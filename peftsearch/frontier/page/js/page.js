@@ -94,7 +94,7 @@ function head() {
       lost ? h('span', {class: 'chip lost', role: 'status'}, 'no answer, trying again') : null,
       h('div', {class: 'links'},
         live ? h('a', {href: live.studies}, 'All studies') : null,
-        live?.mlflow ? h('a', {href: `${live.mlflow}#/experiments?workflowType=machine_learning&searchFilter=${encodeURIComponent(study.study)}`}, 'MLflow') : null,
+        live?.mlflow ? h('a', {href: live.trials ?? `${live.mlflow}#/experiments?workflowType=machine_learning&searchFilter=${encodeURIComponent(study.study)}`}, 'MLflow') : null,
         h('button', {type: 'button', class: 'quiet', 'data-focus': 'theme', 'aria-pressed': String(isDark()), onclick: () => {
           forced = isDark() ? 'light' : 'dark';
           document.documentElement.style.colorScheme = forced;
