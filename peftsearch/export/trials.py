@@ -16,7 +16,7 @@ from peftsearch.export.hub import HubRepo, check_repo, push_folder
 from peftsearch.export.noted import EXPORTED, PUSHED
 from peftsearch.export.places import check_targets, put, staging, writing
 from peftsearch.export.published import publish
-from peftsearch.export.registry import Registered, Registry, aliases_of, check_registry, register
+from peftsearch.export.registry import Registered, Registry, aliases_of, check_registry, register, renew_aliases
 from peftsearch.export.speed import Speed
 from peftsearch.export.trial_folders import StudyToExport, weights_of, write_folders
 from peftsearch.export.verify import Score, score_folders
@@ -230,6 +230,12 @@ def _check_one(repo: HubRepo, records: Sequence[TrialRecord]) -> None:
         )
 
 
+            for name in dict.fromkeys(item.record.domain for item in exported):
+                of_domain = {record.number for record in study.records if record.domain == name}
+                now = {number: found for number, found in aliases.items() if number in of_domain}
+                ending, identity = _ENDINGS[form], study.facts.id
+                for sentence in renew_aliases(registry, study.facts.study, name, now, form, ending, study_id=identity):
+                    told(sentence)
 def _push(folder: Path, repo: HubRepo, card: CardFacts, item: ExportedAdapter, staging: Path, private: bool) -> str:
     """Upload a folder, with a card that loads it from there, and nothing in its texts of where it was made."""
     copy = Path(shutil.copytree(folder, staging / "pushed"))

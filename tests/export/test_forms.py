@@ -357,7 +357,13 @@ def run_exports(
 
 def assert_names_no_place(pushed: Repository, study: Study) -> None:
     """That no text of a repository holds a folder of this machine."""
-    places = (study.folder.storage, texts_of(study).parent, Path(study.spec.models[0].path).parent, Path.home(), "/tmp/")
+    places = (
+        study.folder.storage,
+        texts_of(study).parent,
+        Path(study.spec.models[0].path).parent,
+        Path.home(),
+        "/tmp/",
+    )
     for name, content in pushed.files.items():
         if not name.endswith(".safetensors"):
             assert [str(place) for place in places if str(place) in content.decode()] == [], name
@@ -405,7 +411,9 @@ def test_an_export_is_pushed_to_a_repository(study: Study, tmp_path: Path) -> No
         copy.mkdir()
         for name, content in pushed.files.items():
             (copy / name).write_bytes(content)
-        with pytest.raises(StudyError, match=rf"base model '\./{base.name}' .* write its .*place as base_model_name_or"):
+        with pytest.raises(
+            StudyError, match=rf"base model '\./{base.name}' .* write its .*place as base_model_name_or"
+        ):
             Predictor.load(copy)
         write_json(copy / "adapter_config.json", {**config, "base_model_name_or_path": str(base)})
         assert Predictor.load(copy).predict([{"text": "fever"}])
