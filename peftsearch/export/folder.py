@@ -152,10 +152,10 @@ class ExportedFolder:
                     if self.pad_token_id is not None:
                         base.config.pad_token_id = self.pad_token_id
                     model = PeftModel.from_pretrained(base, str(self.folder))
+            # What bitsandbytes holds was loaded to where it computes.
+            loaded: nn.Module = (model if self.quantization is not None else model.to(device)).eval()
         except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, ... by what is broken
             raise StudyError(f"cannot load the model in {str(self.folder)!r}: {first_line(error)}") from None
-        # What bitsandbytes holds was loaded to where it computes.
-        loaded: nn.Module = (model if self.quantization is not None else model.to(device)).eval()
         return loaded
 
     def _quantised(self, device: torch.device) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from card_code import run_card
 from hub_server import card_errors
 from task_data import task_domain
@@ -470,6 +471,24 @@ def test_the_command_says_what_it_wrote(
     assert status == 1
     assert "1 of 2 rows have no prediction: row 1: the column 'text' is empty" in err
     assert [row["prediction"] == "" for row in read_csv(output)] == [True, False]
+
+
+def test_a_batch_that_does_not_fit_is_one_sentence(
+    call: Call,
+    exported: dict[str, ExportedAdapter],
+    clauses: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
+
+    monkeypatch.setattr(Predictor, "_rows", fail)
+    output = tmp_path / "out" / "found.csv"
+    status, out, err = call(exported["classification"].folder, "--input", clauses, "--output", output)
+    assert (status, out) == (2, "")
+    assert "out of GPU memory: 2.50 GiB more were wanted; lower --batch-size, which is 64" in err
+    assert not output.exists()
 
 
 def test_bad_input_is_one_sentence_and_leaves_nothing(
