@@ -320,6 +320,23 @@ def test_the_keyboard_is_enough(browser: Page, tmp_path: Path, study: tuple[list
     assert "legal" in browser.evaluate("document.querySelector('h2').innerText")
 
 
+def test_the_focus_goes_on_where_its_button_is_gone(
+    browser: Page, tmp_path: Path, study: tuple[list[TrialRecord], StudyFacts]
+) -> None:
+    active = "document.activeElement.id"
+    show(browser, tmp_path, study, "#")
+    browser.evaluate("document.querySelector('[data-focus=open-0]').focus()")
+    browser.click("[data-focus=open-0]")
+    assert browser.evaluate("document.querySelector('[data-focus=open-0]')") is None
+    assert browser.evaluate(active) == "front"
+    number = domain_fronts(*study)["clinical"].front[0].number
+    show(browser, tmp_path, study, f"#clinical/{number}")
+    browser.evaluate("document.querySelector('[data-focus=release]').focus()")
+    browser.click("[data-focus=release]")
+    assert browser.evaluate("document.querySelector('[data-focus=release]')") is None
+    assert browser.evaluate(active) == "front"
+
+
 def test_tables_sort_and_name_everything_for_screen_readers(
     browser: Page, tmp_path: Path, study: tuple[list[TrialRecord], StudyFacts]
 ) -> None:

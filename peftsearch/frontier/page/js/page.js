@@ -43,6 +43,8 @@ const actions = {
   open(index, trial) {
     view.domain = index;
     if (trial) view.fixed.set(study.domains[index].name, trial.number);
+    const name = index < 0 ? 'All domains' : study.domains[index].name;
+    say(trial ? `${name}, trial ${trial.number} is fixed` : `${name} is shown`);
     remember();
     render();
   },
@@ -441,7 +443,10 @@ function keeping(change) {
   for (const summary of document.querySelectorAll('details > summary')) if (open.has(summary.textContent)) summary.parentElement.open = true;
   if (scrolled) document.querySelector('[data-scroll=trials]')?.scrollTo(left, top);
   if (focus && document.activeElement?.getAttribute('data-focus') !== focus) {
-    document.querySelector(`[data-focus="${CSS.escape(focus)}"]`)?.focus({preventScroll: true});
+    const again = document.querySelector(`[data-focus="${CSS.escape(focus)}"]`);
+    // What had it may be gone, as a button that has led to another tab: then the next key acts on what came instead.
+    if (again) again.focus({preventScroll: true});
+    else if (document.activeElement === document.body) (at('front') ?? at('main')).focus({preventScroll: true});
   }
 }
 
