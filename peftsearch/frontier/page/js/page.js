@@ -349,8 +349,7 @@ function drawHistory(domain) {
     at('history-table').replaceChildren();
     return;
   }
-  const outside = domain.trials.filter(finished).every(trial => trial.value < 0 || trial.value > 1);
-  if (domain.front.length && domain.hypervolume === 0 && outside) {
+  if (saysNothing(domain)) {
     host.replaceChildren(h('p', {class: 'small soft'}, `It says nothing of a metric outside 0 to 1, such as this ${domain.title}.`));
     at('history-table').replaceChildren();
     return;
