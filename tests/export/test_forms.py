@@ -180,9 +180,11 @@ def test_a_rank_stabilised_lora_becomes_a_plain_one(
     study: Study, plain: dict[str, ExportedAdapter], tmp_path: Path
 ) -> None:
     told: list[str] = []
-    items = study.export(tmp_path / "lora", pick="best", form="lora", told=told.append)
+    left_out: list[str] = []
+    items = study.export(tmp_path / "lora", pick="best", form="lora", told=told.append, left_out=left_out.append)
     assert [item.record.domain for item in items] == ["lora", "rslora"]
-    assert len([text for text in told if text.startswith("Left out: trial ")]) == 4
+    assert len(left_out) == 4
+    assert [text for text in told if text.startswith("Left out: trial ")] == [f"Left out: {text}" for text in left_out]
     lora = items[1]
     adapter, converted = folder_of(plain["rslora"]), folder_of(lora)
     before, after = (read_json(folder / "adapter_config.json") for folder in (adapter, converted))
@@ -253,7 +255,9 @@ def test_the_command_prints_what_it_exported(study: Study, tmp_path: Path, capfd
     storage = str(study.folder.storage)
     command = ["export", "forms", "--to", str(tmp_path / "out"), "--domain", "lora", "--storage", storage]
     assert run_app([*command, "--pick", "smallest", "--json"]) == 0
-    (item,) = json.loads(capfd.readouterr().out)["exported"]
+    printed = json.loads(capfd.readouterr().out)
+    assert printed["left_out"] == []
+    (item,) = printed["exported"]
     assert item["score"] == pytest.approx(item["ledger_score"])
     assert (item["trial"], item["form"], item["reason"], item["repository"]) == (0, "adapter", None, None)
     assert item["speed"]["latency_ms"] > 0
