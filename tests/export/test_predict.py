@@ -532,6 +532,9 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
         ([folder, "--input", clauses, "--column", "texts"], "has no column 'texts'; did you mean 'text'"),
         ([folder, "--input", clauses, "--column", "txet=id"], "reads no 'txet'; did you mean 'text'"),
         ([folder, "--input", clauses, "--column", "text="], "names no column"),
+        # The adapter has never seen a second text.
+        ([folder, "--input", clauses, "--column", "text_pair=who"], "the adapter was trained without a text_pair"),
+        ([folder, "--input", clauses, "--column", "text=text", "--column", "who"], "names the text twice"),
         ([folder, "--input", clauses, "--output", tmp_path / "out.xlsx"], "--output 'out.xlsx' must end in"),
         ([folder, "--input", clauses, "--output", tmp_path / "there.csv"], "exists: name another file"),
         ([folder, "--input", clauses, "--output", tmp_path / "there.csv" / "x.csv"], "cannot write"),
