@@ -106,6 +106,8 @@ class ExportedFolder:
                 f"the base model {base!r} of the adapter {str(folder)!r} is not there: put it there, or write its "
                 f"place as base_model_name_or_path into {ADAPTER_CONFIG}"
             )
+        if base.startswith("./"):
+            base = str(Path(base).resolve())
         return cls(
             folder, tuple(labels), base, config.get("revision"), model.get("pad_token_id"), model.get("quantization")
         )
