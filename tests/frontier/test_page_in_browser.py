@@ -104,7 +104,9 @@ def test_a_pick_that_gave_way_within_the_error_bars_says_so(browser: Page, tmp_p
     assert "trial 3 (lora) is picked rather than trial 5" in cards[0]
     # Beside the others, the best is the best, whatever is picked.
     show(browser, tmp_path, (records, make_facts()), "")
-    assert browser.evaluate("[...document.querySelectorAll('[data-focus^=cell-] b')].map(cell => cell.innerText)") == ["0.810"]
+    assert browser.evaluate("[...document.querySelectorAll('[data-focus^=cell-] b')].map(cell => cell.innerText)") == [
+        "0.810"
+    ]
     assert "0.810 with 9,000 parameters" in browser.evaluate("document.querySelector('main').innerText")
 
 
