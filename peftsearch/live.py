@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from peftsearch.holder import last_driver
 from peftsearch.spec import StudyError, first_line, hide_secrets
 from peftsearch.storage import storage_folder, study_folder
 from peftsearch.study import Study, read_statuses
@@ -51,11 +52,12 @@ def app() -> FastAPI:
 
 @dataclass(frozen=True)
 class _Shown:
-    """A study's data as it is sent, its name in HTTP's caches, and where its runs are."""
+    """A study's data as it is sent, its name in HTTP's caches, where MLflow is, and where it shows the trials."""
 
     body: bytes
     tag: str
     mlflow: str | None
+    trials: str | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class Pages:
             "data": f"{PREFIX}/studies/{quote(name, safe='')}/data.json",
             "studies": f"{PREFIX}/",
             **({"mlflow": found.mlflow} if found.mlflow else {}),
+            **({"trials": found.trials} if found.trials else {}),
         }
         rule = f"{policy(live=True)}; frame-ancestors 'self'"
         page = document(json.loads(found.body), live=live)
@@ -171,6 +174,7 @@ def _attempt(read: Callable[[], Any]) -> Any:
 
 def _read(name: str) -> _Shown:
     from peftsearch.frontier.page import page_data
+    from peftsearch.tracking.mlflow_views import trials_address
 
     study = Study.open(name)
     status = study.status()
@@ -187,4 +191,6 @@ def _read(name: str) -> _Shown:
     mlflow = "/" if wanted == "auto" else f"{uri.rstrip('/')}/" if uri.startswith(("http://", "https://")) else None
     # As bytes: one study's trials as Python objects take many times that, and each that asks gets these very bytes.
     body = json.dumps(data, separators=(",", ":"), allow_nan=False).encode()
-    return _Shown(body, f'"{hashlib.sha256(body).hexdigest()[:32]}"', mlflow)
+    experiment = last_driver(study.folder.path).get("mlflow_experiment_id")
+    trials = f"{mlflow}{trials_address(experiment)}" if mlflow and isinstance(experiment, str) else None
+    return _Shown(body, f'"{hashlib.sha256(body).hexdigest()[:32]}"', mlflow, trials)

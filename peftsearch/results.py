@@ -33,7 +33,7 @@ def frontier(study: StudyHandle, domain: str | None = None) -> Frontier:
     """
     from peftsearch.frontier import Frontier
 
-    return Frontier(trials(study), study.facts(), domain)
+    return Frontier(trials(study), study.facts(), domain, storage=study.folder.option)
 
 
 def status(study: StudyHandle) -> dict[str, Any]:

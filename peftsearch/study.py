@@ -127,7 +127,7 @@ class Study(StudyHandle):
             facts.domains,
             state=standing["state"],
             planned=standing["planned"],
-            storage=standing["storage"],
+            storage=self.folder.option,
         )
 
     def status(self) -> dict[str, Any]:
@@ -161,6 +161,7 @@ class Study(StudyHandle):
         register_as: str | None = None,
         tolerance: float | None = None,
         told: Callable[[str], None] | None = None,
+        left_out: Callable[[str], None] | None = None,
     ) -> list[ExportedAdapter]:
         """Pareto-optimal trials as verified PEFT folders; arguments and errors as `peftsearch.export.export_trials`.
 
@@ -205,6 +206,7 @@ class Study(StudyHandle):
             registry=registry,
             tolerance=tolerance,
             told=told,
+            left_out=left_out,
         )
         # A store that was copied into an object store holds no runs of it there.
         with suppress(StudyError):

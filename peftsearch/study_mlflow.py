@@ -36,8 +36,8 @@ def open_tracker(study: StudyHandle, facts: StudyFacts, ledger: Ledger, lease: L
     if uri is None:
         return None
 
-    def note(name: str) -> None:
-        lease.note(mlflow_experiment=name)
+    def note(name: str, experiment: str) -> None:
+        lease.note(mlflow_experiment=name, mlflow_experiment_id=experiment)
 
     return MlflowTracker(uri, artifact_location(study), facts, ledger.set_run_id, note)
 

@@ -63,6 +63,9 @@ def export(
     Each is reloaded in a fresh process, scored again and timed; one whose score differs from the ledger's is refused.
     Trials that are tied within their error bars count as equal: the cheaper one is picked.
 
+    What the limits or the form leave out, where other trials are exported, is said and stands in `left_out` of --json;
+    the exit status is 0.
+
     Example: `peftsearch export quickstart --to adapters --domain legal --pick knee`
     """
     from peftsearch.domains.tasks import get_task
@@ -72,6 +75,7 @@ def export(
     if merge and as_lora:
         raise StudyError("--merge and --as-lora exclude each other: a merged model has no adapter left")
     chosen = Study.open(name, storage)
+    left_out: list[str] = []
     exported = chosen.export(
         to,
         domain=domain,
@@ -86,9 +90,11 @@ def export(
         register_as=register_as,
         tolerance=tolerance,
         told=lambda text: err.print(text, markup=False),
+        left_out=left_out.append,
     )
     if as_json:
-        print_json({"study": chosen.name, "exported": [item.as_json() for item in exported]})
+        items = [item.as_json() for item in exported]
+        print_json({"study": chosen.name, "exported": items, "left_out": left_out})
         return
     for item in exported:
         out.print(str(item.folder or item.repository), markup=False)

@@ -134,7 +134,9 @@ def frontier(
         standing = chosen.status()
         # Of one domain alone it is not known.
         planned = standing["planned"] if domain is None else None
-        page = front_html(records, chosen_facts, state=standing["state"], planned=planned, storage=storage)
+        # The page may be opened in another folder, or by somebody without this shell's environment.
+        option = chosen.folder.option
+        page = front_html(records, chosen_facts, state=standing["state"], planned=planned, storage=option)
         write(html, page.encode())
     if png:
         write(png, front_png(records, chosen_facts))

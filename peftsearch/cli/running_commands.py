@@ -44,7 +44,7 @@ def run(
 
     chosen = Study.from_file(study, name=name, storage=storage, overrides=settings or ())
     check_arrival(chosen)
-    option = f" --storage {storage}" if storage else ""
+    option = f" --storage {shlex.quote(hide_secrets(storage))}" if storage else ""
     again = ["peftsearch", "run", str(study)]
     for flag, value in (("--name", name), ("--storage", storage), ("--address", address), ("--fork", fork)):
         again += [flag, hide_secrets(value)] if value else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -13,6 +13,7 @@ from urllib.parse import quote
 from peftsearch.export.convert import Form
 from peftsearch.export.hub import HubRepo
 from peftsearch.export.pipelines import pipeline_code
+from peftsearch.export.published import published_base, without_folders
 from peftsearch.export.usage import Use, usage
 from peftsearch.files import Place, is_local
 from peftsearch.frontier import escape_markdown
@@ -43,6 +44,7 @@ _HUB_METRICS: dict[str, tuple[str, dict[str, str]]] = {"macro_f1": ("f1", {"aver
 
 OWN_METHODS = frozenset({"adapter", "hybrid", "prompt", "p_tuning", "prefix", "p_tuning_v2", "bitfit"})
 """Methods that PEFT does not have by itself, or not for every task."""
+_REPLACE = "  # replace it by the folder where you have the base model"
 _SOFT_TOKENS = frozenset({"prompt", "p_tuning"})
 """Methods whose soft tokens stand in front of a model's output, too."""
 
@@ -56,7 +58,8 @@ class CardFacts:
         facts: What is known of it beside the trials.
         record: The trial.
         folder: Where the exported folder will be: here, in an object store, or in a repository of the Hub.
-        location: Where the base model was loaded from: a folder or a Hub id.
+        location: Where the base model is loaded from: a folder or a Hub id; in a published card, what
+            `peftsearch.export.published.published_base` calls it.
         revision: Hub revision of the base: the commit where that is known.
         auto_model: The class of `transformers` that has the head.
         use: What is done with it.
@@ -109,7 +112,27 @@ class CardFacts:
     @property
     def base_on_hub(self) -> bool:
         """Whether the base is a Hub id."""
-        return not Path(self.location).is_dir()
+        return not Path(self.location).is_dir() and not self.location.startswith(("./", PACKAGE_PREFIX))
+
+
+def published_card(card: CardFacts, repo: HubRepo) -> CardFacts:
+    """A card for others to see: the folder is in the repository, and no text names a folder of this machine."""
+    model, domain = without_folders(card.record.model), card.domain
+    baselines = {model: domain.baselines[card.record.model]} if card.record.model in domain.baselines else {}
+    shown = {"source": without_folders(domain.source), "warnings": without_folders(domain.warnings)}
+    facts = {
+        "description": without_folders(card.facts.description),
+        # Of two folders of one name, the other one is not this card's.
+        "models": {model: card.model},
+        "domains": {card.record.domain: domain.model_copy(update={**shown, "baselines": baselines})},
+    }
+    return replace(
+        card,
+        facts=card.facts.model_copy(update=facts),
+        record=card.record.model_copy(update={"model": model}),
+        folder=repo,
+        location=published_base(card.location, card.record.model),
+    )
 
 
 def model_card(card: CardFacts) -> str:
@@ -171,7 +194,8 @@ def loading_code(card: CardFacts) -> str:
             place = f"find_spec({package!r}).submodule_search_locations[0]"
             lines.append(f"base = str(Path({place}, {inside!r}))")
         else:
-            lines.append(f"base = {card.location!r}")
+            elsewhere = "" if card.base_on_hub or not isinstance(card.folder, HubRepo) else _REPLACE
+            lines.append(f"base = {card.location!r}{elsewhere}")
     if labels:
         lines.append('labels = json.loads(Path(folder, "labels.json").read_text(encoding="utf-8"))')
     lines += ["", "tokenizer = AutoTokenizer.from_pretrained(folder)"]
@@ -324,6 +348,13 @@ def _loading_notes(card: CardFacts) -> list[str]:
     if not card.complete and card.record.model.startswith(PACKAGE_PREFIX):
         package = card.record.model.removeprefix(PACKAGE_PREFIX).partition("/")[0]
         notes[0] += f" The base model comes inside the Python package `{package}`."
+    elif not card.complete and not card.base_on_hub and isinstance(card.folder, HubRepo):
+        name = escape_markdown(card.location.removeprefix("./"))
+        notes[0] += (
+            f" **The base model is not in this repository, nor on the Hub**: it was a folder called {name} where the "
+            "adapter was trained. Replace `base` in the code by the folder where you have it; for `peftsearch predict` "
+            "write it as `base_model_name_or_path` into `adapter_config.json`."
+        )
     elif not card.complete and not card.base_on_hub:
         notes[0] += (
             " The base model is in a folder: whoever loads the adapter elsewhere has to change `base` (and, for PEFT's "

@@ -29,11 +29,12 @@ def evaluate_adapter(
         many), ``loss`` and ``scores`` (all of the task's).
 
     Raises:
-        StudyError: The folder is no exported adapter, the domain's data is wrong, it has no such split, or its labels
-            are not the adapter's.
+        StudyError: The folder is no exported adapter, the domain's data is wrong, it has no such split, its labels are
+            not the adapter's, or a batch does not fit into memory.
     """
     from peftsearch.training.distributed import WorkerGroup
     from peftsearch.training.evaluate import evaluate
+    from peftsearch.training.memory import within_memory
 
     exported = ExportedFolder.read(adapter)
     trusted = _trusted(exported, file)
@@ -54,7 +55,9 @@ def evaluate_adapter(
         _check_labels(exported, prepared.labels, domain)
         device = scoring_device(file.spec.resources.gpus_per_worker)
         model = exported.load(prepared, device, trust_remote_code=trusted)
-        found = evaluate(model, prepared, split, file.spec.training.evaluation_batch_size, WorkerGroup(device=device))
+        size = file.spec.training.evaluation_batch_size
+        with within_memory(f"lower --set training.evaluation_batch_size=N, which is {size}"):
+            found = evaluate(model, prepared, split, size, WorkerGroup(device=device))
     return {
         "adapter": str(adapter),
         "domain": domain,

@@ -100,11 +100,14 @@ class ExportedFolder:
             base = str(package_path(path))
         if not base or not isinstance(base, str):
             raise StudyError(f"{str(adapter)!r} names no base model (base_model_name_or_path): export the trial again")
-        if Path(base).is_absolute() and not Path(base).is_dir():
+        if (Path(base).is_absolute() or base.startswith("./")) and not Path(base).is_dir():
+            # What was pushed says ./NAME of a base that was in a folder: no other model of the Hub is taken for it.
             raise StudyError(
-                f"the base model {base!r} of the adapter {str(folder)!r} is not there: put it back, or write its new "
+                f"the base model {base!r} of the adapter {str(folder)!r} is not there: put it there, or write its "
                 f"place as base_model_name_or_path into {ADAPTER_CONFIG}"
             )
+        if base.startswith("./"):
+            base = str(Path(base).resolve())
         return cls(
             folder, tuple(labels), base, config.get("revision"), model.get("pad_token_id"), model.get("quantization")
         )
@@ -151,10 +154,10 @@ class ExportedFolder:
                     if self.pad_token_id is not None:
                         base.config.pad_token_id = self.pad_token_id
                     model = PeftModel.from_pretrained(base, str(self.folder))
+            # What bitsandbytes holds was loaded to where it computes.
+            loaded: nn.Module = (model if self.quantization is not None else model.to(device)).eval()
         except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, ... by what is broken
             raise StudyError(f"cannot load the model in {str(self.folder)!r}: {first_line(error)}") from None
-        # What bitsandbytes holds was loaded to where it computes.
-        loaded: nn.Module = (model if self.quantization is not None else model.to(device)).eval()
         return loaded
 
     def _quantised(self, device: torch.device) -> dict[str, Any]:

@@ -288,8 +288,8 @@ def predict_file(
         done: Told how many more rows are done, again and again.
 
     Raises:
-        StudyError: The folder is no adapter, the file has no such column or is damaged, or the output exists, cannot
-            be written, or cannot hold what is in the file.
+        StudyError: The folder is no adapter, the file has no such column or is damaged, the output exists, cannot be
+            written, or cannot hold what is in the file, or a batch does not fit into memory.
     """
     source, output = Path(source).expanduser(), Path(output).expanduser()
     if batch_size < 1:
@@ -297,6 +297,8 @@ def predict_file(
     kind = format_of(output, "--output")
     if os.path.lexists(output) and not overwrite:
         raise StudyError(f"--output {str(output)!r} exists: name another file, or replace it with --overwrite")
+    from peftsearch.training.memory import within_memory
+
     # Cheap things first: a wrong column is not found out after a model was loaded.
     exported = ExportedFolder.read(Path(adapter))
     purpose = Purpose.read(exported, trust_remote_code=trust_remote_code)
@@ -322,7 +324,8 @@ def predict_file(
             for records in table.parts(PART):
                 examples = [_example(purpose, record, mapped) for record in records]
                 good = [example for example in examples if not isinstance(example, Problem)]
-                answers = iter(predictor.predict(good, batch_size=batch_size) if good else [])
+                with within_memory(f"lower --batch-size, which is {batch_size}, or predict with --device cpu"):
+                    answers = iter(predictor.predict(good, batch_size=batch_size) if good else [])
                 for record, example in zip(records, examples, strict=True):
                     row += 1
                     answer = example if isinstance(example, Problem) else next(answers)

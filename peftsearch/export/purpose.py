@@ -111,20 +111,32 @@ class Purpose:
             overrides: ``ROLE=COLUMN``, or ``COLUMN`` alone for the task's first role; ``choices=A,B,C`` for several.
 
         Raises:
-            StudyError: The task reads no such role.
+            StudyError: The adapter reads no such role, or one is given twice.
         """
-        roles = ROLES[self.task.name]
+        # The context of a question with choices is the one role that data may have or lack, row by row.
+        optional = {"context"} if self.task.name == "multiple_choice" else set()
+        known = ROLES[self.task.name]
+        roles = [role for role in known if role in self.columns or role in optional]
         found = dict(self.columns)
+        given: set[str] = set()
         for text in overrides:
             role, equals, column = text.partition("=")
             if not equals:
                 role, column = roles[0], text
             role = role.strip()
+            if role in known and role not in roles:
+                raise StudyError(
+                    f"--column {text!r}: the adapter was trained without a {role}: write --column ROLE=NAME with "
+                    f"{' or '.join(roles)}"
+                )
             if role not in roles:
                 raise StudyError(
                     f"{self.task.name} reads no {role!r}{suggest(role, roles)}: write --column ROLE=NAME with one of "
                     f"{', '.join(roles)}"
                 )
+            if role in given:
+                raise StudyError(f"--column names the {role} twice: leave one of them out")
+            given.add(role)
             if not column.strip():
                 raise StudyError(f"--column {text!r} names no column: write {role}=NAME")
             if role == "choices" and "," in column:

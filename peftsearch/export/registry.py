@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftsearch.export.folder import PROVENANCE
 from peftsearch.frontier.front import domain_fronts
-from peftsearch.frontier.mlflow_report import picks_of
+from peftsearch.frontier.mlflow_report import PICKS, picks_of
 from peftsearch.spec import StudyError, StudyFacts, TrialRecord
 from peftsearch.tracking.mlflow_runs import DOMAIN, NUMBER, PARAM_LENGTH, STUDY, STUDY_ID, texts
 from peftsearch.tracking.mlflow_store import brief, prepare_environment, public_uri, relocate_artifacts
@@ -208,6 +208,62 @@ def register(
     return Registered(name, str(version), tuple(aliases))
 
 
+def renew_aliases(
+    registry: Registry,
+    study: str,
+    domain: str,
+    picks: Mapping[int, Sequence[str]],
+    form: str,
+    ending: str = "",
+    *,
+    study_id: str | None = None,
+) -> list[str]:
+    """Take the picks' aliases from trials that are the picks no longer, as when a study has gone on since.
+
+    Args:
+        registry: Where.
+        study: The study's name.
+        domain: The domain, whose model may not be registered.
+        picks: By trial, the aliases that it has now (`aliases_of`).
+        form: ``adapter``, ``merged`` or ``lora``: the aliases of this form.
+        ending: Theirs, as in `aliases_of`.
+        study_id: Tells the study from others of its name.
+
+    Returns:
+        What was done, in sentences: an alias moves to the trial that is the pick now where that is registered in this
+        form, and goes where it is not.
+
+    Raises:
+        StudyError: As `check_registry`.
+    """
+    name = registry.name_for(domain)
+    now = {alias: number for number, aliases in picks.items() for alias in aliases}
+    done = []
+    with _answering(registry) as client:
+        if not _check_name(client, name, study, study_id, domain):
+            return []
+        known: Mapping[str, Any] = client.get_registered_model(name).aliases
+        for alias in (f"{how}{ending}" for how in PICKS):
+            if alias not in known:
+                continue
+            tags = client.get_model_version(name, str(known[alias])).tags
+            number = now.get(alias)
+            # What somebody has made of the name by hand stays theirs.
+            if (tags.get(STUDY), tags.get(DOMAIN)) != (study, domain) or tags.get(NUMBER) == str(number):
+                continue
+            wanted = {STUDY: study, DOMAIN: domain, NUMBER: str(number), _FORM: form}
+            version = None if number is None else _version(client, name, wanted)
+            was = f"models:/{name}@{alias} was trial {tags.get(NUMBER)}, which is not {alias.removesuffix(ending)} now"
+            if version is not None:
+                client.set_registered_model_alias(name, alias, version)
+                done.append(f"{was}: it is trial {number} (version {version})")
+            else:
+                client.delete_registered_model_alias(name, alias)
+                whose = "no trial is" if number is None else f"trial {number} is, and is not registered"
+                done.append(f"{was}: the alias is gone ({whose})")
+    return done
+
+
 def _speed_tags(speed: Mapping[str, Any]) -> dict[str, str]:
     """What was measured after the export (`peftsearch.export.speed.Speed`), as tags of a version."""
     numbers = {key: f"{speed[key]:.4g}" for key in ("latency_ms", "latency_p95_ms", "examples_per_second") if speed}
@@ -236,16 +292,14 @@ def _check_name(client: MlflowClient, name: str, study: str, study_id: str | Non
 
 
 def _version(client: MlflowClient, name: str, tags: Mapping[str, str]) -> str | None:
-    """The version that has all these tags; None where there is none."""
-    token = None
+    """The latest version that has all these tags; None where there is none."""
+    token, versions = None, []
     while True:
         page = client.search_model_versions(f"name = '{name}'", page_token=token)
-        for found in page:
-            if tags.items() <= found.tags.items():
-                return str(found.version)
+        versions += [int(found.version) for found in page if tags.items() <= found.tags.items()]
         token = page.token
         if not token:
-            return None
+            return str(max(versions)) if versions else None
 
 
 @contextmanager

@@ -85,6 +85,12 @@ class TableFile(ABC):
     @abstractmethod
     def _parts(self, size: int) -> Iterator[list[dict[str, Any]]]: ...
 
+    def _check_names(self) -> None:
+        """See that no column is there twice: a row, by column, would lose one of them."""
+        for name in self.names:
+            if self.names.count(name) > 1:
+                raise StudyError(f"the header of {self.path.name} names the column {name[:60]!r} twice")
+
     @contextmanager
     def _readable(self) -> Iterator[None]:
         try:
@@ -110,9 +116,7 @@ class _Csv(TableFile):
             self.names = next(lines, (1, []))[1]
             if not self.names:
                 raise StudyError(f"{self.path.name} is empty: it needs a line with the names of its columns")
-            for name in self.names:
-                if self.names.count(name) > 1:
-                    raise StudyError(f"the header of {self.path.name} names the column {name[:60]!r} twice")
+            self._check_names()
             for line, fields in lines:
                 if len(fields) != len(self.names):
                     raise StudyError(
@@ -208,6 +212,7 @@ class _Parquet(TableFile):
         with pq.ParquetFile(self.path) as file:
             self._schema: pa.Schema = file.schema_arrow
             self.names, self.rows = list(self._schema.names), file.metadata.num_rows
+        self._check_names()
 
     def _parts(self, size: int) -> Iterator[list[dict[str, Any]]]:
         import pyarrow.parquet as pq

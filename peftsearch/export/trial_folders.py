@@ -15,6 +15,7 @@ from peftsearch.export.exported_data import prepare_with
 from peftsearch.export.folder import scoring_device
 from peftsearch.export.hub import HubRepo
 from peftsearch.export.places import writing
+from peftsearch.export.purpose import columns_read
 from peftsearch.export.usage import Use
 from peftsearch.export.verify import Job
 from peftsearch.files import Place
@@ -196,7 +197,7 @@ def _card(
             prepared.task,
             study.facts.domains[record.domain],
             prepared.architecture,
-            study.spec.domains[record.domain].data.columns.text_pair is not None,
+            "text_pair" in columns_read(study.spec.domains[record.domain]),
         ),
         base_has_head=any(head in name for name in config.architectures or ()),
         pad_token_id=getattr(core.config, "pad_token_id", None) if silent else None,

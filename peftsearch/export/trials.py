@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peftsearch.export.card import CardFacts, model_card, speed_section
+from peftsearch.export.card import CardFacts, model_card, published_card, speed_section
 from peftsearch.export.contents import missing_weights, note_verified
 from peftsearch.export.convert import Form, check_form
 from peftsearch.export.folder import CARD
@@ -16,7 +16,7 @@ from peftsearch.export.hub import HubRepo, check_repo, push_folder
 from peftsearch.export.noted import EXPORTED, PUSHED
 from peftsearch.export.places import check_targets, put, staging, writing
 from peftsearch.export.published import publish
-from peftsearch.export.registry import Registered, Registry, aliases_of, check_registry, register
+from peftsearch.export.registry import Registered, Registry, aliases_of, check_registry, register, renew_aliases
 from peftsearch.export.speed import Speed
 from peftsearch.export.trial_folders import StudyToExport, weights_of, write_folders
 from peftsearch.export.verify import Score, score_folders
@@ -93,6 +93,7 @@ def export_trials(
     registry: Registry | None = None,
     tolerance: float | None = None,
     told: Callable[[str], None] | None = None,
+    left_out: Callable[[str], None] | None = None,
 ) -> list[ExportedAdapter]:
     """Write trials of the front as folders ``TO/DOMAIN/NUMBER-METHOD``, and score each again in a fresh process.
 
@@ -116,6 +117,8 @@ def export_trials(
         tolerance: Allowed difference between the score of the folder and the ledger's; 1e-6 where absent, and 1e-3 for
             merged and converted ones, whose weights are rounded anew.
         told: Told of progress, in sentences.
+        left_out: Told what was asked for and is not exported, and why, as some other trial is: of a domain that has
+            nothing under the limits, and of a trial that cannot have the form. Each once; ``told`` is told of it too.
 
     Returns:
         By domain, then trainable parameters.
@@ -127,6 +130,16 @@ def export_trials(
         RuntimeError: The fresh process died.
     """
     told = told or (lambda _: None)
+    missing: list[str] = []
+
+    def miss(sentence: str) -> None:
+        # With a latency the trials are chosen twice.
+        if sentence not in missing:
+            missing.append(sentence)
+            told(f"Left out: {sentence}")
+            if left_out is not None:
+                left_out(sentence)
+
     allowed = tolerance if tolerance is not None else 1e-6 if form == "adapter" else 1e-3
     if not allowed >= 0:
         raise StudyError(f"the tolerance must be at least 0, not {allowed:g}")
@@ -138,11 +151,11 @@ def export_trials(
         to = to.expanduser().absolute()
     repo = HubRepo(push) if push is not None else None
     limits: dict[str, Any] = {"max_parameters": max_parameters, "min_metric": min_metric}
-    chosen = _choose(study, domain, pick, told, **limits)
+    chosen = _choose(study, domain, pick, miss, **limits)
     if max_latency is not None:
         # What is fast enough is known later.
         chosen = _choose(study, domain, "frontier", lambda _: None, **limits)
-    chosen = _with_form(chosen, form, told)
+    chosen = _with_form(chosen, form, miss)
     records = [choice.record for choice in chosen]
     if repo is not None:
         # A latency may leave one of several.
@@ -176,7 +189,7 @@ def export_trials(
                 if score.measured is not None
             }
             fast = {"max_latency": max_latency, "latencies": latencies}
-            chosen = _choose(study, domain, pick, told, **limits, **fast)
+            chosen = _choose(study, domain, pick, miss, **limits, **fast)
             kept = [[record.number for record in records].index(choice.record.number) for choice in chosen]
             if repo is not None:
                 _check_one(repo, [records[index] for index in kept])
@@ -217,6 +230,12 @@ def export_trials(
                 )
                 told(f"Registered as {' and '.join(version.uris)}")
                 exported[position] = replace(item, registered=version)
+            for name in dict.fromkeys(item.record.domain for item in exported):
+                of_domain = {record.number for record in study.records if record.domain == name}
+                now = {number: found for number, found in aliases.items() if number in of_domain}
+                ending, identity = _ENDINGS[form], study.facts.id
+                for sentence in renew_aliases(registry, study.facts.study, name, now, form, ending, study_id=identity):
+                    told(sentence)
     return exported
 
 
@@ -231,9 +250,9 @@ def _check_one(repo: HubRepo, records: Sequence[TrialRecord]) -> None:
 
 
 def _push(folder: Path, repo: HubRepo, card: CardFacts, item: ExportedAdapter, staging: Path, private: bool) -> str:
-    """Upload a folder, with a card that loads it from there, and a provenance that is fit for others."""
+    """Upload a folder, with a card that loads it from there, and nothing in its texts of where it was made."""
     copy = Path(shutil.copytree(folder, staging / "pushed"))
-    text = model_card(replace(card, folder=repo))
+    text = model_card(published_card(card, repo))
     if item.speed is not None:
         text += f"\n{speed_section(item.speed)}"
     (copy / CARD).write_text(text, encoding="utf-8")
@@ -246,8 +265,8 @@ def _name_of(record: TrialRecord, form: Form) -> str:
     return f"{record.number:05d}-{record.method}{_ENDINGS[form]}"
 
 
-def _with_form(chosen: Sequence[Choice], form: Form, told: Callable[[str], None]) -> list[Choice]:
-    """The trials that can have that form; the others are told of."""
+def _with_form(chosen: Sequence[Choice], form: Form, miss: Callable[[str], None]) -> list[Choice]:
+    """The trials that can have that form; the others are missed."""
     left: list[Choice] = []
     refused: list[StudyError] = []
     for choice in chosen:
@@ -259,12 +278,12 @@ def _with_form(chosen: Sequence[Choice], form: Form, told: Callable[[str], None]
     if not left:
         raise refused[0]
     for reason_why in refused:
-        told(f"Left out: {reason_why.message}")
+        miss(reason_why.message)
     return left
 
 
 def _choose(
-    study: StudyToExport, domain: str | None, how: str, told: Callable[[str], None], **limits: Any
+    study: StudyToExport, domain: str | None, how: str, miss: Callable[[str], None], **limits: Any
 ) -> list[Choice]:
     facts = study.facts
     if domain is not None and domain not in facts.domains:
@@ -281,7 +300,7 @@ def _choose(
     if not chosen:
         raise StudyError(f"there is nothing to export ({'; '.join(refused) or 'the study has no domain'})")
     for sentence in refused:
-        told(f"Nothing of {sentence}")
+        miss(sentence)
     return chosen
 
 

@@ -40,6 +40,7 @@ class DomainFront:
         hypervolume: Of ``front``, see `hypervolume`.
         records: All trials of the domain, whatever their state, by number.
         study: The study that the domain is one of.
+        storage: What ``--storage`` commands on it need; None where they find it without.
     """
 
     domain: str
@@ -49,6 +50,7 @@ class DomainFront:
     hypervolume: float
     records: list[TrialRecord]
     study: StudyFacts = field(repr=False)
+    storage: str | None = field(default=None, repr=False)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -64,7 +66,7 @@ class DomainFront:
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
         from peftsearch.frontier.notebook import display
 
-        return display(self.records, self.study, [self.domain])
+        return display(self.records, self.study, [self.domain], storage=self.storage)
 
 
 def complete(records: Iterable[TrialRecord]) -> list[TrialRecord]:
@@ -133,8 +135,10 @@ def hypervolume(records: Iterable[TrialRecord], direction: Direction, total_para
     return area
 
 
-def domain_fronts(records: Iterable[TrialRecord], facts: StudyFacts) -> dict[str, DomainFront]:
-    """Every domain's front, in the order of the study file."""
+def domain_fronts(
+    records: Iterable[TrialRecord], facts: StudyFacts, storage: str | None = None
+) -> dict[str, DomainFront]:
+    """Every domain's front, in the order of the study file; ``storage`` as in `DomainFront`."""
     by_domain: dict[str, list[TrialRecord]] = {domain: [] for domain in facts.domains}
     for record in sorted(records, key=lambda record: record.number):
         by_domain.setdefault(record.domain, []).append(record)
@@ -151,6 +155,7 @@ def domain_fronts(records: Iterable[TrialRecord], facts: StudyFacts) -> dict[str
             hypervolume(mine, direction, total),
             mine,
             facts,
+            storage,
         )
     return fronts
 

@@ -51,17 +51,26 @@ class Frontier(dict[str, DomainFront]):
         records: All trials of the study.
         facts: The study.
         domain: Only this domain.
+        storage: What ``--storage`` the page's commands need; the default storage where absent.
 
     Raises:
         StudyError: The study has no such domain.
     """
 
-    def __init__(self, records: Iterable[TrialRecord], facts: StudyFacts, domain: str | None = None) -> None:
+    def __init__(
+        self,
+        records: Iterable[TrialRecord],
+        facts: StudyFacts,
+        domain: str | None = None,
+        *,
+        storage: str | None = None,
+    ) -> None:
         if domain is not None and domain not in facts.domains:
             raise StudyError(f"the study {facts.study!r} has no domain {domain!r}{suggest(domain, facts.domains)}")
         self.records = Trials(records)
         self.facts = facts
-        fronts = domain_fronts(self.records, facts)
+        self.storage = storage
+        fronts = domain_fronts(self.records, facts, storage)
         super().__init__(fronts if domain is None else {domain: fronts[domain]})
 
     def to_arrow(self) -> pyarrow.Table:
@@ -91,7 +100,7 @@ class Frontier(dict[str, DomainFront]):
         return Trials(record for front in self.values() for record in front.front)
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
-        return display(self.records, self.facts, list(self))
+        return display(self.records, self.facts, list(self), storage=self.storage)
 
 
 def display(

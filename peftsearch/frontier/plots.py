@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import io
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -92,8 +93,11 @@ def front_png(records: Iterable[TrialRecord], facts: StudyFacts, domain: str | N
                 handles=handles, loc="outside lower center", ncols=min(len(handles), 4 * columns), frameon=False
             )
         out = io.BytesIO()
-        # Without the software's version in it, equal fronts give equal files.
-        figure.savefig(out, format="png", metadata={"Software": None})
+        with warnings.catch_warnings():
+            # A name in letters that the font lacks is drawn as boxes; that is for no reader of a command's output.
+            warnings.filterwarnings("ignore", r"Glyph \d+|Matplotlib currently does not support", UserWarning)
+            # Without the software's version in it, equal fronts give equal files.
+            figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
 
 

@@ -131,6 +131,11 @@ class Mirror:
         """Whether the server's state is known."""
         return self._experiment is not None
 
+    @property
+    def experiment(self) -> str | None:
+        """The experiment's id, once it is connected."""
+        return self._experiment
+
     def run_id(self, number: int) -> str:
         """The run of a trial that has been written."""
         return self._trials[number].run_id

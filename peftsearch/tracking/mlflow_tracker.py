@@ -99,8 +99,8 @@ class MlflowTracker:
         facts: The study. Baselines that are added to it later are seen.
         on_run_id: Told each trial's run id once. It is called in the thread of whoever calls `update`, `report`,
             `flush` or `close`, so it may write the ledger.
-        on_experiment: Told what MLflow calls the study, in the same threads, once that is known. Told again later
-            where it raises an OSError.
+        on_experiment: Told what MLflow calls the study, and the experiment's id, in the same threads, once that is
+            known. Told again later where it raises an OSError.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class MlflowTracker:
         artifact_location: str | None,
         facts: StudyFacts,
         on_run_id: Callable[[int, str], None],
-        on_experiment: Callable[[str], None] | None = None,
+        on_experiment: Callable[[str, str], None] | None = None,
     ) -> None:
         prepare_environment()
         self.tracking_uri = tracking_uri
@@ -117,7 +117,7 @@ class MlflowTracker:
         self._facts = facts
         self._on_run_id = on_run_id
         self._on_experiment = on_experiment
-        self._experiment: str | None = None
+        self._experiment: tuple[str, str] | None = None
         self._mirror = Mirror(tracking_uri, artifact_location, facts)
         self._lock = threading.Lock()
         self._records: dict[int, TrialRecord] = {}
@@ -218,11 +218,12 @@ class MlflowTracker:
     # --- the caller's side ---
 
     def _deliver(self) -> None:
-        name = self._mirror.experiment_name
-        if self._on_experiment is not None and name is not None and name != self._experiment:
+        name, experiment = self._mirror.experiment_name, self._mirror.experiment
+        known = None if name is None or experiment is None else (name, experiment)
+        if self._on_experiment is not None and known is not None and known != self._experiment:
             try:
-                self._on_experiment(name)
-                self._experiment = name
+                self._on_experiment(*known)
+                self._experiment = known
             except OSError as error:  # a note for people: tried again with the next trial
                 log.info("the name of the experiment could not be noted: %s", error)
         while True:

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
 from peftsearch.spec import StudyFacts
 from peftsearch.tracking.mlflow_runs import page_path
@@ -111,6 +112,12 @@ def view_links(experiment: str, study: str) -> str:
     named["methods compared"] = f"{_address(experiment, METHODS)}&compareRunsMode=CHART"
     links = " · ".join(f"[{name}]({address})" for name, address in named.items())
     return f"{links} · [the Pareto page]({page_path(study)}), where `peftsearch ui` serves MLflow"
+
+
+def trials_address(experiment: str) -> str:
+    """Where MLflow shows a study's trials in their view, after the server's address: without a view it shows them
+    without metrics and params."""
+    return _address(quote(experiment, safe=""), TRIALS)
 
 
 def _address(experiment: str, view: str) -> str:

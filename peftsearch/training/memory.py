@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import torch
+
+from peftsearch.spec import StudyError
 
 _WANTED = re.compile(r"Tried to allocate ([\d.]+ \w+)")
 _WANTED_BYTES = re.compile(r"you tried to allocate (\d+) bytes")
@@ -51,6 +54,29 @@ def describe(error: BaseException) -> str:
     """An error as a trial's own: of failed allocations how much was wanted, and what to lower."""
     if not out_of_memory(error):
         return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    others = "raise training.gradient_accumulation, write training.gradient_checkpointing: true"
+    return f"{_lacking(error)}; {_LOWER}, {others}, or set search.max_memory"
+
+
+@contextlib.contextmanager
+def within_memory(advice: str) -> Iterator[None]:
+    """Around what somebody waits for and may not fit.
+
+    Args:
+        advice: What to do then.
+
+    Raises:
+        StudyError: An allocation failed.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise StudyError(f"{_lacking(error)}; {advice}") from None
+
+
+def _lacking(error: BaseException) -> str:
     text = str(error)
     where = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
     if found := _WANTED.search(text):
@@ -59,5 +85,4 @@ def describe(error: BaseException) -> str:
         wanted = f": {int(found[1]) / 2**30:.2f} GiB more were wanted"
     else:
         wanted = ""
-    others = "raise training.gradient_accumulation, write training.gradient_checkpointing: true"
-    return f"out of {where}{wanted}; {_LOWER}, {others}, or set search.max_memory"
+    return f"out of {where}{wanted}"

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from cli_study import Result
 
 from peftsearch.study import Study
@@ -27,6 +28,25 @@ def test_the_page_of_an_interrupted_study(peftsearch: Cli, storage: Path, starte
         "0": f"peftsearch export small --to adapters --domain legal --pick best --storage {storage}"
     }
     assert data["trials"]["error"] == [None, "the loss became NaN"]
+
+
+@pytest.mark.parametrize("given", ["environment", "relative"])
+def test_the_pages_commands_find_the_storage_from_anywhere(
+    given: str,
+    peftsearch: Cli,
+    storage: Path,
+    started: Study,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The page is read in other folders, and by others than the shell that has the environment."""
+    monkeypatch.chdir(storage.parent)
+    option = ["--storage", f"./{storage.name}"] if given == "relative" else []
+    if given == "environment":
+        monkeypatch.setenv("PEFTSEARCH_STORAGE", str(storage))
+    file = tmp_path / "front.html"
+    assert peftsearch("frontier", "small", "--html", file, *option).status == 0
+    assert f"--pick best --storage {storage}" in file.read_text()
 
 
 def test_one_domain(peftsearch: Cli, storage: Path, started: Study, tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import threading
+from collections.abc import Mapping
+from types import SimpleNamespace
 
 import pytest
 from tracking_study import study_facts, trial
@@ -14,12 +17,16 @@ from peftsearch.workers.metrics import (
     BACKLOG,
     BEST,
     FRONT,
+    GPU_MEMORY,
     HYPERVOLUME,
+    MEMORY,
     METHOD_BEST,
     SEGMENT_SECONDS,
     SEGMENTS,
     TRIALS,
     Meter,
+    Metric,
+    SlotMeter,
 )
 
 
@@ -78,6 +85,27 @@ def test_a_study_without_a_finished_trial_has_no_best_one() -> None:
     numbers = metrics.numbers()
     assert numbers[BEST] == numbers[METHOD_BEST] == {}
     assert set(numbers[HYPERVOLUME].values()) == set(numbers[FRONT].values()) == {0.0}
+
+
+def test_a_worker_shows_its_memory_and_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    shown: dict[Metric, Mapping[tuple[str, ...], float]] = {}
+    seen = threading.Event()
+
+    class Recording(Meter):
+        def show(self, metric: Metric, values: Mapping[tuple[str, ...], float]) -> None:
+            shown[metric] = values
+            if metric is GPU_MEMORY:
+                seen.set()
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda gpu: 3)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda gpu: 5)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: SimpleNamespace(total_memory=80))
+    with SlotMeter(Recording("s"), slot=2, rank=1).watching(torch.device("cuda", 0)):
+        assert seen.wait(60)
+    assert shown[GPU_MEMORY] == {("2", "1", "allocated"): 3.0, ("2", "1", "reserved"): 5.0, ("2", "1", "total"): 80.0}
+    assert shown[MEMORY]["2", "1"] > 0
 
 
 def test_ray_takes_labels_in_any_letters() -> None:

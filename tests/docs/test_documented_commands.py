@@ -127,6 +127,27 @@ def test_peftsearch_understands_every_call(where: str, line: str) -> None:
         parsed(shlex.join(words))
 
 
+EVERYWHERE = {"--storage": "a sentence below the table says it of every command"}
+"""Options that a command's row need not name, and why."""
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_commands_row_names_its_options(verb: str) -> None:
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `")]
+    synopses = [span for row in rows for span in re.findall(r"`([^`]+)`", re.split(r"(?<!\\)\|", row)[1])]
+    (synopsis,) = (text for text in synopses if text.split()[0] == verb)
+    named = set(re.findall(r"--[a-z-]+", synopsis))
+    for parameter in VERBS[verb].params:
+        words = {word for word in (*parameter.opts, *parameter.secondary_opts) if word.startswith("--")}
+        assert not words or words & (named | set(EVERYWHERE)), f"{verb}: {' or '.join(sorted(words))}"
+
+
+def test_every_picture_is_shown() -> None:
+    pages = "".join((ROOT / page).read_text() for page in ("README.md", "dashboards/README.md"))
+    for picture in (ROOT / "dashboards" / "pictures").iterdir():
+        assert f"pictures/{picture.name})" in pages, f"no page shows {picture.name}"
+
+
 class _Parsed(Exception):
     pass
 

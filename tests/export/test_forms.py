@@ -27,7 +27,7 @@ from peftsearch.export.convert import check_form
 from peftsearch.files import names, place, write_bytes
 from peftsearch.methods import METHODS
 from peftsearch.spec import StudyError, TrialRecord, TrialState
-from peftsearch.storage import read_json
+from peftsearch.storage import read_json, write_json
 from peftsearch.study import Study
 
 pytestmark = pytest.mark.slow
@@ -180,9 +180,11 @@ def test_a_rank_stabilised_lora_becomes_a_plain_one(
     study: Study, plain: dict[str, ExportedAdapter], tmp_path: Path
 ) -> None:
     told: list[str] = []
-    items = study.export(tmp_path / "lora", pick="best", form="lora", told=told.append)
+    left_out: list[str] = []
+    items = study.export(tmp_path / "lora", pick="best", form="lora", told=told.append, left_out=left_out.append)
     assert [item.record.domain for item in items] == ["lora", "rslora"]
-    assert len([text for text in told if text.startswith("Left out: trial ")]) == 4
+    assert len(left_out) == 4
+    assert [text for text in told if text.startswith("Left out: trial ")] == [f"Left out: {text}" for text in left_out]
     lora = items[1]
     adapter, converted = folder_of(plain["rslora"]), folder_of(lora)
     before, after = (read_json(folder / "adapter_config.json") for folder in (adapter, converted))
@@ -253,7 +255,9 @@ def test_the_command_prints_what_it_exported(study: Study, tmp_path: Path, capfd
     storage = str(study.folder.storage)
     command = ["export", "forms", "--to", str(tmp_path / "out"), "--domain", "lora", "--storage", storage]
     assert run_app([*command, "--pick", "smallest", "--json"]) == 0
-    (item,) = json.loads(capfd.readouterr().out)["exported"]
+    printed = json.loads(capfd.readouterr().out)
+    assert printed["left_out"] == []
+    (item,) = printed["exported"]
     assert item["score"] == pytest.approx(item["ledger_score"])
     assert (item["trial"], item["form"], item["reason"], item["repository"]) == (0, "adapter", None, None)
     assert item["speed"]["latency_ms"] > 0
@@ -355,6 +359,20 @@ def run_exports(
     return [tuple(item) for item in json.loads(done.stdout)]
 
 
+def assert_names_no_place(pushed: Repository, study: Study) -> None:
+    """That no text of a repository holds a folder of this machine."""
+    places = (
+        study.folder.storage,
+        texts_of(study).parent,
+        Path(study.spec.models[0].path).parent,
+        Path.home(),
+        "/tmp/",
+    )
+    for name, content in pushed.files.items():
+        if not name.endswith(".safetensors"):
+            assert [str(place) for place in places if str(place) in content.decode()] == [], name
+
+
 def test_an_export_is_pushed_to_a_repository(study: Study, tmp_path: Path) -> None:
     push = ("--push", "me/legal", "--domain", "lora")
     with hub_server() as hub:
@@ -376,14 +394,33 @@ def test_an_export_is_pushed_to_a_repository(study: Study, tmp_path: Path) -> No
         assert "ledger" not in known
         assert "tracking" not in known["specification"]
         assert known["verified"]["score"] == item["score"]
-        for place in (study.folder.storage, texts_of(study).parent, study.spec.models[0].path):
-            assert str(place) not in pushed.files["provenance.json"].decode()
+        assert_names_no_place(pushed, study)
+        base = Path(study.spec.models[0].path)
+        assert f"\nbase = './{base.name}'  # replace it" in card
+        config = json.loads(pushed.files["adapter_config.json"])
+        assert config["base_model_name_or_path"] == f"./{base.name}"
         # What somebody puts beside it stays, below.
         pushed.files["examples.md"] = b"Mine"
         environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path)}
-        loaded = subprocess.run([sys.executable, "-c", code_of(card)], capture_output=True, text=True, env=environment)
+        # The base is nowhere on the Hub, and nothing else of that name is taken for it.
+        arguments: dict[str, Any] = {"capture_output": True, "text": True, "env": environment, "cwd": tmp_path}
+        loaded = subprocess.run([sys.executable, "-c", code_of(card)], **arguments)
+        assert loaded.returncode != 0
+        replaced = code_of(card).replace(f"'./{base.name}'", repr(str(base)))
+        loaded = subprocess.run([sys.executable, "-c", replaced], **arguments)
         assert loaded.returncode == 0, loaded.stderr
         assert loaded.stdout.startswith("[")
+        # Nor by our own commands, which take the place from where the sentence says.
+        copy = tmp_path / "downloaded"
+        copy.mkdir()
+        for name, content in pushed.files.items():
+            (copy / name).write_bytes(content)
+        with pytest.raises(
+            StudyError, match=rf"base model '\./{base.name}' .* write its .*place as base_model_name_or"
+        ):
+            Predictor.load(copy)
+        write_json(copy / "adapter_config.json", {**config, "base_model_name_or_path": str(base)})
+        assert Predictor.load(copy).predict([{"text": "fever"}])
 
         # Another form of it is a further commit; its files take the place of the others.
         options = [*push, "--merge", "--to", str(tmp_path / "out")]
@@ -393,6 +430,7 @@ def test_an_export_is_pushed_to_a_repository(study: Study, tmp_path: Path) -> No
         assert "model.safetensors" in pushed.files
         assert pushed.files["examples.md"] == b"Mine"
         assert len(pushed.commits) == 2
+        assert_names_no_place(pushed, study)
         local = (tmp_path / "out" / "lora" / "00000-lora-merged" / "README.md").read_text()
         assert f"folder = '{tmp_path}/out/lora/00000-lora-merged'" in local
 

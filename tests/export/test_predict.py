@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from card_code import run_card
 from hub_server import card_errors
 from task_data import task_domain
@@ -472,6 +473,24 @@ def test_the_command_says_what_it_wrote(
     assert [row["prediction"] == "" for row in read_csv(output)] == [True, False]
 
 
+def test_a_batch_that_does_not_fit_is_one_sentence(
+    call: Call,
+    exported: dict[str, ExportedAdapter],
+    clauses: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
+
+    monkeypatch.setattr(Predictor, "_rows", fail)
+    output = tmp_path / "out" / "found.csv"
+    status, out, err = call(exported["classification"].folder, "--input", clauses, "--output", output)
+    assert (status, out) == (2, "")
+    assert "out of GPU memory: 2.50 GiB more were wanted; lower --batch-size, which is 64" in err
+    assert not output.exists()
+
+
 def test_bad_input_is_one_sentence_and_leaves_nothing(
     call: Call, exported: dict[str, ExportedAdapter], clauses: Path, tmp_path: Path
 ) -> None:
@@ -513,6 +532,9 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
         ([folder, "--input", clauses, "--column", "texts"], "has no column 'texts'; did you mean 'text'"),
         ([folder, "--input", clauses, "--column", "txet=id"], "reads no 'txet'; did you mean 'text'"),
         ([folder, "--input", clauses, "--column", "text="], "names no column"),
+        # The adapter has never seen a second text.
+        ([folder, "--input", clauses, "--column", "text_pair=who"], "the adapter was trained without a text_pair"),
+        ([folder, "--input", clauses, "--column", "text=text", "--column", "who"], "names the text twice"),
         ([folder, "--input", clauses, "--output", tmp_path / "out.xlsx"], "--output 'out.xlsx' must end in"),
         ([folder, "--input", clauses, "--output", tmp_path / "there.csv"], "exists: name another file"),
         ([folder, "--input", clauses, "--output", tmp_path / "there.csv" / "x.csv"], "cannot write"),

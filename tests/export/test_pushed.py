@@ -93,6 +93,26 @@ def test_a_readme_alone_is_something_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("location", "path", "shown"),
+    [
+        ("/home/me/models/base", "../models/base", "./base"),
+        ("/venv/site-packages/some/model", "package:some/model", "package:some/model"),
+        ("google/bert", "google/bert", "google/bert"),
+    ],
+)
+def test_the_published_configuration_names_the_base_and_no_folder(
+    location: str, path: str, shown: str, tmp_path: Path
+) -> None:
+    (tmp_path / "README.md").write_text(CARD)
+    (tmp_path / "provenance.json").write_text(json.dumps({"model": {"path": path}}))
+    config = {"base_model_name_or_path": location, "tokenizer_name_or_path": location, "r": 4}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    publish(tmp_path)
+    found = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert found == {"base_model_name_or_path": shown, "tokenizer_name_or_path": shown, "r": 4}
+
+
+@pytest.mark.parametrize(
     ("text", "shown"),
     [
         ("/home/me/my models/base", "base"),

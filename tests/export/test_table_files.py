@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from peftsearch.export.tables import open_table, writing_rows
@@ -45,6 +46,15 @@ def test_half_of_a_surrogate_pair_is_named_where_parquet_cannot_hold_it(tmp_path
     for row in ({"who": "\ud83d"}, {"who": {"b": ["\ud83d"]}}, {"who": {"\ud83d": 1}}):
         with pytest.raises(StudyError, match=r"the column 'who' of in\.jsonl holds broken Unicode \(half"):
             copied(written_jsonl(tmp_path, [row]), tmp_path / "out.parquet")
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("text,text\na,b\n")
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "in.parquet")
+    for name in ("in.csv", "in.parquet"):
+        with pytest.raises(StudyError, match=f"the header of {name} names the column 'text' twice"):
+            open_table(tmp_path / name)
 
 
 def test_a_number_that_python_does_not_read_is_named_by_its_line(tmp_path: Path) -> None:

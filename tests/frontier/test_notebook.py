@@ -54,6 +54,13 @@ def test_one_domain_shows_itself_alone(records: list[TrialRecord], facts: StudyF
     assert bundle == Frontier(records, facts, "legal")._repr_mimebundle_()
 
 
+def test_commands_in_a_notebook_name_the_studys_storage(records: list[TrialRecord], facts: StudyFacts) -> None:
+    frontier = Frontier(records, facts, storage="/data/my studies")
+    for shown in (frontier, frontier["legal"]):
+        text = html.unescape(shown._repr_mimebundle_()["text/html"])
+        assert "--storage '/data/my studies'" in text
+
+
 def test_names_are_text_and_no_markup() -> None:
     facts = make_facts(study=HOSTILE[:40])
     record = make_record(0, 0.5, 10, model=HOSTILE, hyperparameters={"targets": HOSTILE})

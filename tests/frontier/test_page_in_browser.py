@@ -102,6 +102,12 @@ def test_a_pick_that_gave_way_within_the_error_bars_says_so(browser: Page, tmp_p
     assert len(cards) == 1
     assert "Best, knee, smallest: the cheapest that is no worse within the error bars" in cards[0]
     assert "trial 3 (lora) is picked rather than trial 5" in cards[0]
+    # Beside the others, the best is the best, whatever is picked.
+    show(browser, tmp_path, (records, make_facts()), "")
+    assert browser.evaluate("[...document.querySelectorAll('[data-focus^=cell-] b')].map(cell => cell.innerText)") == [
+        "0.810"
+    ]
+    assert "0.810 with 9,000 parameters" in browser.evaluate("document.querySelector('main').innerText")
 
 
 def test_what_a_further_point_costs_is_said(
@@ -320,6 +326,23 @@ def test_the_keyboard_is_enough(browser: Page, tmp_path: Path, study: tuple[list
     assert "legal" in browser.evaluate("document.querySelector('h2').innerText")
 
 
+def test_the_focus_goes_on_where_its_button_is_gone(
+    browser: Page, tmp_path: Path, study: tuple[list[TrialRecord], StudyFacts]
+) -> None:
+    active = "document.activeElement.id"
+    show(browser, tmp_path, study, "#")
+    browser.evaluate("document.querySelector('[data-focus=open-0]').focus()")
+    browser.click("[data-focus=open-0]")
+    assert browser.evaluate("document.querySelector('[data-focus=open-0]')") is None
+    assert browser.evaluate(active) == "front"
+    number = domain_fronts(*study)["clinical"].front[0].number
+    show(browser, tmp_path, study, f"#clinical/{number}")
+    browser.evaluate("document.querySelector('[data-focus=release]').focus()")
+    browser.click("[data-focus=release]")
+    assert browser.evaluate("document.querySelector('[data-focus=release]')") is None
+    assert browser.evaluate(active) == "front"
+
+
 def test_tables_sort_and_name_everything_for_screen_readers(
     browser: Page, tmp_path: Path, study: tuple[list[TrialRecord], StudyFacts]
 ) -> None:
@@ -472,6 +495,10 @@ def test_perplexities_of_two_models(browser: Page, tmp_path: Path) -> None:
     assert browser.evaluate(FRONT_MARKS) == [0]
     browser.click("[data-focus=scope-finished]")
     assert browser.evaluate(ROWS) == [0, 2]
+    beside = facts.model_copy(update={"domains": {"clinical": clinical, "legal": plain.domains["legal"]}})
+    show(browser, tmp_path, (records, beside), "")
+    cells = "[...document.querySelectorAll('tbody tr:last-child td')].map(cell => cell.innerText)"
+    assert browser.evaluate(cells)[-2:] == ["says nothing", "0.0000"]
 
 
 def test_domains_are_compared(browser: Page, tmp_path: Path, study: tuple[list[TrialRecord], StudyFacts]) -> None:

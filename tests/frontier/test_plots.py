@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 
 import pytest
 from frontier_study import make_facts, make_record, make_study
@@ -158,3 +159,12 @@ def test_perplexities_far_apart_are_drawn_on_a_logarithmic_axis(facts: StudyFact
     assert front_png(records, facts).startswith(b"\x89PNG")
     near = front_figure([make_record(0, 12.5, 1000)], "clinical", make_facts())
     assert near.layout.yaxis.type == "linear"
+
+
+def test_names_in_other_scripts_are_drawn_without_a_word() -> None:
+    facts = make_facts()
+    facts = facts.model_copy(update={"domains": {"法律 \U0001f600": facts.domains["legal"]}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        picture = front_png([make_record(0, 0.5, 10, domain="法律 \U0001f600")], facts)
+    assert picture.startswith(b"\x89PNG")

@@ -12,6 +12,7 @@ from test_live_pages import begin
 
 from peftsearch import live
 from peftsearch.live import Pages
+from peftsearch.storage import write_json
 
 
 def request(name: str = "", **headers: str) -> Request:
@@ -44,6 +45,15 @@ def test_names_that_are_not_there_leave_nothing_behind(pages: Pages) -> None:
         assert pages.data(request(f"other-{number}")).status_code == 404
         assert pages.page(request(f"../other-{number}")).status_code == 404
     assert (set(pages._locks), set(pages._known)) == before
+
+
+def test_the_link_to_mlflow_opens_the_trials_in_their_view(pages: Pages, tmp_path: Path) -> None:
+    study = begin(tmp_path, "tracked", mlflow="http://tracking.example.org:5000")
+    address = "http://tracking.example.org:5000/#/experiments/7/runs?viewStateShareKey=peftsearch-trials"
+    # Of a study that has not reached its server yet, the name is looked for.
+    assert address.encode() not in pages.page(request("tracked")).body
+    write_json(study.folder.path / "driver.json", {"mlflow_experiment_id": "7"})
+    assert address.encode() in Pages().page(request("tracked")).body
 
 
 def test_what_is_no_longer_fresh_is_let_go(pages: Pages) -> None:

@@ -350,15 +350,19 @@ def test_of_a_trial_that_has_ended_little_is_kept_and_the_rest_is_asked_for(
 
 def test_two_studies_of_one_name_on_one_server(store: Store, study: str) -> None:
     ours, theirs = (study_facts(study, id=f"{word}-0000-4000-8000-000000000000") for word in ("11111111", "22222222"))
-    told: list[str] = []
+    told: list[tuple[str, str]] = []
     first = store.sync([trial(0), trial(1, 1, TrialState.PRUNED)], ours)
     before = store.everything(study)
-    tracker = MlflowTracker(store.uri, store.artifacts, theirs, lambda number, run_id: None, told.append)
+
+    def tell(name: str, experiment: str) -> None:
+        told.append((name, experiment))
+
+    tracker = MlflowTracker(store.uri, store.artifacts, theirs, lambda number, run_id: None, tell)
     tracker.update(trial(0, 2))
     assert tracker.close(60)
     assert store.everything(study) == before
     other = f"{study} 22222222"
-    assert told == [other]
+    assert told == [(other, store.children(other)[0].info.experiment_id)]
     assert set(store.children(other)) == {0}
     # Both find their own again, whoever comes first.
     again = store.children(other)[0].info.run_id

@@ -13,7 +13,7 @@ from tracking_study import study_facts, trial
 
 from peftsearch.export.folder import PROVENANCE
 from peftsearch.export.noted import note_exports
-from peftsearch.export.registry import Registered, Registry, aliases_of, check_registry, register
+from peftsearch.export.registry import Registered, Registry, aliases_of, check_registry, register, renew_aliases
 from peftsearch.export.speed import Speed
 from peftsearch.spec import StudyError, TrialRecord
 from peftsearch.tracking.mlflow_tracker import default_artifacts, default_tracking_uri, sync
@@ -147,6 +147,34 @@ def test_another_study_of_the_same_name_does_not_take_a_models_aliases(place: Pl
     check_registry(place.registry, place.study, [second], study_id="ours")
     with pytest.raises(StudyError, match=r"it holds the adapters of another study '.*'; choose another name"):
         check_registry(place.registry, place.study, [second], study_id="theirs")
+
+
+def test_an_alias_does_not_stay_on_a_trial_that_is_the_pick_no_longer(place: Place, tmp_path: Path) -> None:
+    def renew(picks: dict[int, tuple[str, ...]]) -> list[str]:
+        return renew_aliases(place.registry, place.study, place.domain, picks, "adapter")
+
+    def aliases() -> dict[str, str]:
+        found = place.client.get_registered_model(place.domain).aliases
+        return {alias: str(version) for alias, version in found.items()}
+
+    first, second = place.records
+    assert renew({0: ("best",)}) == []
+    place.register(first, adapter_folder(tmp_path / "first"), "best", "knee")
+    place.register(second, adapter_folder(tmp_path / "second", "better"), "smallest")
+    place.client.set_registered_model_alias(place.domain, "production", "1")
+    assert renew({0: ("best", "knee"), 1: ("smallest",)}) == []
+    # The study has gone on: another registered trial is the best, one that is not registered is the knee.
+    moved, gone = renew({1: ("best", "smallest"), 9: ("knee",)})
+    assert moved.startswith(
+        f"models:/{place.domain}@best was trial 0, which is not best now: it is trial 1 (version 2)"
+    )
+    assert gone.endswith(
+        "@knee was trial 0, which is not knee now: the alias is gone (trial 9 is, and is not registered)"
+    )
+    assert aliases() == {"best": "2", "smallest": "2", "production": "1"}
+    # What somebody registers by hand under this name keeps what it has.
+    place.client.delete_model_version_tag(place.domain, "2", "peftsearch.study")
+    assert renew({9: ("best", "smallest")}) == []
 
 
 def test_names_that_are_taken_are_refused(place: Place, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from lone_worker import numbers
 from tiny_models import SAMPLES
 
 from peftsearch.search.plan import StudyPlan, plan_study
-from peftsearch.spec import StudyFile
-from peftsearch.training.memory import describe, free_bytes, out_of_memory
+from peftsearch.spec import StudyError, StudyFile
+from peftsearch.training.memory import describe, free_bytes, out_of_memory, within_memory
 from peftsearch.training.segment import Failure, Segment, SegmentResult, TrialPlan
 
 ROOM = 400 * 2**20
@@ -96,3 +96,14 @@ def test_what_counts_as_out_of_memory() -> None:
     assert out_of_memory(MemoryError())
     assert describe(MemoryError()).startswith("out of memory; lower")
     assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_what_does_not_fit_is_one_sentence_with_its_advice() -> None:
+    text = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 8 GiB"
+    advice, wanted = "lower --batch-size", r"out of GPU memory: 2\.50 GiB more were wanted; lower --batch-size"
+    with pytest.raises(StudyError, match=wanted), within_memory(advice):
+        raise torch.OutOfMemoryError(text)
+    with pytest.raises(StudyError, match=r"^out of memory; lower --batch-size"), within_memory(advice):
+        raise MemoryError
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), within_memory(advice):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")

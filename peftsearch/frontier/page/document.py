@@ -47,7 +47,7 @@ def document(data: Mapping[str, Any], tables: str = "", *, live: Mapping[str, st
         data: As `page_data` gives it.
         tables: HTML for readers whose browser runs no scripts.
         live: Makes the page one that is served and asks for its data again: ``data`` (where), ``studies`` (a link), and
-            ``mlflow`` (a link, where there is one).
+            ``mlflow`` (a link, where there is one) with ``trials`` (a link to the trials there, where that is known).
     """
     return _template().substitute(
         policy=policy(live=live is not None),

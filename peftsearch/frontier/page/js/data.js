@@ -55,6 +55,19 @@ function decode(data) {
 }
 
 const finished = trial => trial.state === 'COMPLETE' && trial.value !== null;
+
+// The best metric; of equals, the fewest parameters. The pick "best" may be another trial, which is tied with this one.
+function bestOf(trials, better) {
+  return trials.filter(finished).reduce((best, trial) => !best || better * (trial.value - best.value) > 0 ||
+    (trial.value === best.value && trial.trainable_parameters < best.trainable_parameters) ? trial : best, null);
+}
+
+// Hypervolume takes the metric to lie between 0 and 1: of a perplexity it says nothing.
+function saysNothing(domain) {
+  const outside = domain.trials.filter(finished).every(trial => trial.value < 0 || trial.value > 1);
+  return domain.front.length > 0 && domain.hypervolume === 0 && outside;
+}
+
 const settingsText = trial => trial.short.map(([name, value]) => settingText(name, value)).join(' ');
 const xOf = (trial, axis) => axis.endsWith('parameters') && trial[axis] !== null ? Math.max(trial[axis], 1) : trial[axis];
 

@@ -43,6 +43,8 @@ const actions = {
   open(index, trial) {
     view.domain = index;
     if (trial) view.fixed.set(study.domains[index].name, trial.number);
+    const name = index < 0 ? 'All domains' : study.domains[index].name;
+    say(trial ? `${name}, trial ${trial.number} is fixed` : `${name} is shown`);
     remember();
     render();
   },
@@ -94,7 +96,7 @@ function head() {
       lost ? h('span', {class: 'chip lost', role: 'status'}, 'no answer, trying again') : null,
       h('div', {class: 'links'},
         live ? h('a', {href: live.studies}, 'All studies') : null,
-        live?.mlflow ? h('a', {href: `${live.mlflow}#/experiments?workflowType=machine_learning&searchFilter=${encodeURIComponent(study.study)}`}, 'MLflow') : null,
+        live?.mlflow ? h('a', {href: live.trials ?? `${live.mlflow}#/experiments?workflowType=machine_learning&searchFilter=${encodeURIComponent(study.study)}`}, 'MLflow') : null,
         h('button', {type: 'button', class: 'quiet', 'data-focus': 'theme', 'aria-pressed': String(isDark()), onclick: () => {
           forced = isDark() ? 'light' : 'dark';
           document.documentElement.style.colorScheme = forced;
@@ -347,8 +349,7 @@ function drawHistory(domain) {
     at('history-table').replaceChildren();
     return;
   }
-  const outside = domain.trials.filter(finished).every(trial => trial.value < 0 || trial.value > 1);
-  if (domain.front.length && domain.hypervolume === 0 && outside) {
+  if (saysNothing(domain)) {
     host.replaceChildren(h('p', {class: 'small soft'}, `It says nothing of a metric outside 0 to 1, such as this ${domain.title}.`));
     at('history-table').replaceChildren();
     return;
@@ -441,7 +442,10 @@ function keeping(change) {
   for (const summary of document.querySelectorAll('details > summary')) if (open.has(summary.textContent)) summary.parentElement.open = true;
   if (scrolled) document.querySelector('[data-scroll=trials]')?.scrollTo(left, top);
   if (focus && document.activeElement?.getAttribute('data-focus') !== focus) {
-    document.querySelector(`[data-focus="${CSS.escape(focus)}"]`)?.focus({preventScroll: true});
+    const again = document.querySelector(`[data-focus="${CSS.escape(focus)}"]`);
+    // What had it may be gone, as a button that has led to another tab: then the next key acts on what came instead.
+    if (again) again.focus({preventScroll: true});
+    else if (document.activeElement === document.body) (at('front') ?? at('main')).focus({preventScroll: true});
   }
 }
 

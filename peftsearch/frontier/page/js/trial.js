@@ -96,7 +96,7 @@ function exportOf(trial, domain, study, actions) {
 function curveOf(trial, domain, study) {
   if (!trial.rungs.length) return {parts: [h('p', {class: 'small soft'}, 'Not evaluated yet.')], draw: () => {}};
   const host = h('div', {class: 'plot'}), method = study.methods[trial.method];
-  const best = study.byNumber.get(domain.picks.best), points = other => other.rungs
+  const best = bestOf(domain.trials, domain.better), points = other => other.rungs
     .filter(rung => rung.value !== null).map(rung => [rung.epoch, rung.value]);
   const series = [{points: points(trial), colour: () => methodColour(method), dots: true}];
   const beside = best && best !== trial && best.rungs.length > 1;
