@@ -15,7 +15,7 @@ import yaml
 from task_data import task_domain
 from test_batches import Waits
 from test_recompute import Kept
-from tiny_models import SAMPLES, tiny_decoder, tiny_encoder, tiny_encoder_decoder
+from tiny_models import SAMPLES, tiny_decoder, tiny_deep_headed_encoder, tiny_encoder, tiny_encoder_decoder
 
 from peftsearch.methods import METHODS
 from peftsearch.search.plan import StudyPlan, plan_study
@@ -30,7 +30,12 @@ from peftsearch.training.segment import Segment, TrialPlan
 from peftsearch.training.session import TrialSession
 from peftsearch.training.worker import Worker
 
-BUILDERS = {"encoder": tiny_encoder, "encoder-decoder": tiny_encoder_decoder, "decoder": tiny_decoder}
+BUILDERS = {
+    "encoder": tiny_encoder,
+    "deep-headed encoder": tiny_deep_headed_encoder,
+    "encoder-decoder": tiny_encoder_decoder,
+    "decoder": tiny_decoder,
+}
 STEPS = 6
 
 ADAPTER = SAMPLES["adapter"]

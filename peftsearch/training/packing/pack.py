@@ -162,7 +162,9 @@ class Pack:
             NotPackableError: They differ by more than rounding.
             MemberError: As `step`.
         """
-        self.host.model.eval()
+        # Heads are the members', not the host's: of those that have trained before, some would drop.
+        for model in (self.host.model, *(session.model for session in self.sessions)):
+            model.eval()
         # In full precision, where the pack's size was measured in half: of each member a part of its batch has to do.
         indices = [session.order.batch(session.step)[:_CHECKED_ROWS] for session in self.sessions]
         self.layout.drops = False
@@ -171,7 +173,6 @@ class Pack:
         finally:
             self.layout.drops = True
         for row, session in enumerate(self.sessions):
-            session.model.eval()
             difference, size = self.banks.difference(row, self._own_loss(session, indices[row]))
             bound = _ALIKE if session.plan.hyperparameters.get("quantization", "none") == "none" else _ALIKE_QUANTISED
             if not difference <= bound * size and math.isfinite(size):
