@@ -67,7 +67,23 @@ def test_who_joins_a_trial_that_has_stepped_is_compared_without_dropout_too(kind
     pack = trials.pack([first, second])
     pack.check()
     pack.step()
-    assert all(session.model.training for session in pack.sessions)
+    assert all(module.training for session in pack.sessions for module in session.model.modules())
+    pack.close()
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_heads_drop_in_a_pack_from_its_first_step_on(checked: bool, tmp_path: Path) -> None:
+    """A freshly built trial says of itself that it is in training mode, and its head is not."""
+    trials = Trials(planned(tmp_path, "deep-headed encoder", "classification"), tmp_path / "out")
+    members = [trials.session(number, "lora", LORA, seed=number) for number in range(2)]
+    assert any(not module.training for session in members for module in session.model.modules())
+    pack = trials.pack(members)
+    if checked:
+        pack.check()
+    pack.step()
+    assert all(
+        module.training for model in (pack.host.model, *(s.model for s in members)) for module in model.modules()
+    )
     pack.close()
 
 

@@ -102,6 +102,9 @@ class Pack:
         except BaseException:
             self.close()
             raise
+        self._models = (host.model, *(session.model for session in self.sessions))
+        self._trains = False
+        """Whether these are in training mode, in all their parts."""
         self._counts: dict[tuple[int, ...], Tensor] = {}
         self.losses = torch.zeros(len(self.sessions), dtype=torch.float64, device=self.device)
         """By member, the loss of the last step, summed over its examples."""
@@ -163,8 +166,9 @@ class Pack:
             MemberError: As `step`.
         """
         # Heads are the members', not the host's: of those that have trained before, some would drop.
-        for model in (self.host.model, *(session.model for session in self.sessions)):
+        for model in self._models:
             model.eval()
+        self._trains = False
         # In full precision, where the pack's size was measured in half: of each member a part of its batch has to do.
         indices = [session.order.batch(session.step)[:_CHECKED_ROWS] for session in self.sessions]
         self.layout.drops = False
@@ -190,11 +194,12 @@ class Pack:
         return task.losses(output, batch, session.loss_options).mean()
 
     def _train(self) -> None:
-        if not self.host.model.training:
-            self.host.model.train()
-        for session in self.sessions:
-            if not session.model.training:
-                session.model.train()
+        # A model's own flag does not speak for its parts: PEFT puts a new one in training mode around a base in
+        # evaluation mode. And going through all parts at every step would take milliseconds.
+        if not self._trains:
+            for model in self._models:
+                model.train()
+            self._trains = True
 
     def _next(self) -> _Loaded:
         """The members' next step; on a GPU the one after it is made meanwhile."""
