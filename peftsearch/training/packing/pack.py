@@ -28,6 +28,9 @@ _BY_TOKEN = ("start_logits", "end_logits")
 
 _ALIKE, _ALIKE_QUANTISED = 0.05, 0.3
 """How far a pack's gradients may be from a member's own, as a share of these. What is mixed up is off by far more."""
+_ROUNDING = 1e-5
+"""How far gradients may be apart whatever their size. A member that is sure of its examples has next to none: its loss
+takes a probability from 1, of which rounding leaves a few bits, or nothing."""
 _CHECKED_ROWS = 2
 """Examples of each member that are compared: enough to be mixed up."""
 
@@ -179,9 +182,9 @@ class Pack:
         for row, session in enumerate(self.sessions):
             difference, size = self.banks.difference(row, self._own_loss(session, indices[row]))
             bound = _ALIKE if session.plan.hyperparameters.get("quantization", "none") == "none" else _ALIKE_QUANTISED
-            if not difference <= bound * size and math.isfinite(size):
+            if not difference <= bound * size + _ROUNDING and math.isfinite(size):
                 raise NotPackableError(
-                    f"in a pack, gradients of trial {session.plan.number} are off by {difference / size:.0%}"
+                    f"in a pack, gradients of trial {session.plan.number} are off by {difference:.2g}, of {size:.2g}"
                 )
 
     # --- inside ---
