@@ -82,7 +82,8 @@ class Recorder:
                 loss=rung.loss,
                 accuracy=rung.value,
                 parameters=record.trainable_parameters,
-                seconds=rung.train_seconds + rung.evaluation_seconds,
+                # Of a pack's steps each trial is said to have its share; all of them took the whole time.
+                seconds=rung.train_seconds * rung.together + rung.evaluation_seconds,
             )
         self.known[record.number] = len(record.rungs)
         if record.error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import measured_process
@@ -12,10 +13,13 @@ import pytest
 from bench_figures import add_ratios, busy_seconds, differences, figures_of, markdown, medians
 from floor_contender import random_trials
 from measured_process import Measured, measure
+from peftsearch_contender import Recorder
 from search_curves import Point, at, curve, draw, middle, summary
 from segment_records import Record, read_records, write_record
 from targets import verdict_table, verdicts
 from trial_list import RANKS, RATES, SEARCHED_RANKS, SEARCHED_RATES, Budget, Trial, Work, draw_trials, grid_of
+
+from peftsearch.spec import Rung
 
 GIB = 2**30
 
@@ -118,6 +122,25 @@ def test_figures_of_a_run() -> None:
         "peak_pss_gib": 2.0,
         "trials": 2,
     }
+
+
+def test_a_packs_steps_took_each_trial_their_whole_time(tmp_path: Path) -> None:
+    """Four trials that share 40 seconds of training are said to have had ten of them each."""
+    recorder = Recorder(work(draw_trials(1, 1)), tmp_path / "records.jsonl")
+    for number in range(4):
+        rung = Rung(
+            step=10, epoch=1, value=0.5, loss=1, train_loss=1, train_seconds=10.0, together=4.0, evaluation_seconds=0.5
+        )
+        trial = {"rank": 4, "learning_rate": 1e-3}
+        found = SimpleNamespace(
+            number=number, hyperparameters=trial, rungs=[rung], trainable_parameters=1000, error=None
+        )
+        recorder.trial_changed(found)
+    records = [replace(one, ended=140.5) for one in read_records(tmp_path / "records.jsonl")]
+    assert [one.seconds for one in records] == [40.5] * 4
+    run = Measured(began=90.0, ended=150.0, status=0, peak_rss=GIB, peak_pss=GIB, output="")
+    figures = figures_of(records, run, lanes=1)
+    assert (figures["warm_up_seconds"], figures["training_seconds"]) == (10.0, 40.5)
 
 
 def test_ratios_are_to_the_faster_floor_of_the_same_repeat_and_medians_over_repeats() -> None:
