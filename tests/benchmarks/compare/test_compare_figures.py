@@ -10,16 +10,19 @@ from typing import Any
 
 import measured_process
 import pytest
+import torch
 from bench_figures import add_ratios, busy_seconds, differences, figures_of, markdown, medians
 from floor_contender import random_trials
-from measured_process import Measured, measure
+from measured_process import Measured, hardware, measure
 from peftsearch_contender import Recorder
+from same_trials import contenders
 from search_curves import Point, at, curve, draw, middle, summary
 from segment_records import Record, read_records, write_record
 from targets import verdict_table, verdicts
 from trial_list import RANKS, RATES, SEARCHED_RANKS, SEARCHED_RATES, Budget, Trial, Work, draw_trials, grid_of
 
 from peftsearch.spec import Rung
+from peftsearch.training.precision import computes_bf16
 
 GIB = 2**30
 
@@ -122,6 +125,14 @@ def test_figures_of_a_run() -> None:
         "peak_pss_gib": 2.0,
         "trials": 2,
     }
+
+
+@pytest.mark.parametrize(("precision", "bf16", "there"), [("fp32", True, 1), ("fp32", False, 0), ("bf16", True, 0)])
+def test_half_precision_is_compared_where_the_processor_has_it(precision: str, bf16: bool, there: int) -> None:
+    names = [contender.name for contender in contenders(2, precision, bf16=bf16)]
+    assert names.count("peftsearch, bf16") == there
+    assert {"peftsearch, plain", "peftsearch, on"} < set(names)
+    assert hardware()["bf16"] is computes_bf16(torch.device("cpu"))
 
 
 def test_a_packs_steps_took_each_trial_their_whole_time(tmp_path: Path) -> None:
