@@ -17,9 +17,9 @@ from torch import nn
 _LEVELS = 2**16
 
 _MOST_FACTORS = 2**20
-"""Elements up to which their factors are kept as floats: they save two passes over the elements forward and two
-backward, as a product with a boolean mask copies it to floats first. Where there are more, memory counts for more: a
-byte for each is what the estimates expect (`training.activations`)."""
+"""Elements up to which their factors are kept as floats: a product with a boolean mask copies it to floats first, in
+both passes. That is 3 MiB more for each mask at most. Where there are more elements memory counts for more, and a byte
+for each is what the estimates expect (`training.activations`)."""
 
 
 class Dropout(nn.Dropout):
