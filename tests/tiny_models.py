@@ -121,6 +121,28 @@ def tiny_encoder(folder: Path) -> Path:
     return folder
 
 
+def tiny_deep_headed_encoder(folder: Path) -> Path:
+    """A two-layer RoBERTa, whose classification head is a network of its own, with dropout in it."""
+    import torch
+    from transformers import BertConfig, RobertaConfig, RobertaForMaskedLM
+
+    written = BertConfig.from_pretrained(tiny_encoder(folder))
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        **{name: getattr(written, name) for name in sizes},
+        # Its positions begin after the padding token's number.
+        max_position_embeddings=MAX_LENGTH + 1,
+        type_vocab_size=2,
+        initializer_range=0.1,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    RobertaForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
 def tiny_encoder_decoder(folder: Path) -> Path:
     """A T5 in the manner of Flan-T5 (gated, untied), with two layers on either side."""
     import torch

@@ -43,10 +43,14 @@ def make_sampler(
     seed = seed_of(search.seed, number, *([attempt] if attempt else []))
     if search.sampler == "random" or attempt >= _GUIDED_PROPOSALS:
         return optuna.samplers.RandomSampler(seed=seed)
-    startup = search.startup_trials or min(10, max(4, search.trials // 4))
     from peftsearch.search.history import Memory, RememberingTPE
 
-    return RememberingTPE(memory or Memory(), seed=seed, n_startup_trials=startup)
+    return RememberingTPE(memory or Memory(), seed=seed, n_startup_trials=startup_trials(search))
+
+
+def startup_trials(search: SearchSpec) -> int:
+    """Random trials of a cell before TPE takes over."""
+    return search.startup_trials or min(10, max(4, search.trials // 4))
 
 
 def seed_of(seed: int, *what: object) -> int:

@@ -197,6 +197,7 @@ class StudyRun:
             loss=result.loss,
             train_loss=result.train_loss,
             train_seconds=result.train_seconds,
+            together=result.together,
             evaluation_seconds=result.evaluation_seconds,
             scores=result.scores,
             usage=result.usage,

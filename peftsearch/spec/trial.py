@@ -58,7 +58,10 @@ class Rung(BaseModel):
     value: float = Field(description="The domain's metric")
     loss: float = Field(description="Mean validation loss (breaks ties of value)")
     train_loss: float = Field(description="Mean training loss since the evaluation before")
-    train_seconds: float = Field(default=0.0, description="Seconds of training in this segment")
+    train_seconds: float = Field(default=0.0, description="Seconds of training in this segment: the trial's share")
+    together: float = Field(
+        default=1.0, description="How many trials shared the segment's steps, on average: their time is so much longer"
+    )
     evaluation_seconds: float = Field(default=0.0, description="Seconds of evaluation in this segment")
     scores: dict[str, float] = Field(
         default_factory=dict, description="All scores of the task, per-class ones included"

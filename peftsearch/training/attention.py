@@ -75,7 +75,8 @@ def attend(
         attention_mask = torch.ones(queries, key.shape[2], dtype=torch.bool).tril()[None, None]
     scores = (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.transpose(2, 3)
     if attention_mask is not None:
-        scores = scores + _added(attention_mask, scores.dtype)
+        # In place: a product's backward pass does not need its output.
+        scores += _added(attention_mask, scores.dtype)
     weights = drop(scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype), dropout)
     return (weights @ value).transpose(1, 2).contiguous(), None
 

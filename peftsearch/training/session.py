@@ -306,10 +306,14 @@ class TrialSession:
             exhausted = self._note_improvement(evaluation)
             stopped = exhausted and not final
             if final or stopped:
+                # Otherwise the same computation, of which the numbers are there.
+                differs = self.half or self.domain.task.decodes
                 if self.best.step != self.step:
                     # The last weights are not the best ones: what is scored and kept are those.
                     _load_parameters(self.parameters, self.best.weights)
-                evaluation = self._evaluate(final=True)
+                    differs = True
+                if differs:
+                    evaluation = self._evaluate(final=True)
         scores = evaluation.scores
         if self.general_text is not None and (final or stopped):
             scores = {**scores, FORGETTING: self.general_text.rise(self.model)}

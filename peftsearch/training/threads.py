@@ -2,7 +2,8 @@
 
 More threads are not always faster: on small models and short texts they wait for one another. Sums that are split over
 another number of threads round otherwise, so the number is found once, by the first worker of a study, and kept in the
-study's folder: every other worker, and every later run, takes it from there.
+study's folder: every other worker, and every later run, takes it from there. One that may use fewer cores than that
+takes all of them: its sums round otherwise.
 """
 
 from __future__ import annotations

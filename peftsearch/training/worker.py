@@ -82,7 +82,9 @@ class Worker:
             kept = kept_threads(folder) if group.rank == 0 else None
         kept = group.from_first(kept)
         if kept is not None:
-            return kept
+            # More threads than cores wait for one another. Where there are fewer cores than when it was measured, sums
+            # round differently from here on.
+            return min(kept, self.plan.threads)
         method, training = next(iter(self.plan.training.items()))
         domains = {
             name: (self.domain(of, name), self.plan.budgets[name, method])

@@ -24,6 +24,7 @@ CLOCKS = {
     "estimated_seconds",
     "peak_memory_bytes",
     "usage",
+    "together",
     "examples_per_second",
     "started",
     "finished",

@@ -15,7 +15,7 @@ from peftsearch.methods import method_space
 from peftsearch.search.cells import Cell
 from peftsearch.search.counts import ParameterCount
 from peftsearch.search.run import DomainSearch, StudyRun, TrialCost
-from peftsearch.spec import Range, SearchSpec, TrialRecord, TrialState
+from peftsearch.spec import Range, Rung, SearchSpec, TrialRecord, TrialState
 from peftsearch.tracking import Ledger, LedgerCell
 from peftsearch.training.budget import Budget
 from peftsearch.training.segment import SegmentResult
@@ -245,6 +245,18 @@ def test_what_another_study_found_is_tried_first_and_takes_half_of_the_trials(tm
     assert lora[2]["rank"] == 6
     # Then the published defaults.
     assert (lora[3]["rank"], lora[3]["learning_rate"]) == (16, 3e-4)
+
+
+def test_how_many_trials_shared_a_segments_steps_is_kept(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path)
+    run = open_run(ledger)
+    record = run.next_trial()
+    assert record is not None
+    run.evaluated(record.number, replace(result(record, 0), together=3.5), 0, final=False)
+    (rung,) = open_ledger(tmp_path).record(record.number).rungs
+    assert rung.together == 3.5
+    # What earlier versions wrote does not say.
+    assert Rung(**rung.model_dump(exclude={"together"})).together == 1.0
 
 
 def stopped(record: TrialRecord, index: int) -> SegmentResult:

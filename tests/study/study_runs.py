@@ -24,7 +24,7 @@ def essence(record: TrialRecord) -> dict[str, Any]:
         exclude={"started", "finished", "mlflow_run_id", "retries", "estimated_seconds", *_CLOCKS}
     )
     for rung in fields["rungs"]:
-        del rung["train_seconds"], rung["evaluation_seconds"], rung["usage"]
+        del rung["train_seconds"], rung["together"], rung["evaluation_seconds"], rung["usage"]
     for reading in fields["confirmed"]["readings"] if fields["confirmed"] else ():
         for name in ("read_at", "examples_per_second", *_CLOCKS):
             del reading[name]

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from test_recompute import Kept
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -95,6 +97,59 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate: float) -> None:
     # Neighbours, which share one draw of 64 bits, fall independently.
     kept = (dropped != 0).float().reshape(-1)[: 4 * 250_000].reshape(-1, 4)
     assert torch.corrcoef(kept.T).fill_diagonal_(0).abs().max() < 0.01
+
+
+def dropped_by_a_mask(values: torch.Tensor, rate: float, seed: int) -> torch.Tensor:
+    """The formula: one draw of 64 bits for four elements, a boolean mask, a scale."""
+    threshold = round(rate * 2**16)
+    bits = torch.empty(-(-values.numel() // 4), dtype=torch.int64)
+    bits.random_(-(2**63), None, generator=torch.Generator().manual_seed(seed))
+    keep = (bits.view(torch.int16)[: values.numel()] >= threshold - 2**15).view(values.shape)
+    return torch.mul(values, keep).mul(2**16 / (2**16 - threshold))
+
+
+def bits_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5, 7), (8, 48, 384), (1024, 1025)])
+def test_dropout_is_the_same_to_the_bit_however_its_mask_is_kept(
+    shape: tuple[int, ...], dtype: torch.dtype, recomputed: bool
+) -> None:
+    """Zeros keep the sign of what was dropped, as in a product with a boolean mask."""
+    torch.manual_seed(0)
+    values, gradient = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    mine, own = values.clone().requires_grad_(), values.clone().requires_grad_()
+    expected = dropped_by_a_mask(own, 0.1, 7)
+
+    def drops(tensor: torch.Tensor) -> torch.Tensor:
+        return dropout(tensor, 0.1)
+
+    torch.manual_seed(7)
+    found = checkpoint(drops, mine, use_reentrant=False) if recomputed else drops(mine)
+    # Nothing else is drawn, and recomputing restores what is.
+    after = torch.rand(3)
+    assert isinstance(found, torch.Tensor)
+    found.backward(gradient)
+    expected.backward(gradient)
+    assert mine.grad is not None
+    assert own.grad is not None
+    assert (expected == 0).any()
+    assert torch.equal(bits_of(found), bits_of(expected))
+    assert torch.equal(bits_of(mine.grad), bits_of(own.grad))
+    torch.manual_seed(7)
+    torch.empty(-(-values.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    assert torch.equal(after, torch.rand(3))
+
+
+@pytest.mark.parametrize(("elements", "bytes_each"), [(2**20, 4), (2**20 + 4, 1)])
+def test_masks_of_large_tensors_are_kept_in_a_byte(elements: int, bytes_each: int) -> None:
+    with Kept() as kept:
+        dropped = dropout(torch.ones(elements, requires_grad=True), 0.1)
+    assert dropped.requires_grad
+    assert kept.now == bytes_each * elements
 
 
 def test_dropout_follows_the_seed_and_ends_with_training() -> None:

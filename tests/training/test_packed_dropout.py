@@ -54,6 +54,39 @@ def test_gradients_are_compared_without_dropout(tmp_path: Path) -> None:
     assert [mine != own for mine, own in zip(first.tolist(), second.tolist(), strict=True)] == [r > 0 for r in rates]
 
 
+@pytest.mark.parametrize("kind", ["encoder", "deep-headed encoder", "encoder-decoder"])
+def test_who_joins_a_trial_that_has_stepped_is_compared_without_dropout_too(kind: str, tmp_path: Path) -> None:
+    """Training leaves a trial's head in training mode, and some heads (RoBERTa's, T5's) drop inside."""
+    plan = planned(tmp_path, kind, "classification")
+    config = tmp_path / "model" / "config.json"
+    written = json.loads(config.read_text())
+    config.write_text(json.dumps({k: 0.5 if "dropout" in k else v for k, v in written.items()}))
+    trials = Trials(plan, tmp_path / "out")
+    first, second = (trials.session(number, "lora", LORA, seed=number) for number in range(2))
+    first._train(2)
+    pack = trials.pack([first, second])
+    pack.check()
+    pack.step()
+    assert all(module.training for session in pack.sessions for module in session.model.modules())
+    pack.close()
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_heads_drop_in_a_pack_from_its_first_step_on(checked: bool, tmp_path: Path) -> None:
+    """A freshly built trial says of itself that it is in training mode, and its head is not."""
+    trials = Trials(planned(tmp_path, "deep-headed encoder", "classification"), tmp_path / "out")
+    members = [trials.session(number, "lora", LORA, seed=number) for number in range(2)]
+    assert any(not module.training for session in members for module in session.model.modules())
+    pack = trials.pack(members)
+    if checked:
+        pack.check()
+    pack.step()
+    assert all(
+        module.training for model in (pack.host.model, *(s.model for s in members)) for module in model.modules()
+    )
+    pack.close()
+
+
 @pytest.mark.parametrize("of_base", [0.0, 0.1], ids=["the trials' own", "the base's too"])
 def test_losses_of_packed_trials_are_spread_as_those_alone(of_base: float, tmp_path: Path) -> None:
     plan = planned(tmp_path, "encoder", "classification")

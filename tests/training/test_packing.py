@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import yaml
 from task_data import task_domain
 from test_batches import Waits
 from test_recompute import Kept
-from tiny_models import SAMPLES, tiny_decoder, tiny_encoder, tiny_encoder_decoder
+from tiny_models import SAMPLES, tiny_decoder, tiny_deep_headed_encoder, tiny_encoder, tiny_encoder_decoder
 
 from peftsearch.methods import METHODS
 from peftsearch.search.plan import StudyPlan, plan_study
@@ -30,7 +31,12 @@ from peftsearch.training.segment import Segment, TrialPlan
 from peftsearch.training.session import TrialSession
 from peftsearch.training.worker import Worker
 
-BUILDERS = {"encoder": tiny_encoder, "encoder-decoder": tiny_encoder_decoder, "decoder": tiny_decoder}
+BUILDERS = {
+    "encoder": tiny_encoder,
+    "deep-headed encoder": tiny_deep_headed_encoder,
+    "encoder-decoder": tiny_encoder_decoder,
+    "decoder": tiny_decoder,
+}
 STEPS = 6
 
 ADAPTER = SAMPLES["adapter"]
@@ -455,6 +461,21 @@ def test_a_model_that_mixes_up_its_batch_is_found_out(tmp_path: Path) -> None:
     with pytest.raises(NotPackableError, match="gradients of trial"):
         mixed.check()
     mixed.close()
+
+
+@pytest.mark.parametrize(
+    ("difference", "size", "sound"),
+    [(0.04, 1.0, True), (0.06, 1.0, False), (2e-7, 1e-6, True), (0.0, 0.0, True), (1e-6, 0.0, True), (1.0, 0.0, False)],
+)
+def test_trials_that_are_sure_of_their_examples_are_not_refused_for_rounding(
+    difference: float, size: float, sound: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = Trials(planned(tmp_path, "encoder", "classification"), tmp_path / "study")
+    pack = trials.pack([trials.session(n, *MIXED[n], seed=n) for n in range(2)])
+    monkeypatch.setattr(pack.banks, "difference", lambda row, loss: (difference, size))
+    with nullcontext() if sound else pytest.raises(NotPackableError, match="gradients of trial"):
+        pack.check()
+    pack.close()
 
 
 def test_half_precision_weights_have_their_masters_in_a_pack_too(tmp_path: Path) -> None:

@@ -104,10 +104,18 @@ def test_a_worker_measures_where_none_has_and_a_later_one_takes_what_was_found(p
     assert torch.get_num_threads() == kept["threads"]
     assert kept["threads"] in (1, 2)
     assert kept["seconds per step"].keys() <= {"1", "2"}
-    # Also one that has other cores: its sums are the study's.
-    (folder / "threads.json").write_text(json.dumps({"threads": 3}))
-    warm(handed)
-    assert torch.get_num_threads() == 3
+    # Also one that has more cores: its sums are the study's.
+    (folder / "threads.json").write_text(json.dumps({"threads": 1}))
+    warm(plan.for_workers(folder, threads=3))
+    assert torch.get_num_threads() == 1
+
+
+def test_a_worker_with_fewer_cores_than_were_measured_takes_those(plan: StudyPlan, tmp_path: Path) -> None:
+    (tmp_path / "threads.json").write_text(json.dumps({"threads": 3}))
+    warm(plan.for_workers(tmp_path, threads=2))
+    assert torch.get_num_threads() == 2
+    # The study's number stays, for workers that have the cores.
+    assert kept_threads(tmp_path) == 3
 
 
 def test_where_memory_is_short_every_core_is_taken(

@@ -21,6 +21,7 @@ from peftsearch.search.plan import StudyPlan, plan_study
 from peftsearch.spec import StudyFile, TrainingSpec
 from peftsearch.training.checkpoint import WEIGHTS, delete_states, read_checkpoint, state_name, trial_folder
 from peftsearch.training.distributed import WorkerGroup
+from peftsearch.training.evaluate import Evaluation, evaluate
 from peftsearch.training.optimizer import make_optimizer, master_weights, step_optimizer
 from peftsearch.training.segment import Segment, SegmentResult, TrialPlan
 from peftsearch.training.worker import Worker
@@ -170,6 +171,31 @@ def test_patience_keeps_the_best_weights_of_a_trial_that_gets_worse(write_study:
     assert results[-1].scores["accuracy"] == best
     # The case is only worth something if the last weights were worse than the best ones.
     assert results[-2].scores["accuracy"] < best or results[-1].stopped
+
+
+@pytest.mark.parametrize(("precision", "times"), [("fp32", 1), ("bf16", 2)])
+def test_best_weights_that_are_the_last_are_scored_again_only_where_precision_differs(
+    precision: str, times: int, write_study: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[object] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Evaluation:
+        calls.append(kwargs["final"])
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr("peftsearch.training.session.evaluate", counted)
+
+    def only_result(patience: int | None) -> SegmentResult:
+        plan = planned(write_study, tmp_path, patience=patience, evaluations=1, epochs=1, precision=precision)
+        (result,) = train(worker(plan, tmp_path / str(patience)), plan, trial(plan))
+        return result
+
+    # Without patience the only evaluation is the one at the full budget.
+    expected = only_result(None)
+    assert calls == [True]
+    found = only_result(2)
+    assert len(calls[1:]) == times
+    assert (found.loss, found.scores, found.train_loss) == (expected.loss, expected.scores, expected.train_loss)
 
 
 def test_the_test_split_is_read_once_and_its_predictions_are_kept(write_study: Make, tmp_path: Path) -> None:

@@ -28,6 +28,9 @@ _BY_TOKEN = ("start_logits", "end_logits")
 
 _ALIKE, _ALIKE_QUANTISED = 0.05, 0.3
 """How far a pack's gradients may be from a member's own, as a share of these. What is mixed up is off by far more."""
+_ROUNDING = 1e-5
+"""How far gradients may be apart whatever their size. A member that is sure of its examples has next to none: its loss
+takes a probability from 1, of which rounding leaves a few bits, or nothing."""
 _CHECKED_ROWS = 2
 """Examples of each member that are compared: enough to be mixed up."""
 
@@ -102,6 +105,9 @@ class Pack:
         except BaseException:
             self.close()
             raise
+        self._models = (host.model, *(session.model for session in self.sessions))
+        self._trains = False
+        """Whether these are in training mode, in all their parts."""
         self._counts: dict[tuple[int, ...], Tensor] = {}
         self.losses = torch.zeros(len(self.sessions), dtype=torch.float64, device=self.device)
         """By member, the loss of the last step, summed over its examples."""
@@ -162,7 +168,10 @@ class Pack:
             NotPackableError: They differ by more than rounding.
             MemberError: As `step`.
         """
-        self.host.model.eval()
+        # Heads are the members', not the host's: of those that have trained before, some would drop.
+        for model in self._models:
+            model.eval()
+        self._trains = False
         # In full precision, where the pack's size was measured in half: of each member a part of its batch has to do.
         indices = [session.order.batch(session.step)[:_CHECKED_ROWS] for session in self.sessions]
         self.layout.drops = False
@@ -171,12 +180,11 @@ class Pack:
         finally:
             self.layout.drops = True
         for row, session in enumerate(self.sessions):
-            session.model.eval()
             difference, size = self.banks.difference(row, self._own_loss(session, indices[row]))
             bound = _ALIKE if session.plan.hyperparameters.get("quantization", "none") == "none" else _ALIKE_QUANTISED
-            if not difference <= bound * size and math.isfinite(size):
+            if not difference <= bound * size + _ROUNDING and math.isfinite(size):
                 raise NotPackableError(
-                    f"in a pack, gradients of trial {session.plan.number} are off by {difference / size:.0%}"
+                    f"in a pack, gradients of trial {session.plan.number} are off by {difference:.2g}, of {size:.2g}"
                 )
 
     # --- inside ---
@@ -189,11 +197,12 @@ class Pack:
         return task.losses(output, batch, session.loss_options).mean()
 
     def _train(self) -> None:
-        if not self.host.model.training:
-            self.host.model.train()
-        for session in self.sessions:
-            if not session.model.training:
-                session.model.train()
+        # A model's own flag does not speak for its parts: PEFT puts a new one in training mode around a base in
+        # evaluation mode. And going through all parts at every step would take milliseconds.
+        if not self._trains:
+            for model in self._models:
+                model.train()
+            self._trains = True
 
     def _next(self) -> _Loaded:
         """The members' next step; on a GPU the one after it is made meanwhile."""

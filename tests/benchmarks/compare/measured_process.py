@@ -124,8 +124,15 @@ def memory_of(processes: Sequence[psutil.Process], *, proportional: bool) -> dic
 
 
 def hardware() -> dict[str, str | int]:
-    """What the figures were taken on."""
+    """What the figures were taken on; ``bf16``: whether the processor multiplies bf16 itself."""
     import platform
+
+    # Before torch is imported.
+    load = round(os.getloadavg()[0], 2)
+
+    import torch
+
+    from peftsearch.training.precision import computes_bf16
 
     model = next(
         (
@@ -140,7 +147,8 @@ def hardware() -> dict[str, str | int]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "python": platform.python_version(),
-        "load_before": round(os.getloadavg()[0], 2),
+        "load_before": load,
+        "bf16": computes_bf16(torch.device("cpu")),
     }
 
 

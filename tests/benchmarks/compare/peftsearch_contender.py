@@ -29,10 +29,11 @@ def sections(variant: str, cores: int) -> dict[str, dict[str, Any]]:
 
     - ``plain``: nothing that saves work; a slot per core with one thread each, one trial at a time in each.
     - ``one_slot``: the same with one slot that has all threads.
-    - ``on``: a slot per core, with packing and threads as peftsearch chooses them, in the precision of the others.
+    - ``on``: slots, packs and threads as peftsearch chooses them, in the precision of the others. On a CPU with as many
+      trials as cores or more, and memory for as many slots, it chooses what ``plain`` has.
     - ``bf16``: ``on`` with bf16 autocast.
     """
-    on = {"slots": cores, "cpus_per_worker": 1, "pack": "auto", "threads_per_worker": "auto"}
+    on = {"slots": "auto", "pack": "auto", "threads_per_worker": "auto"}
     if variant == "plain":
         return {"resources": {"slots": cores, "cpus_per_worker": 1, "pack": 1}}
     if variant == "one_slot":
@@ -82,7 +83,8 @@ class Recorder:
                 loss=rung.loss,
                 accuracy=rung.value,
                 parameters=record.trainable_parameters,
-                seconds=rung.train_seconds + rung.evaluation_seconds,
+                # Of a pack's steps each trial is said to have its share; all of them took the whole time.
+                seconds=rung.train_seconds * rung.together + rung.evaluation_seconds,
             )
         self.known[record.number] = len(record.rungs)
         if record.error:
@@ -123,6 +125,9 @@ def main() -> None:
         study.run(events=Listener(work, options.records))
     # A variant may leave it to peftsearch how many trials are trained at once.
     lanes = work.cores // int(study.facts().provenance[THREADS])
+    if not searching:
+        # There are no more slots than trials; they may have more cores than threads.
+        lanes = min(lanes, len(work.trials))
     options.records.with_name("lanes").write_text(str(lanes))
 
 

@@ -28,6 +28,11 @@ from trial_list import DOMAINS, Budget, Work, draw_trials, prepare
 HERE = Path(__file__).parent
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
 """Relative, of the last training loss: sums in another order (another number of threads) after a hundred steps."""
+NO_BF16 = {
+    "fp32": "peftsearch, bf16 is left out: this processor has no bf16 arithmetic, and emulates it",
+    "bf16": "this processor has no bf16 arithmetic, and emulates it: all figures are those of the emulation",
+}
+"""Said where that is so, by the precision of all."""
 TOLERANCE_OF_DROPOUT = 0.05
 """The same where the base drops: the contenders' random numbers need not be the same."""
 
@@ -49,8 +54,12 @@ class Contender:
     exact: bool = True
 
 
-def contenders(cores: int, precision: str) -> list[Contender]:
-    """All of them, in the order of the table. ``peftsearch, bf16`` is there where the others compute in fp32."""
+def contenders(cores: int, precision: str, *, bf16: bool) -> list[Contender]:
+    """All of them, in the order of the table.
+
+    ``peftsearch, bf16`` is there where the others compute in fp32 and the processor multiplies bf16 itself (``bf16``):
+    emulated, it is slower than fp32, and a study would not choose it.
+    """
     threads, half = ("--threads", str(cores)), str(max(1, cores // 2))
     one = ("floor_contender.py", "--lanes", "1", *threads)
     per_core = ("floor_contender.py", "--lanes", str(cores), "--threads", "1")
@@ -64,7 +73,7 @@ def contenders(cores: int, precision: str) -> list[Contender]:
         Contender(TRAINER[0], ("trainer_contender.py", *threads), 1),
     ]
     for variant in VARIANTS:
-        if variant == "bf16" and precision == "bf16":
+        if variant == "bf16" and (precision == "bf16" or not bf16):
             continue
         name = f"peftsearch, {variant.replace('_', ' ')}"
         exact = variant != "bf16"
@@ -108,14 +117,14 @@ def main() -> None:
     options = _parser().parse_args()
     budget = budget_of(options)
     cores = len(os.sched_getaffinity(0))
-    chosen = [
-        contender
-        for contender in contenders(cores, budget.precision)
-        if not options.only or any(word in contender.name for word in options.only)
-    ]
-    if not chosen:
-        raise SystemExit(f"no contender is called so: {', '.join(c.name for c in contenders(cores, budget.precision))}")
     machine = hardware()
+    bf16 = bool(machine["bf16"])
+    if not bf16:
+        print(NO_BF16[budget.precision], file=sys.stderr)
+    every = contenders(cores, budget.precision, bf16=bf16)
+    chosen = [one for one in every if not options.only or any(word in one.name for word in options.only)]
+    if not chosen:
+        raise SystemExit(f"no contender is called so: {', '.join(one.name for one in every)}")
     with scratch(options.keep) as folder:
         work = prepare(folder, budget, draw_trials(options.ranks, options.rates), cores)
         repeats: list[dict[str, Figures]] = []

@@ -5,17 +5,24 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import measured_process
 import pytest
+import torch
 from bench_figures import add_ratios, busy_seconds, differences, figures_of, markdown, medians
 from floor_contender import random_trials
-from measured_process import Measured, measure
+from measured_process import Measured, hardware, measure
+from peftsearch_contender import Recorder
+from same_trials import contenders
 from search_curves import Point, at, curve, draw, middle, summary
 from segment_records import Record, read_records, write_record
 from targets import verdict_table, verdicts
 from trial_list import RANKS, RATES, SEARCHED_RANKS, SEARCHED_RATES, Budget, Trial, Work, draw_trials, grid_of
+
+from peftsearch.spec import Rung
+from peftsearch.training.precision import computes_bf16
 
 GIB = 2**30
 
@@ -118,6 +125,33 @@ def test_figures_of_a_run() -> None:
         "peak_pss_gib": 2.0,
         "trials": 2,
     }
+
+
+@pytest.mark.parametrize(("precision", "bf16", "there"), [("fp32", True, 1), ("fp32", False, 0), ("bf16", True, 0)])
+def test_half_precision_is_compared_where_the_processor_has_it(precision: str, bf16: bool, there: int) -> None:
+    names = [contender.name for contender in contenders(2, precision, bf16=bf16)]
+    assert names.count("peftsearch, bf16") == there
+    assert {"peftsearch, plain", "peftsearch, on"} < set(names)
+    assert hardware()["bf16"] is computes_bf16(torch.device("cpu"))
+
+
+def test_a_packs_steps_took_each_trial_their_whole_time(tmp_path: Path) -> None:
+    """Four trials that share 40 seconds of training are said to have had ten of them each."""
+    recorder = Recorder(work(draw_trials(1, 1)), tmp_path / "records.jsonl")
+    for number in range(4):
+        rung = Rung(
+            step=10, epoch=1, value=0.5, loss=1, train_loss=1, train_seconds=10.0, together=4.0, evaluation_seconds=0.5
+        )
+        trial = {"rank": 4, "learning_rate": 1e-3}
+        found = SimpleNamespace(
+            number=number, hyperparameters=trial, rungs=[rung], trainable_parameters=1000, error=None
+        )
+        recorder.trial_changed(found)
+    records = [replace(one, ended=140.5) for one in read_records(tmp_path / "records.jsonl")]
+    assert [one.seconds for one in records] == [40.5] * 4
+    run = Measured(began=90.0, ended=150.0, status=0, peak_rss=GIB, peak_pss=GIB, output="")
+    figures = figures_of(records, run, lanes=1)
+    assert (figures["warm_up_seconds"], figures["training_seconds"]) == (10.0, 40.5)
 
 
 def test_ratios_are_to_the_faster_floor_of_the_same_repeat_and_medians_over_repeats() -> None:

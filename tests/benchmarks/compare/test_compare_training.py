@@ -149,8 +149,13 @@ def test_each_variant_is_a_study(folder: Path, tmp_path: Path, variant: str, sea
     assert spec.training.precision == ("bf16" if variant == "bf16" else "fp32")
     assert spec.search.sampler == ("grid" if search_seed is None else "tpe")
     assert spec.search.scheduler == ("none" if search_seed is None else "pareto_asha")
+    resources = spec.resources
     if variant == "plain":
-        assert (spec.resources.slots, spec.resources.cpus_per_worker, spec.resources.pack) == (work.cores, 1, 1)
+        assert (resources.slots, resources.cpus_per_worker, resources.pack) == (work.cores, 1, 1)
+    if variant in ("on", "bf16"):
+        # Nothing that peftsearch could choose is said.
+        assert (resources.slots, resources.cpus_per_worker, resources.pack) == ("auto", None, "auto")
+        assert resources.threads_per_worker == "auto"
 
 
 def test_a_budget_larger_than_the_data_is_refused(folder: Path, tmp_path: Path) -> None:

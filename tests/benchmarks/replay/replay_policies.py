@@ -120,6 +120,7 @@ def search(table: DomainTable, settings: Mapping[str, Any], seed: int, budget: f
     from peftsearch.methods import method_space
     from peftsearch.search.cells import Cell
     from peftsearch.search.counts import ParameterCount
+    from peftsearch.search.proposals import startup_trials
     from peftsearch.search.run import DomainSearch, StudyRun
     from peftsearch.spec import Range, SearchSpec, TrialRecord, TrialState
     from peftsearch.training.budget import Budget
@@ -143,9 +144,11 @@ def search(table: DomainTable, settings: Mapping[str, Any], seed: int, budget: f
         budgets[method] = Budget(max(1, round(whole[-1].step / whole[-1].epoch)), steps)
     cells = [Cell("grid", table.domain, method_space(method, space(method))) for method in table.methods]
     ledger = ReplayLedger(cells, table.direction)
-    # More trials than the budget can pay for: it is what ends the search.
+    # More trials than the budget can pay for: it is what ends the search. TPE takes over as soon as in a study of the
+    # usual number of trials, not as late as in one that is so long.
+    size = {"trials": len(table.curves) * 20, "startup_trials": startup_trials(SearchSpec())}
     run = StudyRun(
-        SearchSpec(**{"trials": len(table.curves) * 20, "seed": seed, **settings}),
+        SearchSpec(**{**size, "seed": seed, **settings}),
         cells,
         {table.domain: DomainSearch(table.metric, table.direction, budgets)},
         count,

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from curve_table import Curve, DomainTable, Evaluation, read_table
 from record_curves import record
 from replay_policies import PLACES, POLICIES, Search, grid_hypervolume, markdown, search, summarise
 
-from peftsearch.spec import StudyError, TrialState
+from peftsearch.search.proposals import startup_trials
+from peftsearch.search.run import StudyRun
+from peftsearch.spec import SearchSpec, StudyError, TrialState
 
 RANKS, RATES, TOKENS = (1, 2, 4, 8, 16, 32), (3e-4, 1e-3, 3e-3, 1e-2), (4, 8, 16)
 EVALUATIONS = 4
@@ -93,6 +96,20 @@ def test_a_search_spends_its_budget_and_no_more(policy: str) -> None:
     else:
         assert found.trials > 35
         assert found.complete < found.trials
+
+
+def test_tpe_takes_over_when_it_does_in_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[SearchSpec] = []
+
+    class Watched(StudyRun):
+        def __init__(self, spec: SearchSpec, *args: Any) -> None:
+            given.append(spec)
+            super().__init__(spec, *args)
+
+    monkeypatch.setattr("peftsearch.search.run.StudyRun", Watched)
+    for settings in ({}, {"startup_trials": 7}):
+        search(TABLE, POLICIES["tpe"] | settings, 0, 4)
+    assert [startup_trials(spec) for spec in given] == [startup_trials(SearchSpec()), 7] == [4, 7]
 
 
 @pytest.mark.parametrize("slots", [1, 3])
