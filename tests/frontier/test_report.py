@@ -20,7 +20,7 @@ from frontier_study import confirm, confirm_best, make_facts, make_record, make_
 
 from peftsearch.domains import get_task
 from peftsearch.frontier.report import write_report
-from peftsearch.frontier.report.comparisons import compare_domain
+from peftsearch.frontier.report.comparisons import compare_domain, scorer
 from peftsearch.frontier.report.results import macro_average, results, score_by_task, task_type
 from peftsearch.frontier.report.sensitivity import bins, importance, sensitivities
 from peftsearch.frontier.report.significance import Predicted, compare, holm, read_predictions
@@ -516,6 +516,23 @@ def test_a_metric_without_a_formula_is_scored_on_every_resample() -> None:
     assert found.resamples == 200
     assert found.p == pytest.approx(2 / 201)
     assert 0.5 < found.difference < 1.3
+
+
+def test_resamples_that_lack_what_a_metric_counts_are_left_out() -> None:
+    """Of a hundred questions three have no answer: about one resample in twenty has none of them."""
+    facts = (
+        make_facts()
+        .domains["clinical"]
+        .model_copy(update={"task": "question_answering", "metric": "no_answer_f1", "labels": ()})
+    )
+    references = [[] if index < 3 else ["a red house"] for index in range(100)]
+
+    def run(right: int) -> Predicted:
+        return Predicted(["" if index < right else "a house" for index in range(100)], references)
+
+    found = compare("one", {"one": [run(3)], "other": [run(1)]}, scorer(facts))["other"]
+    assert found.difference == pytest.approx(2 / 3)
+    assert 900 < found.resamples < 1000
 
 
 def test_too_slow_a_metric_is_said_to_be_so() -> None:

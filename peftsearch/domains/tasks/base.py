@@ -225,6 +225,10 @@ class Task(ABC):
         """
         return ()
 
+    def lacks(self, metric: Metric, table: pa.Table) -> str | None:
+        """What the rows of a split lack for a metric to be defined on them, in words; None where they lack nothing."""
+        return None
+
     def warnings(self, splits: Mapping[str, pa.Table], labels: Sequence[str]) -> list[str]:
         """What a careful reader should know about the splits; one sentence each."""
         return []
@@ -283,6 +287,8 @@ class Task(ABC):
     @abstractmethod
     def score(self, predictions: Sequence[Any], references: Sequence[Any], labels: Sequence[str]) -> dict[str, float]:
         """All scores: one for each of `metrics`, and those of single labels.
+
+        One that is undefined on these examples is absent (see `lacks`).
 
         Raises:
             ValueError: No examples, or not as many predictions as references.
