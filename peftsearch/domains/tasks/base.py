@@ -233,6 +233,23 @@ class Task(ABC):
         """What a careful reader should know about the splits; one sentence each."""
         return []
 
+    def check_length(self, max_length: int, architecture: Architecture, reads: int | None, writes: int | None) -> None:
+        """Refuse texts for which the model has no positions: on a GPU, an index out of range would end the process.
+
+        Args:
+            max_length: Tokens per text at most.
+            architecture: Of the model.
+            reads: Tokens that the model, or its encoder, takes at most; None where there is no limit.
+            writes: The same of an encoder-decoder's decoder.
+
+        Raises:
+            ValueError: They are too long; one sentence.
+        """
+        # Without an answer to write, a decoder reads the text once more.
+        most = min((limit for limit in (reads, writes) if limit is not None), default=max_length)
+        if max_length > most:
+            raise ValueError(f"{max_length} tokens are more than the {most} that the model takes: lower it")
+
     @abstractmethod
     def tokenize(self, table: pa.Table, labels: Sequence[str], how: Tokenization) -> datasets.Dataset:
         """Turn rows into token ids, truncated to ``how.max_length`` and not padded.
