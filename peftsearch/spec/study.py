@@ -435,7 +435,11 @@ class TrackingSpec(_Section):
 class ForgettingSpec(_Section):
     """General text on which a model's loss is measured before and after it is adapted (the score ``forgetting``)."""
 
-    source: str = Field(min_length=1, description="As data.source: a file, a folder, hub:ID or package:NAME/FILE")
+    source: str = Field(
+        min_length=1,
+        description="As data.source: a file, a folder, hub:ID or package:NAME/FILE; its test "
+        "split is read, or validation where it has none, or else train",
+    )
     config: str | None = Field(default=None, description="Configuration (subset) of a Hub data set")
     format: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet"] = Field(
         default="auto", description="Format of a file; auto goes by the name"
