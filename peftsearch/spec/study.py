@@ -280,7 +280,9 @@ class TrainingSpec(_Section):
     )
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="Share of the target spread over all classes")
     class_weights: Literal["none", "balanced"] = Field(
-        default="none", description="balanced weighs rare classes up: n / (classes * count) (scikit-learn's formula)"
+        default="none",
+        description="balanced weighs rare classes up: n / (classes * count) (scikit-learn's formula), at most "
+        "100 times as much as the most frequent one",
     )
     patience: int | None = Field(
         default=None,

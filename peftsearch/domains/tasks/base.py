@@ -31,6 +31,10 @@ EXAMPLE = "example"
 PART = "part"
 """The column that says which data set of a joined domain a row comes from; blocks of text hold one data set's."""
 
+HEAVIEST = 100.0
+"""How many times as much as others an example of a rare class weighs at most where classes are balanced: beyond that, a
+few examples would be most of the loss."""
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -318,13 +322,15 @@ class Task(ABC):
     def balanced_weights(self, rows: Mapping[str, Sequence[Any]], labels: Sequence[str]) -> list[float] | None:
         """The weight of each class where the study file wants them balanced; None for tasks without classes.
 
-        scikit-learn's "balanced", n / (classes x count), unless a task says otherwise; classes that are absent have no
-        row to weigh.
+        scikit-learn's "balanced", n / (classes x count), and at most `HEAVIEST` times the lightest class's, unless a
+        task says otherwise; classes that are absent have no row to weigh.
         """
         counts = self.class_counts(rows, labels)
         if counts is None:
             return None
-        return [sum(counts) / (len(counts) * count) if count else 0.0 for count in counts]
+        weights = [sum(counts) / (len(counts) * count) if count else 0.0 for count in counts]
+        lightest = min((weight for weight in weights if weight), default=0.0)
+        return [min(weight, HEAVIEST * lightest) for weight in weights]
 
     def class_counts(self, rows: Mapping[str, Sequence[Any]], labels: Sequence[str]) -> list[int] | None:
         """How often each class occurs, for balanced class weights; None for tasks without classes."""
