@@ -148,7 +148,8 @@ def positions_said(config: Any) -> tuple[int | None, int | None]:
     """
     # One that sees as well as reads has tables for images, too.
     config = config if getattr(config, "is_encoder_decoder", False) else config.get_text_config()
-    return _positions_said(type(config), config.to_json_string(use_diff=False))
+    kind: Any = type(config)
+    return _positions_said(kind, config.to_json_string(use_diff=False))
 
 
 @functools.lru_cache(maxsize=64)
