@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -65,6 +66,7 @@ def record_baselines(
         else:
             _record_failure(item, wanted, outcome.error, read_test)
         return
+    outcome = _defined(outcome, item.metric)
     if read_test:
         _record_test(item, wanted, outcome)
     else:
@@ -83,6 +85,17 @@ def record_baselines(
     for name, error in outcome.failures.items():
         if not read_test or name in known:
             _fail(item, wanted, name, known[name].title if read_test else outcome.titles[name], error, read_test)
+
+
+def _defined(outcome: ProbeResult, metric: str) -> ProbeResult:
+    """What came back, its baselines without a score as failures: prompts are scored on some examples of a split."""
+    undefined = {
+        name: f"{metric} is undefined on the {outcome.examples[name]} examples that it was scored on"
+        for name, scores in outcome.scores.items()
+        if metric not in scores
+    }
+    scores = {name: scores for name, scores in outcome.scores.items() if name not in undefined}
+    return dataclasses.replace(outcome, scores=scores, failures=outcome.failures | undefined)
 
 
 def _unread(item: DomainFacts, model: str) -> tuple[str, ...]:

@@ -123,6 +123,10 @@ def _rows(data: DataSpec) -> dict[str, int]:
             most = getattr(part.limit, split)
             if count is not None:
                 total[split] = total.get(split, 0) + (count if most is None else min(count, most))
+    # Beside 'join' it is a limit on all parts together, after their own.
+    for split, count in total.items():
+        most = getattr(data.limit, split)
+        total[split] = count if most is None else min(count, most)
     return total
 
 

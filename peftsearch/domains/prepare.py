@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from peftsearch.domains.hub import hub_reachable, out_of_reach
-from peftsearch.domains.models import Architecture, architecture_of, has_relative_positions, model_config
+from peftsearch.domains.models import (
+    Architecture,
+    architecture_of,
+    has_relative_positions,
+    model_config,
+    positions_said,
+)
 from peftsearch.domains.raw import RawDomain, digest, load_domain
 from peftsearch.domains.sources import quiet_datasets
 from peftsearch.domains.tasks import Head, Task, Tokenization, get_task
@@ -31,7 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Part of every fingerprint of prepared data: raise it when what is written changes its form or meaning.
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 # A share of texts that reach max_length from which a reader should know.
@@ -315,10 +321,9 @@ def check_domain(
     if config is None and architecture in (None, "encoder-decoder"):
         config = model_config(model_location, revision)
     max_length = spec.domain_max_length(name)
-    if not has_relative_positions(config):
-        _check_length(max_length, tokenizer, spec, name)
     kind = architecture or architecture_of(config)
     check_architecture(raw.task, kind, model_location, name)
+    _check_length(max_length, raw.task, kind, tokenizer, config, spec, name)
     start = getattr(config, "decoder_start_token_id", None) if kind == "encoder-decoder" else None
     return CheckedDomain(name, raw, spec.domains[name].options, tokenizer, model_location, max_length, kind, start)
 
@@ -389,15 +394,20 @@ def _load_tokenizer(location: str, revision: str | None) -> Any:
     return tokenizer
 
 
-def _check_length(max_length: int, tokenizer: Any, spec: StudySpec, name: str) -> None:
-    most = tokenizer.model_max_length
-    # Tokenizers without a limit say 1e30.
-    if most < max_length:
-        own = spec.domains[name].max_length is not None
-        raise StudyError(
-            f"{max_length} tokens are more than the {most} that the model takes: lower it",
-            ("domains", name, "max_length") if own else ("training", "max_length"),
+def _check_length(
+    max_length: int, task: Task, architecture: Architecture, tokenizer: Any, config: Any, spec: StudySpec, name: str
+) -> None:
+    reads, writes = (None, None) if config is None else positions_said(config)
+    # Tokenizers without a limit say 1e30, whatever their model has positions for.
+    said = None if has_relative_positions(config) else tokenizer.model_max_length
+    try:
+        task.check_length(
+            max_length, architecture, min((limit for limit in (reads, said) if limit is not None), default=None), writes
         )
+    except ValueError as error:
+        own = spec.domains[name].max_length is not None
+        loc = ("domains", name, "max_length") if own else ("training", "max_length")
+        raise StudyError(str(error), loc) from None
 
 
 def _pad_token_id(tokenizer: Any, location: str) -> int:

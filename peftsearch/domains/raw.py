@@ -74,11 +74,23 @@ def load_domain(name: str, spec: StudySpec, folder: Path) -> RawDomain:
     labels = task.check(read.tables, data, loc, cut=read.cuts)
     metric = get_metric(task, domain.metric, (*place, "metric"), labels)
     splits = _limit(task, read.tables, data)
+    _check_metric(task, metric, splits, (*place, "metric"))
     warnings = [*read.warnings, *_overlap_warnings({split: task.keys(table) for split, table in splits.items()})]
     warnings += task.warnings(splits, labels)
     fingerprint = digest([split, *row] for split, table in splits.items() for row in ((), *task.content(table)))
     source = describe_source(data, read.commits)
     return RawDomain(task, metric, labels, splits, fingerprint, source, tuple(warnings), tuple(joined or ()))
+
+
+def _check_metric(task: Task, metric: Metric, splits: Mapping[str, pa.Table], loc: Loc) -> None:
+    """Refuse an objective that is undefined on a split that is scored."""
+    for split in ("validation", "test"):
+        if split in splits and (lacking := task.lacks(metric, splits[split])) is not None:
+            raise StudyError(
+                f"the metric {metric.name!r} is undefined on {split}, which has no {lacking}: name another metric, or "
+                "data that has some there",
+                loc,
+            )
 
 
 def digest(rows: Iterable[Iterable[str]]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from peftsearch.export.usage import Use, examples_of, reads_first_piece
+from peftsearch.export.usage import Use, between, examples_of, reads_first_piece
 
 
 def pipeline_code(use: Use, model: str, *, lengthens: bool) -> list[str]:
@@ -68,7 +68,7 @@ def _texts(use: Use) -> str:
     first, second = examples_of(use)
     if not use.pair:
         return f"[{', '.join(first)}]"
-    pairs = (f'{{"text": {one}, "text_pair": {other}}}' for one, other in zip(first, second, strict=True))
+    pairs = (f'{{"text": {one}, "text_pair": {between(use, other)}}}' for one, other in zip(first, second, strict=True))
     return f"[{', '.join(pairs)}]"
 
 

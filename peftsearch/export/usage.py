@@ -10,6 +10,7 @@ from typing import Any
 from peftsearch.domains import Task
 from peftsearch.domains.models import Architecture
 from peftsearch.domains.tasks import Tokenization
+from peftsearch.domains.tasks.classification import BETWEEN
 from peftsearch.export.purpose import markers_of, marking
 from peftsearch.spec import DomainFacts
 
@@ -67,8 +68,14 @@ def _generation(use: Use) -> list[str]:
     return arguments
 
 
+def between(use: Use, second: str) -> str:
+    """The second text of a pair as the model reads it, in Python (see `apart`)."""
+    return f"{BETWEEN!r} + {second}" if use.architecture == "decoder" else second
+
+
 def _logits(use: Use) -> list[str]:
-    texts = "texts, other_texts" if use.pair else "texts"
+    others = f"[{between(use, 'text')} for text in other_texts]" if use.architecture == "decoder" else "other_texts"
+    texts = f"texts, {others}" if use.pair else "texts"
     length = use.facts.max_length
     return [
         f"    inputs = tokenizer({texts}, truncation=True, max_length={length}, padding=True, return_tensors='pt')",
@@ -155,12 +162,10 @@ def _token_classification(use: Use) -> list[str]:
 
 
 def _multiple_choice(use: Use) -> list[str]:
-    # As the data was made: few decoders' tokenizers put anything between the texts of a pair.
-    joint = r' + "\n"' if use.architecture == "decoder" else ""
+    second = between(use, '(f"{question} {choice}" if context else choice)')
     return [
         'def choose(question, choices, context=""):',
-        f"    first = (context or question){joint}",
-        '    pairs = [(first, f"{question} {choice}" if context else choice) for choice in choices]',
+        f"    pairs = [(context or question, {second}) for choice in choices]",
         f"    inputs = tokenizer(*map(list, zip(*pairs)), truncation=True, max_length={use.facts.max_length}, "
         "padding=True, return_tensors='pt')",
         "    with torch.no_grad():",

@@ -92,7 +92,8 @@ def attach_pefts(model: PreTrainedModel, config: Any) -> nn.Module:
     """Attach PEFT's own soft tokens; a text that they leave no room for is then refused with a sentence."""
     from peft import get_peft_model
 
-    from peftsearch.methods.soft_prompt.layer import check_length, positions_of
+    from peftsearch.domains.models import positions_of
+    from peftsearch.methods.soft_prompt.layer import check_length
 
     attached: nn.Module = get_peft_model(model, config)
     positions = positions_of(model)

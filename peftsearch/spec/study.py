@@ -280,7 +280,9 @@ class TrainingSpec(_Section):
     )
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="Share of the target spread over all classes")
     class_weights: Literal["none", "balanced"] = Field(
-        default="none", description="balanced weighs rare classes up: n / (classes * count) (scikit-learn's formula)"
+        default="none",
+        description="balanced weighs rare classes up: n / (classes * count) (scikit-learn's formula), at most "
+        "100 times as much as the most frequent one",
     )
     patience: int | None = Field(
         default=None,
@@ -435,7 +437,11 @@ class TrackingSpec(_Section):
 class ForgettingSpec(_Section):
     """General text on which a model's loss is measured before and after it is adapted (the score ``forgetting``)."""
 
-    source: str = Field(min_length=1, description="As data.source: a file, a folder, hub:ID or package:NAME/FILE")
+    source: str = Field(
+        min_length=1,
+        description="As data.source: a file, a folder, hub:ID or package:NAME/FILE; its test "
+        "split is read, or validation where it has none, or else train",
+    )
     config: str | None = Field(default=None, description="Configuration (subset) of a Hub data set")
     format: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet"] = Field(
         default="auto", description="Format of a file; auto goes by the name"

@@ -23,7 +23,8 @@ class Evaluation:
 
     Attributes:
         loss: Mean over the rows.
-        scores: All scores of the task; of joined data sets also those of each by itself, as ``PART/SCORE``.
+        scores: All scores of the task; of joined data sets also metrics and objective of each by itself, as
+            ``PART/SCORE``.
         examples: How many the scores rest on.
         predictions: One for each example, in the split's order.
         references: What they should be.
@@ -109,12 +110,14 @@ def evaluate(
     scores = task.score(merged, wanted, domain.labels)
     if domain.parts:
         part_of_row = list(data[PART])
+        # The objective may be the score of a label.
+        told = dict.fromkeys((*task.metrics, domain.metric))
         part_of = [part_of_row[order[several[0]]] for several in examples.values()]
         for number, name in enumerate(domain.parts):
             chosen = [index for index, part in enumerate(part_of) if part == number]
             if chosen:
                 own = task.score([merged[i] for i in chosen], [wanted[i] for i in chosen], domain.labels)
-                scores |= {f"{name}/{metric}": own[metric] for metric in task.metrics if metric in own}
+                scores |= {f"{name}/{metric}": own[metric] for metric in told if metric in own}
     return Evaluation(
         # Summed in the split's own order and in double precision: the same number for any number of workers.
         loss=float(row_losses.astype(np.float64).mean()),

@@ -44,7 +44,9 @@ def measurable(head: Head) -> bool:
 
 
 def general_texts(spec: ForgettingSpec, folder: Path) -> tuple[str, ...]:
-    """The study's general texts: at most ``rows``, evenly over the source, blank ones left out.
+    """The study's general texts: at most ``rows``, evenly over the source's split, blank ones left out.
+
+    The split is test, else validation, else train: what the base is the least likely to have been pretrained on.
 
     Args:
         spec: The study file's ``forgetting`` section.
@@ -55,7 +57,8 @@ def general_texts(spec: ForgettingSpec, folder: Path) -> tuple[str, ...]:
     """
     loc = ("forgetting",)
     data = DataSpec(source=spec.source, config=spec.config, format=spec.format, columns=ColumnsSpec(text=spec.column))
-    raw = read_source(data, folder, loc, (spec.column,))["train"]
+    splits = read_source(data, folder, loc, (spec.column,))
+    raw = next(splits[split] for split in ("test", "validation", "train") if split in splits)
     column = find(raw.table, spec.column, raw.where, (*loc, "column"))
     if not is_text(column.type):
         raise StudyError(

@@ -69,6 +69,17 @@ BAD_ROWS: list[tuple[dict[int, dict[str, Any]], str]] = [
 ]
 
 
+def test_balanced_weights_are_scikit_learns_up_to_a_hundred_times_the_lightest() -> None:
+    """An example of a class that occurs once would otherwise be most of its batch's loss."""
+    task = get_task("classification")
+    weights = task.balanced_weights({"labels": [0] * 6 + [1] * 3}, ("a", "b", "c"))
+    assert weights == pytest.approx([9 / (3 * 6), 9 / (3 * 3), 0.0])
+    weights = task.balanced_weights({"labels": [0] * 5000 + [1] * 100 + [2]}, ("a", "b", "c"))
+    assert weights is not None
+    assert weights[1] / weights[0] == pytest.approx(50)
+    assert weights[2] / weights[0] == pytest.approx(100)
+
+
 @pytest.mark.parametrize(("changes", "sentence"), BAD_ROWS, ids=range(len(BAD_ROWS)))
 def test_bad_rows(tmp_path: Path, study: Make, changes: dict[int, dict[str, Any]], sentence: str) -> None:
     records: list[dict[str, Any]] = [*rows(20)]

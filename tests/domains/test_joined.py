@@ -10,7 +10,7 @@ import pytest
 import torch
 from domain_files import rows, write_json_lines
 
-from peftsearch.domains import load_domain, prepare_domain
+from peftsearch.domains import expected_domain, load_domain, prepare_domain
 from peftsearch.spec import StudyError, StudyFile
 from peftsearch.training.evaluate import evaluate
 
@@ -51,6 +51,27 @@ def test_a_part_has_limits_of_its_own(tmp_path: Path, study: Make) -> None:
     train = load_domain("d", file.spec, file.folder).splits["train"].column("part").to_pylist()
     assert train.count("clinical") == 5
     assert train.count("legal") > 5
+
+
+def test_a_plan_without_the_data_limits_parts_and_whole(tmp_path: Path, study: Make) -> None:
+    """As reading the data does: first each part by its own limit, then all of them by theirs."""
+    for part in ("a", "b"):
+        write_json_lines(tmp_path / f"{part}.jsonl", rows(40))
+    expected = {"train": 40, "labels": 2}
+    data = {
+        "join": {
+            "a": {"source": "a.jsonl", "expected": expected, "limit": 20},
+            "b": {"source": "b.jsonl", "expected": expected},
+        },
+        "limit": {"train": 30, "test": 5},
+    }
+    file = study(data)
+    planned = expected_domain("d", file.spec, "encoder", "m")
+    assert planned.rows == {"train": 30, "validation": 12, "test": 5}
+    read = load_domain("d", file.spec, file.folder).splits
+    assert {split: table.num_rows for split, table in read.items()} == planned.rows
+    del data["limit"]
+    assert expected_domain("d", study(data).spec, "encoder", "m").rows["train"] == 48
 
 
 def test_each_part_is_scored_by_itself(tmp_path: Path, study: Make, tokenizer: str) -> None:

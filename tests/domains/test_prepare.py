@@ -14,7 +14,16 @@ from typing import Any
 import pytest
 from domain_files import WORDS, rows, save_tokenizer, write_json_lines
 from tiny_models import tiny_encoder_decoder
-from transformers import AutoTokenizer
+from transformers import (
+    AutoTokenizer,
+    BartConfig,
+    BertConfig,
+    GPT2Config,
+    LEDConfig,
+    LlamaConfig,
+    MPNetConfig,
+    RobertaConfig,
+)
 
 from peftsearch.domains import PreparedDomain, load_raw, prepare_domain
 from peftsearch.spec import DomainFacts, StudyError, StudyFile, StudySpec
@@ -259,6 +268,92 @@ def test_where_positions_are_relative_texts_may_be_longer_than_the_tokenizer_say
     file = study({"source": "a.jsonl"}, max_length=200)
     prepared = prepare_domain("d", file.spec, folder=file.folder, model_location=model, revision=None, cache=cache)
     assert {len(ids) for ids in prepared.split("train")["input_ids"]} == {200}
+
+
+POSITIONS = {
+    "bert": (BertConfig(max_position_embeddings=32, hidden_size=32, num_attention_heads=2, num_hidden_layers=1), 32),
+    # Behind the padding's position.
+    "roberta": (
+        RobertaConfig(max_position_embeddings=34, hidden_size=32, num_attention_heads=2, num_hidden_layers=1),
+        32,
+    ),
+    # Where words stand, and also how far they are apart.
+    "mpnet": (MPNetConfig(max_position_embeddings=34, hidden_size=32, num_attention_heads=2, num_hidden_layers=1), 32),
+    "gpt2": (GPT2Config(n_positions=32, n_embd=32, n_head=2, n_layer=1), 32),
+    "bart": (BartConfig(max_position_embeddings=32, d_model=32, encoder_layers=1, decoder_layers=1), 32),
+}
+
+
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_texts_longer_than_the_table_of_positions_are_refused(
+    kind: str, tmp_path: Path, study: Make, cache: Path
+) -> None:
+    """Also where the tokenizer states no limit: on a GPU, an index out of range would end the process."""
+    config, positions = POSITIONS[kind]
+    model = save_tokenizer(tmp_path / "model", eos_token="[SEP]")
+    config.save_pretrained(model)
+    assert AutoTokenizer.from_pretrained(model).model_max_length > 1e9
+    write_json_lines(tmp_path / "a.jsonl", rows(20))
+    prepare(study({"source": "a.jsonl"}, max_length=positions), str(model), cache)
+    file = study({"source": "a.jsonl"}, max_length=positions + 1)
+    with pytest.raises(StudyError) as caught:
+        prepare(file, str(model), cache)
+    expected = (
+        f"training.max_length: {positions + 1} tokens are more than the {positions} that the model takes: lower it"
+    )
+    assert expected in file.explain(caught.value)
+
+
+def test_computed_positions_have_no_end(tmp_path: Path, study: Make, cache: Path) -> None:
+    """Rotary ones, of which a configuration only says how many the model was trained with."""
+    model = save_tokenizer(tmp_path / "model", eos_token="[SEP]")
+    small = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    LlamaConfig(max_position_embeddings=32, **small).save_pretrained(model)
+    write_json_lines(tmp_path / "a.jsonl", rows(20))
+    assert prepare(study({"source": "a.jsonl"}, max_length=64), str(model), cache).max_length == 64
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "sentence"),
+    [
+        (GPT2Config(n_positions=32, n_embd=32, n_head=2, n_layer=1), {"target_length": 16}, None),
+        (
+            GPT2Config(n_positions=32, n_embd=32, n_head=2, n_layer=1),
+            {"target_length": 17},
+            "max_length (16) and target_length (17) are together more than the 32 tokens that the model takes",
+        ),
+        (
+            GPT2Config(n_positions=32, n_embd=32, n_head=2, n_layer=1),
+            {"target_length": 4, "generation": {"max_tokens": 20}},
+            "max_length (16) and generation.max_tokens (20) are together more than the 32",
+        ),
+        # Text and answer stand in tables of their own.
+        (
+            LEDConfig(max_encoder_position_embeddings=64, max_decoder_position_embeddings=20),
+            {"target_length": 20},
+            None,
+        ),
+        (
+            LEDConfig(max_encoder_position_embeddings=64, max_decoder_position_embeddings=20),
+            {"target_length": 21},
+            "target_length (21) is more than the 20 tokens that the model writes",
+        ),
+    ],
+)
+def test_answers_have_positions_too(
+    config: Any, options: dict[str, Any], sentence: str | None, tmp_path: Path, study: Make, cache: Path
+) -> None:
+    model = save_tokenizer(tmp_path / "model", eos_token="[SEP]")
+    config.save_pretrained(model)
+    records = [{"text": f"the tenant {number}", "target": "rent"} for number in range(20)]
+    write_json_lines(tmp_path / "a.jsonl", records)
+    file = study({"source": "a.jsonl"}, domain={"task": "summarization", "options": options})
+    if sentence is None:
+        assert prepare(file, str(model), cache).rows["train"]
+        return
+    with pytest.raises(StudyError) as caught:
+        prepare(file, str(model), cache)
+    assert sentence in file.explain(caught.value)
 
 
 def test_no_tokenizer(tmp_path: Path, study: Make, cache: Path) -> None:

@@ -18,9 +18,10 @@ from tiny_models import MAX_LENGTH, WORDS, tiny_decoder, tiny_encoder, tiny_enco
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from peftsearch.domains import get_task
+from peftsearch.domains.raw import load_domain
 from peftsearch.domains.tasks import LossOptions, Prediction, Task, Tokenization
 from peftsearch.domains.tasks.base import EXAMPLE
-from peftsearch.spec import DataSpec, StudyError
+from peftsearch.spec import DataSpec, StudyError, StudyFile
 
 DATA = DataSpec(source="x")
 CONTEXT = "The dog can run. The cat sees red houses, and a bird eats."
@@ -291,6 +292,40 @@ def test_train_without_any_answer() -> None:
     assert task().warnings({"train": splits["validation"], "validation": splits["train"]}, ()) == [
         "no question of validation has an answer"
     ]
+
+
+@pytest.mark.parametrize(
+    ("split", "metric", "kind"),
+    [
+        ("validation", "no_answer_f1", "without an answer"),
+        ("test", "no_answer_exact_match", "without an answer"),
+        ("validation", "has_answer_exact_match", "with an answer"),
+        ("test", "has_answer_f1", "with an answer"),
+    ],
+)
+def test_a_metric_of_questions_that_a_split_lacks_is_refused(
+    split: str, metric: str, kind: str, tmp_path: Path
+) -> None:
+    """It would be undefined there, and the study would break at its first evaluation, or at its last."""
+    both = [at(CONTEXT, "dog"), at(LONG), at(f"{CONTEXT} ", "cat"), at(f"{LONG} ")]
+    one = [row for row in both if bool(row["answers"]["text"]) != (kind == "with an answer")]
+    files = {"train": both, "validation": both, "test": both} | {split: one}
+    for name, records in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+    document = {
+        "name": "s",
+        "model": "m",
+        "domains": {"d": {"task": "question_answering", "metric": metric, "data": {n: f"{n}.json" for n in files}}},
+        "methods": {"lora": {}},
+    }
+    file = StudyFile.parse(json.dumps(document), "s.json", folder=tmp_path)
+    with pytest.raises(StudyError) as caught:
+        load_domain("d", file.spec, tmp_path)
+    assert caught.value.loc == ("domains", "d", "metric")
+    assert f"the metric {metric!r} is undefined on {split}, which has no question {kind}" in str(caught.value)
+    other = metric.replace("no_", "has_") if "no_" in metric else metric.replace("has_", "no_")
+    document["domains"]["d"]["metric"] = other
+    assert load_domain("d", StudyFile.parse(json.dumps(document), "s.json").spec, tmp_path).metric.name == other
 
 
 def colours(count: int, length: int = 6) -> list[dict[str, Any]]:

@@ -13,14 +13,17 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from frontier_study import confirm, confirm_best, make_facts, make_record, make_spec, make_study, write_predictions
+from tiny_models import tiny_encoder
 
-from peftsearch.domains import get_task
+from peftsearch.domains import get_task, prepare_domain
 from peftsearch.frontier.report import write_report
-from peftsearch.frontier.report.comparisons import compare_domain
+from peftsearch.frontier.report.comparisons import compare_domain, scorer
 from peftsearch.frontier.report.results import macro_average, results, score_by_task, task_type
 from peftsearch.frontier.report.sensitivity import bins, importance, sensitivities
 from peftsearch.frontier.report.significance import Predicted, compare, holm, read_predictions
@@ -36,6 +39,7 @@ from peftsearch.spec import (
     TrialRecord,
     TrialState,
 )
+from peftsearch.training.evaluate import evaluate
 
 NASTY = "</script><script>alert('x')</script> \"quoted\" | & `code` _it_ 🩺"
 
@@ -317,6 +321,46 @@ def test_joined_data_sets_are_scored_by_themselves(tmp_path: Path) -> None:
     assert "0.720 ± 0.010 (3)" in (tmp_path / "report" / "report.md").read_text()
 
 
+@pytest.mark.parametrize("metric", ["macro_f1", "f1/b"])
+def test_joined_data_sets_are_scored_by_the_objective_whatever_it_is(metric: str, tmp_path: Path) -> None:
+    """That of a single label, too: what is shown is what an evaluation says of each part."""
+    parts = {"notes": "aabbba" * 10, "letters": "abaaaa" * 10}
+    for part, labels in parts.items():
+        records = [{"text": f"{part} {number}", "label": label} for number, label in enumerate(labels)]
+        (tmp_path / f"{part}.json").write_text(json.dumps(records))
+    model = tiny_encoder(tmp_path / "model")
+    document = {
+        "name": "s",
+        "model": str(model),
+        "domains": {"clinical": {"metric": metric, "data": {"join": {p: {"source": f"{p}.json"} for p in parts}}}},
+        "methods": {"lora": {}},
+        "training": {"max_length": 16},
+    }
+    spec = StudyFile.parse(json.dumps(document), "s.json", folder=tmp_path).spec
+    prepared = prepare_domain(
+        "clinical", spec, folder=tmp_path, model_location=str(model), revision=None, cache=tmp_path / "cache"
+    )
+
+    class Second(torch.nn.Module):
+        """Answers the second label, always."""
+
+        def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+            return SimpleNamespace(logits=torch.tensor([[0.0, 1.0]]).expand(len(input_ids), 2))
+
+    scores = evaluate(Second(), prepared, "test", 8).scores
+    facts = make_facts(domains={"clinical": prepared.facts()})
+    reading = Reading(seed=1, value=0.5, loss=1.0, test=scores[metric], test_scores=scores)
+    record = make_record(0, 0.5, 1000, confirmed=Confirmed.of([reading]))
+    write_report(tmp_path / "report", [record], facts, make_spec(facts, domains=document["domains"]), tmp_path)
+    shown = {row["part"]: row for row in rows(tmp_path / "report" / "parts.csv") if row["method"] == "lora"}
+    split = prepared.split("test")
+    for number, part in enumerate(prepared.parts):
+        own = [label for label, of in zip(split["labels"], split["part"], strict=True) if of == number]
+        share = own.count(1) / len(own)
+        of_label = 2 * share / (1 + share)
+        assert float(shown[part]["mean"]) == pytest.approx(of_label if metric == "f1/b" else of_label / 2)
+
+
 def test_forgetting_is_told_where_it_was_measured(tmp_path: Path) -> None:
     facts = make_facts()
     last = {"step": 90, "epoch": 3.0, "value": 0.8, "loss": 1.0, "train_loss": 1.0, "scores": {"forgetting": 0.125}}
@@ -516,6 +560,23 @@ def test_a_metric_without_a_formula_is_scored_on_every_resample() -> None:
     assert found.resamples == 200
     assert found.p == pytest.approx(2 / 201)
     assert 0.5 < found.difference < 1.3
+
+
+def test_resamples_that_lack_what_a_metric_counts_are_left_out() -> None:
+    """Of a hundred questions three have no answer: about one resample in twenty has none of them."""
+    facts = (
+        make_facts()
+        .domains["clinical"]
+        .model_copy(update={"task": "question_answering", "metric": "no_answer_f1", "labels": ()})
+    )
+    references = [[] if index < 3 else ["a red house"] for index in range(100)]
+
+    def run(right: int) -> Predicted:
+        return Predicted(["" if index < right else "a house" for index in range(100)], references)
+
+    found = compare("one", {"one": [run(3)], "other": [run(1)]}, scorer(facts))["other"]
+    assert found.difference == pytest.approx(2 / 3)
+    assert 900 < found.resamples < 1000
 
 
 def test_too_slow_a_metric_is_said_to_be_so() -> None:

@@ -121,6 +121,25 @@ def test_a_full_storage_is_not_a_baselines_fault(decoder: tuple[StudyFacts, Work
     assert missing_baselines(facts, [model]) == [wanted]
 
 
+def test_a_baseline_whose_score_is_undefined_leaves_the_others(decoder: tuple[StudyFacts, Worker, str]) -> None:
+    """As where none of the questions that a model was prompted with is of the kind that the metric counts."""
+    facts, _, model = decoder
+    domain = facts.domains["d"]
+    (wanted,) = missing_baselines(facts, [model])
+    for read_test in (False, True):
+        found = ProbeResult()
+        found.add("majority", "majority class", "always", {"accuracy": 0.5}, 8)
+        found.add("zero_shot", "zero-shot prompting", "asked", {} if not read_test else {"accuracy": 0.5}, 3)
+        found.add("few_shot", "few-shot prompting", "asked", {} if read_test else {"accuracy": 0.5}, 3)
+        asked = Wanted("d", model, ("majority", "few_shot")) if read_test else wanted
+        record_baselines(domain, asked, found, read_test=read_test)
+    assert domain.baselines[model]["majority"].test_value == 0.5
+    assert domain.baselines[model]["few_shot"].test_value is None
+    failed = domain.failed_baselines[model]
+    assert {name: item.split for name, item in failed.items()} == {"zero_shot": "validation", "few_shot": "test"}
+    assert failed["zero_shot"].error == "accuracy is undefined on the 3 examples that it was scored on"
+
+
 def test_shots_that_do_not_fit_beside_the_texts_of_the_test_split_are_asked_for_once(
     decoder: tuple[StudyFacts, Worker, str],
 ) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -14,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from writing_study import MODELS, plan_and_worker, prepare, study, topic_rows, train
 
 from peftsearch.search.plan import plan_study
-from peftsearch.spec import StudyError
+from peftsearch.spec import ForgettingSpec, StudyError
 from peftsearch.training.base_model import FrozenBase
-from peftsearch.training.forgetting import GeneralText
+from peftsearch.training.forgetting import GeneralText, general_texts
 
 TEXTS = [
     "the patient has a fever and an infection",
@@ -38,6 +39,14 @@ def write_texts(folder: Path, texts: list[Any], column: str = "text") -> dict[st
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "general.jsonl").write_text("".join(json.dumps({column: text}) + "\n" for text in texts))
     return {"source": "general.jsonl"}
+
+
+@pytest.mark.parametrize("splits", [("train", "validation", "test"), ("train", "validation"), ("train",)])
+def test_general_texts_are_those_that_nobody_trained_on(splits: tuple[str, ...], tmp_path: Path) -> None:
+    """Bases have read the train splits of public corpora: of a test split it is more likely that they have not."""
+    source = datasets.DatasetDict({split: datasets.Dataset.from_dict({"text": [f"{split} a b"]}) for split in splits})
+    source.save_to_disk(tmp_path / "general")
+    assert general_texts(ForgettingSpec(source="general"), tmp_path) == (f"{splits[-1]} a b",)
 
 
 def test_a_decoders_loss_is_transformers_own_over_all_tokens(places: dict[str, Path], tmp_path: Path) -> None:

@@ -31,6 +31,10 @@ EXAMPLE = "example"
 PART = "part"
 """The column that says which data set of a joined domain a row comes from; blocks of text hold one data set's."""
 
+HEAVIEST = 100.0
+"""How many times as much as others an example of a rare class weighs at most where classes are balanced: beyond that, a
+few examples would be most of the loss."""
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -234,9 +238,30 @@ class Task(ABC):
         """
         return ()
 
+    def lacks(self, metric: Metric, table: pa.Table) -> str | None:
+        """What the rows of a split lack for a metric to be defined on them, in words; None where they lack nothing."""
+        return None
+
     def warnings(self, splits: Mapping[str, pa.Table], labels: Sequence[str]) -> list[str]:
         """What a careful reader should know about the splits; one sentence each."""
         return []
+
+    def check_length(self, max_length: int, architecture: Architecture, reads: int | None, writes: int | None) -> None:
+        """Refuse texts for which the model has no positions: on a GPU, an index out of range would end the process.
+
+        Args:
+            max_length: Tokens per text at most.
+            architecture: Of the model.
+            reads: Tokens that the model, or its encoder, takes at most; None where there is no limit.
+            writes: The same of an encoder-decoder's decoder.
+
+        Raises:
+            ValueError: They are too long; one sentence.
+        """
+        # Without an answer to write, a decoder reads the text once more.
+        most = min((limit for limit in (reads, writes) if limit is not None), default=max_length)
+        if max_length > most:
+            raise ValueError(f"{max_length} tokens are more than the {most} that the model takes: lower it")
 
     @abstractmethod
     def tokenize(self, table: pa.Table, labels: Sequence[str], how: Tokenization) -> datasets.Dataset:
@@ -293,6 +318,8 @@ class Task(ABC):
     def score(self, predictions: Sequence[Any], references: Sequence[Any], labels: Sequence[str]) -> dict[str, float]:
         """All scores: one for each of `metrics`, and those of single labels.
 
+        One that is undefined on these examples is absent (see `lacks`).
+
         Raises:
             ValueError: No examples, or not as many predictions as references.
         """
@@ -304,13 +331,15 @@ class Task(ABC):
     def balanced_weights(self, rows: Mapping[str, Sequence[Any]], labels: Sequence[str]) -> list[float] | None:
         """The weight of each class where the study file wants them balanced; None for tasks without classes.
 
-        scikit-learn's "balanced", n / (classes x count), unless a task says otherwise; classes that are absent have no
-        row to weigh.
+        scikit-learn's "balanced", n / (classes x count), and at most `HEAVIEST` times the lightest class's, unless a
+        task says otherwise; classes that are absent have no row to weigh.
         """
         counts = self.class_counts(rows, labels)
         if counts is None:
             return None
-        return [sum(counts) / (len(counts) * count) if count else 0.0 for count in counts]
+        weights = [sum(counts) / (len(counts) * count) if count else 0.0 for count in counts]
+        lightest = min((weight for weight in weights if weight), default=0.0)
+        return [min(weight, HEAVIEST * lightest) for weight in weights]
 
     def class_counts(self, rows: Mapping[str, Sequence[Any]], labels: Sequence[str]) -> list[int] | None:
         """How often each class occurs, for balanced class weights; None for tasks without classes."""

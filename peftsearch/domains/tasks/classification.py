@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from peftsearch.domains.models import Architecture
 from peftsearch.domains.splits import normalise
 from peftsearch.domains.tasks.base import (
     Guess,
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 # A share of the training rows from which accuracy says more about the data than about the model.
 DOMINANT = 0.8
+BETWEEN = "\n"
+"""What a decoder reads between the texts of a pair."""
 # Rows that are handed to the tokenizer at once: enough for its threads, little enough to stay in memory.
 TOKENIZE_BATCH = 1000
 
@@ -256,8 +259,20 @@ def text_columns(table: pa.Table) -> list[list[str]]:
     return [table.column(name).to_pylist() for name in ("text", "text_pair") if name in table.column_names]
 
 
+def apart(inputs: Sequence[Sequence[str]], architecture: Architecture) -> list[list[str]]:
+    """Texts or pairs as a kind of model reads them: for decoders the second text of a pair begins on a line of its own.
+
+    Few decoders' tokenizers put anything between the texts of a pair. The line break is the second text's, as it is
+    the first one's end that is cut off where both are too long.
+    """
+    first, *others = map(list, inputs)
+    if architecture == "decoder":
+        others = [[f"{BETWEEN}{text}" for text in column] for column in others]
+    return [first, *others]
+
+
 def tokenize_texts(inputs: Sequence[Sequence[str]], how: Tokenization) -> dict[str, pa.Array]:
-    """``input_ids`` and, where a model tells the texts of a pair apart, ``token_type_ids``.
+    """``input_ids`` and, where a model tells the texts of a pair apart, ``token_type_ids``; pairs as `apart`.
 
     Encoder-decoders score a text at its end token, and refuse batches whose texts have different numbers of them
     (`T5ForSequenceClassification`): for them an end token that is written in the data is left out.
@@ -265,6 +280,7 @@ def tokenize_texts(inputs: Sequence[Sequence[str]], how: Tokenization) -> dict[s
     Raises:
         ValueError: A text has no tokens.
     """
+    inputs = apart(inputs, how.architecture)
     ids: list[list[int]] = []
     types: list[list[int]] = []
     for start in range(0, len(inputs[0]), TOKENIZE_BATCH):

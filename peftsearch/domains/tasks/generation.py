@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from peftsearch.domains.models import Architecture
 from peftsearch.domains.splits import normalise
 from peftsearch.domains.tasks.base import (
     Head,
@@ -159,6 +160,22 @@ class Generating(Task):
                 )
         return found
 
+    def check_length(self, max_length: int, architecture: Architecture, reads: int | None, writes: int | None) -> None:
+        """As `Task.check_length`; a decoder has the answer behind the text, an encoder-decoder by itself."""
+        super().check_length(max_length, architecture, reads, None)
+        answers = {
+            "target_length": self.options.target_length,
+            "generation.max_tokens": self.options.generation.max_tokens or 0,
+        }
+        name, longest = max(answers.items(), key=lambda item: item[1])
+        if architecture == "decoder" and reads is not None and max_length + longest > reads:
+            raise ValueError(
+                f"max_length ({max_length}) and {name} ({longest}) are together more than the {reads} tokens that the "
+                "model takes: lower one of them"
+            )
+        if writes is not None and longest > writes:
+            raise ValueError(f"{name} ({longest}) is more than the {writes} tokens that the model writes: lower it")
+
     def tokenize(self, table: pa.Table, labels: Sequence[str], how: Tokenization) -> datasets.Dataset:
         """As `Task.tokenize`: ``input_ids`` are the prompt's, in which the text is truncated and the template is not;
         ``labels`` the target's, its end token last, truncated to ``target_length``; ``reference`` is the whole target.
@@ -167,19 +184,13 @@ class Generating(Task):
 
         Raises:
             ValueError: The template leaves no room for text, the tokenizer has no end token or no chat template,
-                prompt and target do not fit into a decoder together, or every target is longer than ``target_length``.
+                or every target is longer than ``target_length``.
         """
         import datasets
 
         most = self.options.target_length
         if how.tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end token: the model could not learn where an answer ends")
-        limit = how.tokenizer.model_max_length
-        if how.architecture == "decoder" and how.max_length + most > limit:
-            raise ValueError(
-                f"max_length ({how.max_length}) and target_length ({most}) are together more than the {limit} tokens "
-                "that the model takes"
-            )
         fields = {name: table.column(name).to_pylist() for name in ("text", "text_pair") if name in table.column_names}
         render = _Renderer(self.template(how, "text_pair" in fields), self.options.chat, how.tokenizer)
         targets = table.column("target").to_pylist()

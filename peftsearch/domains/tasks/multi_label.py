@@ -12,6 +12,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from peftsearch.domains.tasks.base import (
+    HEAVIEST,
     Guess,
     LossOptions,
     Metric,
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
     import datasets
     import torch
     from torch import nn
-
-# A rare label's examples weigh at most so many times their number when classes are balanced.
-HEAVIEST = 100.0
 
 
 class MultiLabelOptions(TaskOptions):

@@ -141,12 +141,10 @@ class MultipleChoice(Task):
 
         rows = _rows(table)
         counts = [len(choices) for _, _, choices in rows]
-        # Few decoders' tokenizers put anything between the texts of a pair.
-        joint = "\n" if how.architecture == "decoder" else ""
         first, second = [], []
         for context, question, choices in rows:
             for choice in choices:
-                first.append(f"{context or question}{joint}")
+                first.append(context or question)
                 second.append(f"{question} {choice}" if context else choice)
         flat = tokenize_texts([first, second], how)
         lengths = np.array([len(tokens) for tokens in flat["input_ids"].to_pylist()])

@@ -132,7 +132,7 @@ class QuestionAnswering(Task):
         answers = table.column("answers").to_pylist()
         return [(*pair, json.dumps(found)) for pair, found in zip(_inputs(table), answers, strict=True)]
 
-    def strata(self, table: pa.Table) -> list[str] | None:
+    def strata(self, table: pa.Table) -> list[str]:
         """Whether a question has an answer."""
         return ["answer" if found else "none" for found in table.column("answers").to_pylist()]
 
@@ -147,9 +147,19 @@ class QuestionAnswering(Task):
             )
         return ()
 
+    def lacks(self, metric: Metric, table: pa.Table) -> str | None:
+        """As `Task.lacks`: scores of answerable (unanswerable) questions need one."""
+        for prefix, wanted, words in (
+            ("has_answer_", "answer", "question with an answer"),
+            ("no_answer_", "none", "question without an answer"),
+        ):
+            if metric.name.startswith(prefix) and wanted not in self.strata(table):
+                return words
+        return None
+
     def warnings(self, splits: Mapping[str, pa.Table], labels: Sequence[str]) -> list[str]:
         """Splits whose questions are all answerable, or none of them, where those of train are not."""
-        kinds = {split: set(self.strata(table) or ()) for split, table in splits.items()}
+        kinds = {split: set(self.strata(table)) for split, table in splits.items()}
         found = []
         for split, kind in kinds.items():
             if "answer" not in kind:

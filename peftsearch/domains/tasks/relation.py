@@ -10,7 +10,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from peftsearch.domains.tasks.base import Metric, TaskOptions, Tokenization
-from peftsearch.domains.tasks.classification import Classification, text_columns
+from peftsearch.domains.tasks.classification import Classification, apart, text_columns
 from peftsearch.spec import DataSpec, StudyError, suggest
 from peftsearch.spec.yaml_file import Loc
 
@@ -70,7 +70,7 @@ class Relation(Classification):
         if self.options.markers:
             lengths = [len(ids) for ids in found.data.column("input_ids").to_pylist()]
             rows = [row for row, length in enumerate(lengths) if length >= how.max_length]
-            lost = _without_markers(text_columns(table), rows, self.options.markers, how)
+            lost = _without_markers(apart(text_columns(table), how.architecture), rows, self.options.markers, how)
             if lost:
                 marks = " or ".join(map(repr, self.options.markers))
                 how.warnings.append(

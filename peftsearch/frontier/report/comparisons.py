@@ -227,7 +227,7 @@ def _cheapest(
 
 
 def scorer(facts: DomainFacts, options: Mapping[str, Any] | None = None) -> Score:
-    """The domain's metric as a function of predictions and references.
+    """The domain's metric as a function of predictions and references; NaN where it is undefined on them.
 
     Raises:
         StudyError: The task is unknown here.
@@ -237,7 +237,8 @@ def scorer(facts: DomainFacts, options: Mapping[str, Any] | None = None) -> Scor
     task = get_task(facts.task, options=options)
 
     def score(predictions: Sequence[Any], references: Sequence[Any]) -> float:
-        return float(task.score(list(predictions), list(references), facts.labels)[facts.metric])
+        # A resample may hold no example of the kind that the metric counts.
+        return float(task.score(list(predictions), list(references), facts.labels).get(facts.metric, math.nan))
 
     return score
 

@@ -203,7 +203,7 @@ def _safe(score: Score, predictions: Sequence[Any], references: Sequence[Any]) -
         warnings.simplefilter("ignore")
         try:
             return float(score(predictions, references))
-        except (ValueError, ZeroDivisionError, OverflowError):
+        except (ValueError, KeyError, ZeroDivisionError, OverflowError):
             return math.nan
 
 

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from peftsearch.domains.models import positions_of
 from peftsearch.methods.soft_prompt.config import SoftPromptConfig
 
 
@@ -154,15 +155,6 @@ def check_length(tokens: int, text: int, positions: int | None) -> None:
             f"{tokens} soft tokens and a text of {text} tokens exceed the model's {positions} positions: "
             "lower max_length or the number of soft tokens"
         )
-
-
-def positions_of(model: PreTrainedModel) -> int | None:
-    """How many positions a model has embeddings for; None where positions are computed."""
-    tables = [m for path, m in model.named_modules() if isinstance(m, nn.Embedding) and "position" in path]
-    # RoBERTa's positions begin after that of the padding.
-    sizes = [table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1) for table in tables]
-    said = getattr(model.config, "max_position_embeddings", None)
-    return min(sizes if said is None else [*sizes, said]) if sizes else None
 
 
 def pooled_again(stack: PreTrainedModel, hidden: Tensor, pooled: Any) -> Tensor | None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from peftsearch.domains.models import positions_of
 from peftsearch.methods import Quantization
-from peftsearch.methods.soft_prompt.layer import positions_of
 from peftsearch.methods.sublayers import feed_forward_input
 from peftsearch.training.base_model import FrozenBase, share_tensors
 from peftsearch.training.dropout import use_fast_dropout
