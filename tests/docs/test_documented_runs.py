@@ -348,7 +348,7 @@ def test_the_pictures_are_made_by_their_commands(here: Path) -> None:
     text = on_port(port := free_port(), block.text)
     words = [word for line in block.lines() for word in shlex.split(line)]
     pictures = [here / after for word, after in itertools.pairwise(words) if word in ("--to", "--png")]
-    assert len(pictures) == 5
+    assert len(pictures) == 4
     with in_bash(text, here, RUN=domain) as process:
         assert process.wait(580) == 0, (here / "bash.log").read_text()[-3000:]
         for picture in pictures:
