@@ -158,7 +158,7 @@ class FrozenBase:
         if self.form is None:
             model, fresh = self._load(head, {})
         else:
-            model, fresh = self._load_quantised(head, {}, self.form, whole=True)
+            model, fresh = self._load_quantised(head, {}, self.form)
         if fresh:
             return None
         # A backbone has a name of its own in some classes (T5's in a classifier), and none in others.
@@ -171,9 +171,9 @@ class FrozenBase:
             same = None if key is None else self._tensors[key]
             if key is None or same is None or same.shape != parameter.shape or same.dtype != parameter.dtype:
                 continue
-            if layer is None:
+            if layer is None or isinstance(same, ShardedWeight):
                 _replace(model, aliases[name], same)
-            elif not isinstance(same, ShardedWeight):
+            else:
                 share_layer(layer, self._quantised[key])
         return move(model.requires_grad_(False), self.device).eval()
 
@@ -207,7 +207,7 @@ class FrozenBase:
         return load_model(self.location, self.revision, head, config_kwargs, trust_remote_code=trusted, **kwargs)
 
     def _load_quantised(
-        self, head: Head, config_kwargs: dict[str, Any], quantization: Quantization, whole: bool = False
+        self, head: Head, config_kwargs: dict[str, Any], quantization: Quantization
     ) -> tuple[PreTrainedModel, frozenset[str]]:
         bare, fresh = self._load(head, config_kwargs, device_map="meta")
         unquantised = left_unquantised(bare, fresh_modules(bare, fresh))
@@ -219,7 +219,7 @@ class FrozenBase:
             quantization_config=quantization_config(quantization, self.device, unquantised),
         )
         settle(model)
-        if self._group.mesh is not None and not whole:
+        if self._group.mesh is not None:
             parts = matrices_in_layers(model)
             for names in _aliases(model).values():
                 if names[0] in parts:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from group_runs import GroupRun, run_group
 from tiny_models import SAMPLES, tiny_encoder
 from torch import nn
 from writing_study import MODELS, plan_and_worker, study, topic_rows, train
@@ -14,7 +15,7 @@ from writing_study import MODELS, plan_and_worker, study, topic_rows, train
 from peftsearch.search.estimate import QUANTIZED_BYTES, frozen_bytes, model_shapes
 from peftsearch.training.base_model import FrozenBase
 from peftsearch.training.quantised import quantised_layers
-from peftsearch.training.segment import Probe, ProbeResult
+from peftsearch.training.segment import Probe, ProbeResult, Segment, SegmentResult, TrialPlan
 from peftsearch.training.sharding import matrices_in_layers
 
 pytest.importorskip("bitsandbytes")
@@ -86,6 +87,31 @@ def test_summaries_and_forgetting_of_a_quantised_base(tmp_path: Path) -> None:
     final = train(plan, worker, "qlora", **{**SAMPLES["qlora"], "quantization": "nf4"})[-1]
     assert abs(final.scores["forgetting"]) > 0
     assert not in_full(worker.base(next(iter(plan.models))))
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_two_workers_with_a_part_of_it_each_find_what_one_finds(kind: str, tmp_path: Path) -> None:
+    file = study(
+        tmp_path / "study",
+        KINDS[kind](tmp_path / "model"),
+        {"task": "classification"},
+        LABELLED,
+        methods={"qlora": {"quantization": "nf4"}},
+    )
+    plan, worker = plan_and_worker(file, tmp_path)
+    model = next(iter(plan.models))
+    what = TrialPlan(0, model, "d", "qlora", {**SAMPLES["qlora"], "quantization": "nf4"}, seed=0)
+    work = [Probe(model, "d"), Segment(what, plan.budgets["d", "qlora"].total_steps, final=True)]
+    alone, _ = (worker.do(piece) for piece in work)
+    assert isinstance(alone, ProbeResult)
+    for outcomes in run_group(GroupRun(plan.for_workers(tmp_path / "two", threads=1), [work], "fsdp")).outcomes:
+        probed, trained = outcomes
+        assert isinstance(probed, ProbeResult)
+        assert not probed.failures
+        assert probed.scores.keys() == alone.scores.keys()
+        for name, scores in alone.scores.items():
+            assert probed.scores[name] == pytest.approx(scores, abs=1e-4)
+        assert isinstance(trained, SegmentResult), trained
 
 
 @pytest.mark.parametrize(
