@@ -104,7 +104,7 @@ def test_a_study_none_of_whose_trials_can_be_trained_does_not_end_as_if_it_had_g
 ) -> None:
     path = write_study(
         "hopeless",
-        methods={"full": {"learning_rate": [10.0, 11.0]}},
+        methods={"full": {"learning_rate": [9.0, 10.0]}},
         search={"trials": 2, "sampler": "grid", "scheduler": "none"},
         training={"epochs": 1, "evaluations": 1, "batch_size": 16, "max_length": 16, "weight_decay": 1e6},
     )
