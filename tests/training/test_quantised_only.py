@@ -13,6 +13,7 @@ from torch import nn
 from writing_study import MODELS, plan_and_worker, study, topic_rows, train
 
 from peftsearch.search.estimate import QUANTIZED_BYTES, frozen_bytes, model_shapes
+from peftsearch.spec import StudyFile
 from peftsearch.training.base_model import FrozenBase
 from peftsearch.training.quantised import quantised_layers
 from peftsearch.training.segment import Probe, ProbeResult, Segment, SegmentResult, TrialPlan
@@ -40,6 +41,13 @@ def in_full(base: FrozenBase) -> set[str]:
             and not name.endswith(".wo.weight")
         }
     return found
+
+
+def summaries(folder: Path, **more: Any) -> StudyFile:
+    """A decoder that writes, over nf4 alone."""
+    domain = {"task": "summarization", "options": {"target_length": 8}}
+    methods = {"qlora": {"quantization": "nf4"}}
+    return study(folder / "study", KINDS["decoder"](folder / "model"), domain, ROWS, methods=methods, **more)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
@@ -72,14 +80,7 @@ def test_warm_up_threads_baselines_and_trials_hold_the_quantised_base_alone(
 
 def test_summaries_and_forgetting_of_a_quantised_base(tmp_path: Path) -> None:
     (tmp_path / "general.jsonl").write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in ROWS["train"]))
-    file = study(
-        tmp_path / "study",
-        KINDS["decoder"](tmp_path / "model"),
-        {"task": "summarization", "options": {"target_length": 8}},
-        ROWS,
-        methods={"qlora": {"quantization": "nf4"}},
-        forgetting={"source": str(tmp_path / "general.jsonl")},
-    )
+    file = summaries(tmp_path, forgetting={"source": str(tmp_path / "general.jsonl")})
     plan, worker = plan_and_worker(file, tmp_path)
     found = worker.do(Probe(next(iter(plan.models)), "d"))
     assert isinstance(found, ProbeResult), found
@@ -133,13 +134,7 @@ def test_what_is_no_trial_takes_a_form_that_trials_need(methods: dict[str, Any],
 
 
 def test_a_head_of_its_own_is_estimated_as_it_is_loaded(tmp_path: Path) -> None:
-    file = study(
-        tmp_path / "study",
-        KINDS["decoder"](tmp_path / "model"),
-        {"task": "summarization", "options": {"target_length": 8}},
-        ROWS,
-        methods={"qlora": {"quantization": "nf4"}},
-    )
+    file = summaries(tmp_path)
     plan, worker = plan_and_worker(file, tmp_path)
     (shape,) = model_shapes(plan.models, plan.model_facts).values()
     assert not shape.tied
