@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftsearch.spec import Range, Scalar, Space, StudyError
@@ -192,6 +193,27 @@ class MethodSpace:
         """The part of a configuration that decides how many parameters it trains; hashable."""
         shaping = self.method.hyperparameters
         return tuple(sorted((k, v) for k, v in hyperparameters.items() if shaping[k].shapes_parameters))
+
+    def draw(self, generator: Random) -> dict[str, Scalar]:
+        """A configuration at random, every hyperparameter by itself, on the scale of its range.
+
+        No proposal of a search: samplers draw those. `Method.check` may refuse it.
+        """
+        return {name: self._drawn(name, space, generator) for name, space in self.space.items()}
+
+    def _drawn(self, name: str, space: Space, generator: Random) -> Scalar:
+        if isinstance(space, tuple):
+            return generator.choice(space)
+        if not isinstance(space, Range):
+            return space
+        if space.log:
+            value = math.exp(generator.uniform(math.log(space.low), math.log(space.high)))
+        elif space.step is not None:
+            value = space.low + space.step * generator.randint(0, math.floor((space.high - space.low) / space.step))
+        else:
+            value = generator.uniform(space.low, space.high)
+        value = min(max(value, space.low), space.high)
+        return round(value) if self.method.hyperparameters[name].kind == "int" else value
 
 
 def learning_rate(low: float, high: float) -> Hyperparameter:

@@ -127,6 +127,7 @@ class StudyPlan:
             measure_threads=self.spec.resources.threads_per_worker == "auto",
             general_texts=self.general_texts,
             pack=self.spec.resources.trials_at_once,
+            spaces={item.cell.method: item.cell.space for item in self.cells},
             bare=frozenset(key for key, domain in self.prepared.items() if domain.head.bare),
             strategy=self.spec.resources.strategy,
         )

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
+from random import Random
 
 import torch
 
@@ -22,6 +23,9 @@ from peftsearch.training.session import LeavingError, Part, TrialSession
 from peftsearch.training.worker import Worker
 
 log = logging.getLogger(__name__)
+
+_DRAWS = 16
+"""Configurations that are drawn at most for each trial that is measured beside another."""
 
 _MORE = 10**6
 """Seeds of random numbers after a pack: not those of any trial's own beginning."""
@@ -82,7 +86,7 @@ class Crew:
         return not self.members and not self._ready
 
     def size(self, segment: Segment) -> int | None:
-        """How many trials like a segment's are worth training at once; measured here, with copies of that trial.
+        """How many trials like a segment's are worth training at once; measured here, with it and others of its kind.
 
         None where that trial is to be done by itself, for a reason of its own that says nothing of others.
         """
@@ -90,12 +94,11 @@ class Crew:
         # Where leases ran out there may be one, over the same host.
         self._open()
 
-        def copy(number: int) -> TrialSession:
-            return worker.new_session(replace(segment, trial=replace(trial, number=-1 - number)))
-
         size: int | None = None
         try:
-            size, why = measured_size(copy, self._host(segment), worker.group.device)
+            size, why = measured_size(
+                lambda number: self._beside(segment, number), self._host(segment), worker.group.device
+            )
         except StorageError:
             raise
         except NotPackableError as error:
@@ -106,6 +109,27 @@ class Crew:
         _give_back(worker.group.device)
         log.info("trials of %s at once: %s (%s)", trial.domain, "not measured" if size is None else size, why)
         return size
+
+    def _beside(self, segment: Segment, number: int) -> TrialSession:
+        """A trial such as may be in a pack with a segment's: of any method of its kind, drawn from the study's ranges.
+
+        The first is the segment's own; so are others in whose place nothing that fits is drawn.
+        """
+        worker, plan = self.worker, self.worker.plan
+        mine = replace(segment, trial=replace(segment.trial, number=-1 - number))
+        key, generator = pack_key(plan, segment), Random(number)
+        for _ in range(_DRAWS if number and plan.spaces else 0):
+            method = generator.choice(sorted(plan.spaces))
+            drawn = plan.spaces[method].draw(generator)
+            other = replace(mine, trial=replace(mine.trial, method=method, hyperparameters=drawn, seed=number))
+            try:
+                METHODS[method].check(drawn)
+                if pack_key(plan, other) == key:
+                    return worker.new_session(other)
+            except ValueError:
+                # Such a trial fails when it is its turn; here it is another's.
+                continue
+        return worker.new_session(mine)
 
     def join(self, lease: int, segment: Segment) -> None:
         """Let a segment's trial train with the others, from the next step on.

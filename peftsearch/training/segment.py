@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from peftsearch.files import Place
-from peftsearch.methods import Quantization
+from peftsearch.methods import MethodSpace, Quantization
 from peftsearch.spec import TrainingSpec
 from peftsearch.training.budget import Budget
 
@@ -47,6 +47,8 @@ class WorkerPlan:
     """On which forgetting is measured; () where it is not."""
     pack: int | Literal["auto"] = 1
     """Trials that a slot trains at once; auto measures how many are worth it."""
+    spaces: Mapping[str, MethodSpace] = field(default_factory=dict)
+    """What each method's trials are drawn from: tells which trials may be beside one another in a pack."""
     bare: frozenset[tuple[str, str]] = frozenset()
     """Models and domains for which the model has no head: tasks that read the base's own output."""
     strategy: Literal["ddp", "fsdp"] = "ddp"

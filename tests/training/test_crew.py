@@ -13,8 +13,10 @@ from lone_worker import new_worker
 from test_packing import MIXED, planned
 
 from peftsearch.search.plan import StudyPlan
+from peftsearch.spec import Range
 from peftsearch.training.checkpoint import WEIGHTS, read_checkpoint, saved_steps, trial_folder
 from peftsearch.training.crew import Crew
+from peftsearch.training.packing import measure
 from peftsearch.training.segment import Failure, HandedBack, Outcome, Segment, SegmentResult, SetAside, TrialPlan
 from peftsearch.training.session import TrialSession
 from peftsearch.workers.dispatcher import Order
@@ -308,7 +310,34 @@ def test_a_pack_of_one_model_does_not_change_its_base(plan: StudyPlan, tmp_path:
     assert worker.base(model).fingerprint() == before
 
 
-def test_sizes_are_measured_with_copies_that_leave_nothing_behind(plan: StudyPlan, tmp_path: Path) -> None:
+def test_sizes_are_measured_with_trials_as_the_study_may_draw_them(
+    plan: StudyPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = new_worker(plan, tmp_path)
+    built: list[TrialPlan] = []
+    new_session = worker.new_session
+
+    def noted(segment: Segment) -> TrialSession:
+        session = new_session(segment)
+        built.append(session.plan)
+        return session
+
+    monkeypatch.setattr(worker, "new_session", noted)
+    # As fast as there are trials: as many as are tried at most.
+    monkeypatch.setattr(measure, "_rate", lambda sessions, host, device: (float(len(sessions)), 0))
+    own = segments(plan, 0)[0]
+    assert Crew(worker, silent).size(own) == measure.LARGEST == len(built)
+    assert (built[0].method, built[0].hyperparameters) == (own.trial.method, own.trial.hyperparameters)
+    assert {trial.method for trial in built} == {name for name, _ in MIXED}
+    for trial in built[1:]:
+        for name, value in trial.hyperparameters.items():
+            space = worker.plan.spaces[trial.method].space[name]
+            if isinstance(space, Range):
+                assert space.low <= value <= space.high
+    assert len({trial.hyperparameters["rank"] for trial in built if trial.method == "lora"}) > 1
+
+
+def test_sizes_are_measured_with_trials_that_leave_nothing_behind(plan: StudyPlan, tmp_path: Path) -> None:
     expected = new_worker(plan, tmp_path / "alone").do(segments(plan, 0)[0])
     worker = new_worker(plan, tmp_path / "packed")
     crew = Crew(worker, silent)

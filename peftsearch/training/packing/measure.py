@@ -1,4 +1,4 @@
-"""How many trials at once are worth it: measured on the device, with copies of a trial that waits to be trained."""
+"""How many trials at once are worth it: measured on the device, with a trial that waits to be trained and its like."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ _WARM_UP, _TIMED = 2, 4
 """Steps per size."""
 
 
-def measured_size(copy: Callable[[int], TrialSession], host: Host, device: torch.device) -> tuple[int, str]:
+def measured_size(beside: Callable[[int], TrialSession], host: Host, device: torch.device) -> tuple[int, str]:
     """How many trials to train at once.
 
-    Sizes are doubled for as long as throughput rises by `_GAIN` and memory holds twice as many. Trials with more
-    parameters or longer texts than this one may find less room; then the crew lowers the number.
+    Sizes are doubled for as long as throughput rises by `_GAIN` and memory holds twice as many. A pack computes with
+    all its adapters padded to the largest, so what counts is the company that trials will have, not copies of one of
+    them. Trials with more parameters or longer texts than these may find less room; then the crew lowers the number.
 
     Args:
-        copy: Makes a session of the trial, by number; nothing of them is kept.
+        beside: Makes a session of a trial, by number: 0 is the one that waits, the others are such as may be beside it.
+            Nothing of them is kept.
         host: What they run on.
         device: Where.
 
@@ -45,7 +47,7 @@ def measured_size(copy: Callable[[int], TrialSession], host: Host, device: torch
     size = 1
     while size <= LARGEST:
         try:
-            sessions += [copy(number) for number in range(len(sessions), size)]
+            sessions += [beside(number) for number in range(len(sessions), size)]
             rate, peak = _rate(sessions, host, device)
         except (RuntimeError, MemoryError) as error:
             if size == 1 or not out_of_memory(error):
