@@ -9,8 +9,13 @@ import torch
 
 from peftsearch.training.budget import batch_length, batch_sizes
 
-_WINDOW = 16
-"""Batches among which texts are sorted by length: enough to save most of the padding, few enough to stay random."""
+_WINDOW = 64
+"""Batches at most among which texts are sorted by length: with so many, padding is 2 to 3% of the tokens, with a quarter
+of them 6 to 11% (texts with log-normal lengths)."""
+
+_WINDOWS, _LEAST = 4, 16
+"""Windows in a pass, so that a text has other neighbours in the next one; but for passes in which they would hold fewer
+than so many batches, and little would be saved."""
 
 
 class DataOrder:
@@ -63,7 +68,8 @@ class DataOrder:
         return [batches[index] for index in order]
 
     def _by_count(self, rows: list[int]) -> list[list[int]]:
-        window = _WINDOW * self.batch_size
+        count = -(-len(rows) // self.batch_size)
+        window = min(_WINDOW, max(_LEAST, count // _WINDOWS)) * self.batch_size
         batches: list[list[int]] = []
         for start in range(0, len(rows), window):
             alike = sorted(rows[start : start + window], key=lambda row: self.lengths[row])

@@ -29,11 +29,21 @@ def test_any_worker_finds_the_same_batch() -> None:
     assert expected != [DataOrder(lengths, 16, seed=4).batch(step) for step in range(70)]
 
 
-def test_little_is_padded() -> None:
-    lengths = random.Random(0).choices(range(4, 65), k=2000)
+@pytest.mark.parametrize(("rows", "share"), [(500, 1.10), (2000, 1.05), (6000, 1.03)])
+def test_little_is_padded(rows: int, share: float) -> None:
+    lengths = random.Random(0).choices(range(4, 65), k=rows)
     order = DataOrder(lengths, 16, seed=0)
-    padded = sum(max(lengths[row] for row in order.batch(step)) * 16 for step in range(125))
-    assert padded < 1.15 * sum(lengths)
+    batches = [order.batch(step) for step in range(-(-rows // 16))]
+    padded = sum(max(lengths[row] for row in batch) * len(batch) for batch in batches)
+    assert padded < share * sum(lengths)
+
+
+def test_a_text_has_other_neighbours_in_the_next_pass() -> None:
+    # Lengths of their own: sorted whole, every pass would hold the same batches.
+    order = DataOrder(random.Random(0).sample(range(10_000), 2000), 16, seed=0)
+    first, second = ([set(order.batch(125 * epoch + step)) for step in range(125)] for epoch in range(2))
+    kept = sum(max(len(batch & other) for other in second) for batch in first)
+    assert kept < 2000 / 2
 
 
 LENGTHS = st.lists(st.integers(1, 3000), min_size=1, max_size=200)
