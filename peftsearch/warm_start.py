@@ -68,8 +68,9 @@ def warm_start(study: StudyHandle) -> WarmStart | None:
     guesses: dict[str, list[dict[str, Any]]] = {}
     used: list[int] = []
     for _, record in sorted(ranked, key=lambda item: item[0]):
+        # Of methods, too, that the study has not: it may be given them when it is continued.
+        guesses.setdefault(record.method, []).append(dict(record.hyperparameters))
         if record.method in study.spec.methods:
-            guesses.setdefault(record.method, []).append(dict(record.hyperparameters))
             used.append(record.number)
     trials = ", ".join(map(str, sorted(used))) or "none of its trials has a method of this study"
     return WarmStart(name, trials, guesses)

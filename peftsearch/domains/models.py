@@ -160,7 +160,8 @@ def _positions_said(kind: type[Any], written: str) -> tuple[int | None, int | No
 
     try:
         with torch.device("meta"):
-            model = AutoModel.from_config(kind.from_dict(json.loads(written)))
+            # Unless told, `transformers` asks on the terminal whether to run a model's own code.
+            model = AutoModel.from_config(kind.from_dict(json.loads(written)), trust_remote_code=False)
     except Exception:  # what cannot be built is refused where it is built for good, with its reason
         return None, None
     if not getattr(model.config, "is_encoder_decoder", False):

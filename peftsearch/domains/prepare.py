@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Part of every fingerprint of prepared data: raise it when what is written changes its form or meaning.
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 # A share of texts that reach max_length from which a reader should know.

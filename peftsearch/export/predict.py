@@ -324,7 +324,7 @@ def predict_file(
             for records in table.parts(PART):
                 examples = [_example(purpose, record, mapped) for record in records]
                 good = [example for example in examples if not isinstance(example, Problem)]
-                with within_memory(f"lower --batch-size, which is {batch_size}, or predict with --device cpu"):
+                with within_memory(_less_memory(batch_size, predictor.device)):
                     answers = iter(predictor.predict(good, batch_size=batch_size) if good else [])
                 for record, example in zip(records, examples, strict=True):
                     row += 1
@@ -358,6 +358,12 @@ def predict_file(
         markers,
         unmarked,
     )
+
+
+def _less_memory(batch_size: int, device: torch.device) -> str:
+    """What to do about a batch for which memory is too small."""
+    advice = [f"lower --batch-size, which is {batch_size}"] if batch_size > 1 else ["shorten the texts"]
+    return ", or ".join([*advice, *(["predict with --device cpu"] if device.type != "cpu" else [])])
 
 
 def _check_columns(mapped: Mapping[str, str | tuple[str, ...]], names: Sequence[str], where: str) -> None:

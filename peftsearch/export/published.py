@@ -71,8 +71,8 @@ def without_folders(value: Any) -> Any:
     if isinstance(value, dict):
         # What a class is called is nobody's path, whatever it looks like.
         return {without_folders(key): item if key == "labels" else without_folders(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_folders(item) for item in value]
+    if isinstance(value, list | tuple):
+        return type(value)(without_folders(item) for item in value)
     if not isinstance(value, str):
         return value
     # A path by itself may hold spaces.

@@ -153,9 +153,13 @@ def export_trials(
     limits: dict[str, Any] = {"max_parameters": max_parameters, "min_metric": min_metric}
     chosen = _choose(study, domain, pick, miss, **limits)
     if max_latency is not None:
-        # What is fast enough is known later.
+        # What is fast enough is known later. Nobody asked for all of these: of those that cannot have the form, those
+        # that would be picked whatever they take are missed.
+        _with_form(chosen, form, miss, needed=False)
         chosen = _choose(study, domain, "frontier", lambda _: None, **limits)
-    chosen = _with_form(chosen, form, miss)
+        chosen = _with_form(chosen, form, lambda _: None)
+    else:
+        chosen = _with_form(chosen, form, miss)
     records = [choice.record for choice in chosen]
     if repo is not None:
         # A latency may leave one of several.
@@ -265,8 +269,14 @@ def _name_of(record: TrialRecord, form: Form) -> str:
     return f"{record.number:05d}-{record.method}{_ENDINGS[form]}"
 
 
-def _with_form(chosen: Sequence[Choice], form: Form, miss: Callable[[str], None]) -> list[Choice]:
-    """The trials that can have that form; the others are missed."""
+def _with_form(
+    chosen: Sequence[Choice], form: Form, miss: Callable[[str], None], *, needed: bool = True
+) -> list[Choice]:
+    """The trials that can have that form; the others are missed.
+
+    Raises:
+        StudyError: None can, and one is needed.
+    """
     left: list[Choice] = []
     refused: list[StudyError] = []
     for choice in chosen:
@@ -275,7 +285,7 @@ def _with_form(chosen: Sequence[Choice], form: Form, miss: Callable[[str], None]
             left.append(choice)
         except StudyError as error:
             refused.append(error)
-    if not left:
+    if not left and needed:
         raise refused[0]
     for reason_why in refused:
         miss(reason_why.message)

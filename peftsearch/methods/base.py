@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 Quantization = Literal["nf4", "int8"]
 
+BYTES_PER_WEIGHT: Mapping[Quantization, float] = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
+"""A weight in memory. nf4 with double quantisation (Dettmers et al. 2023, "QLoRA", section 3): four bits, a scale of
+one byte for 64 weights, and a scale of four bytes for 256 of these. int8: a byte; the scale of a row hardly counts."""
+
 
 @dataclass(frozen=True)
 class Hyperparameter:

@@ -54,6 +54,13 @@ class ParameterCounter:
         """Parameters of the whole model with the domain's head."""
         return sum(parameter.numel() for parameter in self._meta(model, domain)[0].parameters())
 
+    def never_quantised(self, model: str) -> int:
+        """Weights that keep their format in a quantised base, though they are multiplied with."""
+        from peftsearch.training.quantised import never_quantised
+
+        bare, _ = self._meta(model, next(iter(self._heads)))
+        return sum(bare.get_submodule(name).weight.numel() for name in never_quantised(bare))
+
     def architecture(self, model: str, domain: str) -> str:
         """Class of the model."""
         return type(self._meta(model, domain)[0]).__name__

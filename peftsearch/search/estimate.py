@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from peftsearch.domains import CheckedDomain, ExpectedDomain
+from peftsearch.methods import BYTES_PER_WEIGHT
 from peftsearch.search.cells import base_forms
 from peftsearch.search.run import TrialCost
 from peftsearch.search.vocabulary import ScoredPositions
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from peftsearch.domains import PreparedDomain
     from peftsearch.methods import Quantization
     from peftsearch.search.cells import Cell
-    from peftsearch.search.counts import ParameterCount
+    from peftsearch.search.counts import ParameterCount, ParameterCounter
     from peftsearch.search.plan import StudyPlan
     from peftsearch.spec import DataSpec, ModelFacts, StudySpec
     from peftsearch.training.segment import ModelPlace
@@ -63,6 +64,7 @@ class ModelShape:
         weight_bytes: Bytes per parameter in memory.
         vocabulary: Tokens that a language-modelling head scores.
         tied: Whether that head multiplies with the table of token embeddings, and has no weights of its own.
+        never_quantised: Of the others, those that keep their format in a quantised base, too.
     """
 
     parameters: int
@@ -72,9 +74,10 @@ class ModelShape:
     weight_bytes: int
     vocabulary: int = 0
     tied: bool = False
+    never_quantised: int = 0
 
     @classmethod
-    def of(cls, config: Any, parameters: int) -> ModelShape:
+    def of(cls, config: Any, parameters: int, never_quantised: int = 0) -> ModelShape:
         """From a configuration of `transformers`; what an unusual one does not say counts as 0."""
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         layers = int(getattr(text, "num_hidden_layers", 0) or 0)
@@ -91,17 +94,13 @@ class ModelShape:
             weight_bytes=int(getattr(dtype, "itemsize", 4)),
             vocabulary=vocabulary,
             tied=bool(getattr(config, "tie_word_embeddings", False)),
+            never_quantised=never_quantised,
         )
 
 
-QUANTIZED_BYTES: Mapping[Quantization, float] = {"nf4": 0.5 + 0.127 / 8, "int8": 1.0}
-"""Bytes per quantised weight: nf4 with double quantisation takes 4.127 bits (Dettmers et al. 2023, "QLoRA", section 3);
-int8 has one byte and a scale per row, which is next to nothing."""
-
-
 def frozen_bytes(shape: ModelShape, quantization: Quantization | None, parts: int = 1, with_head: bool = False) -> int:
-    """The frozen base in memory; of a quantised one the embeddings keep their format, as does what gives the vocabulary
-    (`training.quantised.left_unquantised`).
+    """The frozen base in memory; of a quantised one the embeddings keep their format, as does what gives the
+    vocabulary, and what `transformers` leaves as it is (`training.quantised.left_unquantised`).
 
     Args:
         shape: The model.
@@ -110,9 +109,11 @@ def frozen_bytes(shape: ModelShape, quantization: Quantization | None, parts: in
             the next one (`training.sharding`).
         with_head: Whether it has the language-modelling head.
     """
-    per_weight = shape.weight_bytes if quantization is None else QUANTIZED_BYTES[quantization]
     kept = shape.embeddings * (2 if with_head and not shape.tied else 1)
-    multiplied = (shape.parameters - kept) * per_weight
+    multiplied = float(shape.parameters - kept) * shape.weight_bytes
+    if quantization is not None:
+        quantised = shape.parameters - kept - shape.never_quantised
+        multiplied -= quantised * (shape.weight_bytes - BYTES_PER_WEIGHT[quantization])
     if parts > 1:
         multiplied = min(multiplied, multiplied / parts + 2 * multiplied / max(1, shape.layers))
     return round(multiplied + kept * shape.weight_bytes)
@@ -309,7 +310,7 @@ class MemoryCosts:
         spec: The study file.
         cells: All cells.
         shapes: The models.
-        lengths: Tokens of an example at most, by domain: see `example_tokens`.
+        lengths: Tokens of an example at most, by model and domain: see `example_tokens`.
         scored: Where the vocabulary is scored, by model and domain.
     """
 
@@ -318,7 +319,7 @@ class MemoryCosts:
         spec: StudySpec,
         cells: Iterable[Cell],
         shapes: Mapping[str, ModelShape],
-        lengths: Mapping[str, int],
+        lengths: Mapping[tuple[str, str], int],
         scored: Mapping[tuple[str, str], ScoredPositions | None],
     ) -> None:
         self._spec = spec
@@ -349,7 +350,7 @@ class MemoryCosts:
 
     def _peak(self, cell: Cell, count: ParameterCount, recomputed: bool) -> int:
         shape, training, resources = self._shapes[cell.model], self._spec.training_of(cell.method), self._spec.resources
-        length = self._lengths[cell.domain]
+        length = self._lengths[cell.model, cell.domain]
         parts = resources.workers_per_trial * training.gradient_accumulation
         tokens = tokens_of_a_pass(training.batch_size, training.tokens_per_batch, length, parts)
         kept = activation_bytes(shape, 1, tokens, self._compute_bytes, recomputed)
@@ -385,7 +386,7 @@ class TrialCosts:
     def __init__(self, plan: StudyPlan, speeds: Mapping[Format, float] | None = None) -> None:
         self.plan = plan
         self.speeds = speeds
-        self._shapes = model_shapes(plan.models, plan.model_facts)
+        self._shapes = model_shapes(plan.models, plan.model_facts, plan.counter)
         self._format: Format = _training_format(plan.spec)
         self.memory = plan.memory(self._shapes)
         self._seconds = functools.cache(self._seconds_of)
@@ -444,7 +445,9 @@ def _tokens(data: PreparedDomain, split: str) -> tuple[int, int]:
     return sum(lengths), of_texts if data.architecture == "encoder-decoder" else sum(lengths)
 
 
-def model_shapes(places: Mapping[str, ModelPlace], facts: Mapping[str, ModelFacts]) -> dict[str, ModelShape]:
+def model_shapes(
+    places: Mapping[str, ModelPlace], facts: Mapping[str, ModelFacts], counter: ParameterCounter
+) -> dict[str, ModelShape]:
     """What the estimates need to know of each model."""
     from peftsearch.domains.models import model_config
 
@@ -452,6 +455,7 @@ def model_shapes(places: Mapping[str, ModelPlace], facts: Mapping[str, ModelFact
         model: ModelShape.of(
             model_config(place.location, place.revision, trust_remote_code=place.trust_remote_code),
             facts[model].total_parameters,
+            counter.never_quantised(model),
         )
         for model, place in places.items()
     }

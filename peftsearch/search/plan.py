@@ -10,10 +10,10 @@ from typing import Any
 
 from peftsearch.domains import CheckedDomain, ExpectedDomain, PreparedDomain, check_domain, expected_domain, load_domain
 from peftsearch.files import Place
-from peftsearch.methods import Quantization
+from peftsearch.methods import BYTES_PER_WEIGHT, Quantization
 from peftsearch.search.cells import Cell, base_forms, corners, study_cells, trials_of
 from peftsearch.search.counts import ParameterCount, ParameterCounter
-from peftsearch.search.estimate import QUANTIZED_BYTES, MemoryCosts, ModelShape, example_tokens, model_shapes
+from peftsearch.search.estimate import MemoryCosts, ModelShape, example_tokens, model_shapes
 from peftsearch.search.loss_options import check_loss_options
 from peftsearch.search.run import DomainSearch, TrialCost, excesses
 from peftsearch.search.strategy import check_strategy
@@ -65,8 +65,8 @@ class StudyPlan:
     models: Mapping[str, ModelPlace]
     model_facts: Mapping[str, ModelFacts]
     counter: ParameterCounter
-    example_tokens: Mapping[str, int]
-    """Tokens that a model computes for one example at most, by domain."""
+    example_tokens: Mapping[tuple[str, str], int]
+    """Tokens that a model computes for one example at most, by model and domain."""
     general_texts: tuple[str, ...] = ()
     """On which forgetting is measured."""
     ignoring: tuple[str, ...] = ()
@@ -100,7 +100,7 @@ class StudyPlan:
     def _training(self, method: str) -> TrainingSpec:
         """A method's training, with gradient checkpointing where one of its cells is known to need it."""
         training = self.spec.training_of(method)
-        memory = self.memory(model_shapes(self.models, self.model_facts))
+        memory = self.memory(model_shapes(self.models, self.model_facts, self.counter))
         mine = (item for item in self.cells if item.cell.method == method)
         if training.gradient_checkpointing != "auto" or not any(memory.recomputes(i.cell, i.largest) for i in mine):
             return training
@@ -137,7 +137,7 @@ class StudyPlan:
         forms = {form for of, form in base_forms(item.cell for item in self.cells) if of == model}
         if None in forms:
             return None
-        return max((form for form in forms if form is not None), key=lambda form: QUANTIZED_BYTES[form], default=None)
+        return max((form for form in forms if form is not None), key=lambda form: BYTES_PER_WEIGHT[form], default=None)
 
 
 def plan_study(file: StudyFile, cache: Path, *, partial: bool = False, begun: bool = False) -> StudyPlan:
@@ -187,10 +187,10 @@ def plan_study(file: StudyFile, cache: Path, *, partial: bool = False, begun: bo
         )
         for path, place in models.items()
     }
-    lengths = {name: example_tokens(checked[first_model, name], spec.domains[name].data) for name in spec.domains}
+    lengths = {key: example_tokens(domain, spec.domains[key[1]].data) for key, domain in checked.items()}
     _check_tokens(spec)
     scored = {key: ScoredPositions.of(domain) for key, domain in checked.items()}
-    _check_limits(spec, cell_plans, MemoryCosts(spec, cells, model_shapes(models, facts), lengths, scored))
+    _check_limits(spec, cell_plans, MemoryCosts(spec, cells, model_shapes(models, facts, counter), lengths, scored))
     general = _general_texts(spec, file.folder, checked.values(), unchecked)
     prepared = {key: domain.prepare(cache) for key, domain in checked.items()}
     domains = {name: prepared[first_model, name] for name in spec.domains}

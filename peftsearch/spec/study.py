@@ -282,7 +282,8 @@ class TrainingSpec(_Section):
     class_weights: Literal["none", "balanced"] = Field(
         default="none",
         description="balanced weighs rare classes up: n / (classes * count) (scikit-learn's formula), at most "
-        "100 times as much as the most frequent one",
+        "100 times as much as the most frequent one; of several labels at once each one's presence, by (n - count) / "
+        "count, at most 100",
     )
     patience: int | None = Field(
         default=None,

@@ -121,7 +121,7 @@ class Crew:
         for _ in range(_DRAWS if number and plan.spaces else 0):
             method = generator.choice(sorted(plan.spaces))
             drawn = plan.spaces[method].draw(generator)
-            other = replace(mine, trial=replace(mine.trial, method=method, hyperparameters=drawn, seed=number))
+            other = replace(mine, trial=replace(mine.trial, method=method, hyperparameters=drawn))
             try:
                 METHODS[method].check(drawn)
                 if pack_key(plan, other) == key:

@@ -10,8 +10,8 @@ import torch
 from peftsearch.training.budget import batch_length, batch_sizes
 
 _WINDOW = 64
-"""Batches at most among which texts are sorted by length: with so many, padding is 2 to 3% of the tokens, with a quarter
-of them 6 to 11% (texts with log-normal lengths)."""
+"""Batches at most among which texts are sorted by length: with so many, padding is 2 to 3% of the tokens, with a
+quarter of them 6 to 11% (texts with log-normal lengths)."""
 
 _WINDOWS, _LEAST = 4, 16
 """Windows in a pass, so that a text has other neighbours in the next one; but for passes in which they would hold fewer

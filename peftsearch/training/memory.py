@@ -14,6 +14,15 @@ from peftsearch.spec import StudyError
 
 _WANTED = re.compile(r"Tried to allocate ([\d.]+ \w+)")
 _WANTED_BYTES = re.compile(r"you tried to allocate (\d+) bytes")
+# What allocations say that are not torch's own: of the host, of a GPU's driver, and of its libraries.
+_FAILED = (
+    "DefaultCPUAllocator",
+    "Cannot allocate memory",
+    "std::bad_alloc",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 # Any of these makes a trial need less.
 _LOWER = "lower training.batch_size (or tokens_per_batch), training.evaluation_batch_size or training.max_length"
 
@@ -22,9 +31,7 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed: on a GPU, or on the CPU (in torch, or in Python itself)."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and (
-        "DefaultCPUAllocator" in str(error) or "Cannot allocate memory" in str(error) or "std::bad_alloc" in str(error)
-    )
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _FAILED)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -78,7 +85,8 @@ def within_memory(advice: str) -> Iterator[None]:
 
 def _lacking(error: BaseException) -> str:
     text = str(error)
-    where = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+    on_gpu = isinstance(error, torch.OutOfMemoryError) or any(words in text for words in ("CUDA", "CUBLAS", "CUDNN"))
+    where = "GPU memory" if on_gpu else "memory"
     if found := _WANTED.search(text):
         wanted = f": {found[1]} more were wanted"
     elif found := _WANTED_BYTES.search(text):

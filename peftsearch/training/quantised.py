@@ -10,16 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from peftsearch.methods import Quantization
+from peftsearch.methods import BYTES_PER_WEIGHT, Quantization
 from peftsearch.training.memory import free_bytes
 from peftsearch.training.precision import computes_bf16
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
-
-# A weight of four bits, with a scale of one byte for 64 weights and a scale of four bytes for 256 of these; a weight of
-# eight bits (and a scale for each output, which does not count).
-_BYTES_PER_WEIGHT: dict[Quantization, float] = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 
 
 def quantization_config(
@@ -46,10 +42,21 @@ def quantization_config(
 
 
 def left_unquantised(model: PreTrainedModel, fresh_modules: Collection[str]) -> tuple[str, ...]:
-    """The modules of a base that are not quantised: what the trial trains in full, and what gives the vocabulary."""
+    """The modules of a base that are not quantised: what the trial trains in full, what gives the vocabulary, and what
+    `transformers` leaves as it is.
+    """
     output = model.get_output_embeddings()
     names = [name for name, module in model.named_modules() if module is output and output is not None]
-    return (*fresh_modules, *names)
+    return (*fresh_modules, *names, *never_quantised(model))
+
+
+def never_quantised(model: PreTrainedModel) -> tuple[str, ...]:
+    """Linear layers that `transformers` quantises for nobody: T5 has some, whose outputs fp16 cannot hold."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    kept = list(getattr(model, "_keep_in_fp32_modules", None) or ())
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return tuple(name for name in linear if not should_convert_module(name, kept))
 
 
 def check_quantisable(location: str, config: Any) -> None:
@@ -92,7 +99,7 @@ def check_memory(
     for name, module in model.named_modules():
         kept = any(name == path or name.startswith(f"{path}.") for path in unquantised)
         if isinstance(module, nn.Linear | Conv1D) and not kept:
-            needed -= round(module.weight.numel() * (module.weight.element_size() - _BYTES_PER_WEIGHT[quantization]))
+            needed -= round(module.weight.numel() * (module.weight.element_size() - BYTES_PER_WEIGHT[quantization]))
     if device.type == "cuda":
         # A base is loaded in pieces larger than what is left in the reserve between others.
         torch.cuda.empty_cache()

@@ -187,8 +187,6 @@ class TrialSession:
         """What `_train` did of the last segment."""
         self.last: SegmentResult | None = None
         """Result of the segment that ended at `step`: given again when the answer was lost on its way."""
-        if group.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(group.device)
         with nullcontext() if group.sharded else group.together():
             self.model = build_model(base, domain, plan.method, plan.hyperparameters, plan.seed)
         if group.device.type == "cpu":
@@ -236,8 +234,9 @@ class TrialSession:
         self.best = _Best(_strip(tensors, "best/"), meta["best_value"], meta["best_step"], meta["waited"])
         _load_parameters(self.masters, _strip(tensors, "master/"))
         load_optimizer_tensors(self.optimizer, {**self.parameters, **self.masters}, _strip(tensors, "optimizer/"))
-        # A group that has grown since has workers without a state: theirs is drawn from the seed.
-        self._random_state = _strip(tensors, f"random/{self.group.rank}/") or self._random_state
+        # A group that has grown since has workers without a state, and a state that was written on a CPU has none of a
+        # GPU: those are drawn from the seed.
+        self._random_state = self._random_state | _strip(tensors, f"random/{self.group.rank}/")
         self.step = int(meta["step"])
         self.last = _result(meta["result"]) if meta["result"] else None
         part = Part(**meta.get("part", {}))
@@ -260,8 +259,7 @@ class TrialSession:
             LeavingError: `must_leave` said so; the state is written.
             StorageError: The state cannot be written.
         """
-        if self.group.device.type == "cpu":
-            forget_peak()
+        _forget_peak(self.group.device)
         _set_random_state(self._random_state, self.group.device)
         train_loss = self._train(to_step)
         self._random_state = _random_state(self.group.device)
@@ -657,6 +655,13 @@ def _set_random_state(state: Mapping[str, torch.Tensor], device: torch.device) -
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        forget_peak()
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -56,6 +56,10 @@ class Worker:
         self.tell: Callable[[str], None] = log.warning
         """Told, in a sentence, what a person should know."""
         torch.set_num_threads(plan.threads)
+        if group.device.type == "cuda":
+            # cuDNN's attention comes first on the newest GPUs, and plans anew, for a second, whenever a batch has
+            # another shape, as batches of texts have: https://github.com/modelscope/FunASR/issues/3704
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.at_once = 1
         """Trials that are trained together."""
         self._bases: dict[str, FrozenBase] = {}

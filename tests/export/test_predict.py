@@ -489,6 +489,8 @@ def test_a_batch_that_does_not_fit_is_one_sentence(
     assert (status, out) == (2, "")
     assert "out of GPU memory: 2.50 GiB more were wanted; lower --batch-size, which is 64" in err
     assert not output.exists()
+    single = ["--input", clauses, "--output", output, "--batch-size", 1, "--device", "cpu"]
+    assert call(exported["classification"].folder, *single)[0] == 2
 
 
 def test_bad_input_is_one_sentence_and_leaves_nothing(

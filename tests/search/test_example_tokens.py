@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from task_data import task_domain
 from tiny_models import tiny_decoder, tiny_encoder, tiny_encoder_decoder
 
@@ -46,9 +47,32 @@ def test_all_texts_of_an_example_count(
     task: str, kind: str, options: dict[str, Any], tokens: int, write_study: Callable[..., Path], tmp_path: Path
 ) -> None:
     plan = planned(write_study, tmp_path, task, kind, **options)
-    assert plan.example_tokens == {"d": tokens}
-    longest = max(plan.domains["d"].lengths("train"))
-    assert longest <= tokens
+    (model,) = plan.models
+    assert plan.example_tokens == {(model, "d"): tokens}
+    lengths = plan.domains["d"].lengths("train")
+    assert max(lengths) <= tokens
+    if options.get("encoding") == "separate":
+        # What a batch of such an example computes: both texts, as long as the longer one.
+        rows = plan.domains["d"].split("train")
+        pairs = zip(rows["first"], rows["second"], strict=True)
+        assert list(lengths) == [2 * max(map(len, pair)) for pair in pairs]
+
+
+def test_a_decoder_beside_an_encoder_decoder_counts_what_it_writes(
+    write_study: Callable[..., Path], tmp_path: Path
+) -> None:
+    both = [MODELS[kind](tmp_path / kind) for kind in ("encoder-decoder", "decoder")]
+    path = write_study(
+        model=str(both[0]),
+        domains={"d": task_domain("summarization", tmp_path)},
+        methods={"lora": {}},
+        training={"epochs": 1, "evaluations": 1, "batch_size": 8, "max_length": 16, "precision": "fp32"},
+    )
+    document = yaml.safe_load(path.read_text())
+    del document["model"]
+    path.write_text(yaml.safe_dump(document | {"models": list(map(str, both))}))
+    plan = plan_study(StudyFile.load(path), tmp_path / "cache")
+    assert plan.example_tokens == {(str(both[0]), "d"): 16, (str(both[1]), "d"): 16 + 8}
 
 
 def test_the_memory_of_choices_is_that_of_so_many_texts(write_study: Callable[..., Path], tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_the_estimate_of_a_language_model_counts_its_vocabulary(
         return {item.cell.domain: costs.memory(item.cell, item.largest) for item in plan.cells}
 
     plan = language_study(write_study, topics_csv, tmp_path)
-    (words,) = (shape.vocabulary for shape in model_shapes(plan.models, plan.model_facts).values())
+    (words,) = (shape.vocabulary for shape in model_shapes(plan.models, plan.model_facts, plan.counter).values())
     small, large = memory(evaluation_batch_size=1), memory(evaluation_batch_size=100_000)
     # One forward pass scores every word at every position, in four bytes each.
     assert large["language"] - small["language"] > 0.9 * 100_000 * 16 * words * 4

@@ -17,6 +17,7 @@ from peftsearch.spec import Range
 from peftsearch.training.checkpoint import WEIGHTS, read_checkpoint, saved_steps, trial_folder
 from peftsearch.training.crew import Crew
 from peftsearch.training.packing import measure
+from peftsearch.training.packing.host import Host
 from peftsearch.training.segment import Failure, HandedBack, Outcome, Segment, SegmentResult, SetAside, TrialPlan
 from peftsearch.training.session import TrialSession
 from peftsearch.workers.dispatcher import Order
@@ -324,7 +325,7 @@ def test_sizes_are_measured_with_trials_as_the_study_may_draw_them(
 
     monkeypatch.setattr(worker, "new_session", noted)
     # As fast as there are trials: as many as are tried at most.
-    monkeypatch.setattr(measure, "_rate", lambda sessions, host, device: (float(len(sessions)), 0))
+    monkeypatch.setattr(measure, "_rate", lambda sessions, host, device: (float(len(sessions)), 0, 0))
     own = segments(plan, 0)[0]
     assert Crew(worker, silent).size(own) == measure.LARGEST == len(built)
     assert (built[0].method, built[0].hyperparameters) == (own.trial.method, own.trial.hyperparameters)
@@ -335,6 +336,27 @@ def test_sizes_are_measured_with_trials_as_the_study_may_draw_them(
             if isinstance(space, Range):
                 assert space.low <= value <= space.high
     assert len({trial.hyperparameters["rank"] for trial in built if trial.method == "lora"}) > 1
+
+
+def test_a_trial_that_cannot_be_in_a_pack_does_not_stop_the_measuring_of_another(
+    plan: StudyPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = new_worker(plan, tmp_path)
+    # The model has 128 positions, of which every prompt that can be drawn takes too many.
+    prompts = worker.plan.spaces["prompt"]
+    long = replace(prompts, space={**prompts.space, "tokens": 120})
+    worker.plan = replace(worker.plan, spaces={"prompt": long})
+    packs: list[list[str]] = []
+    rate = measure._rate
+
+    def noted(sessions: list[TrialSession], host: Host, device: torch.device) -> tuple[float, int, int]:
+        packs.append([session.plan.method for session in sessions])
+        return rate(sessions, host, device)
+
+    monkeypatch.setattr(measure, "_rate", noted)
+    monkeypatch.setattr(measure, "LARGEST", 2)
+    assert Crew(worker, silent).size(segments(plan, 0)[0]) in (1, 2)
+    assert packs == [["lora"], ["lora", "prompt"], ["lora", "lora"]]
 
 
 def test_sizes_are_measured_with_trials_that_leave_nothing_behind(plan: StudyPlan, tmp_path: Path) -> None:

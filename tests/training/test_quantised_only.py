@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from tiny_models import SAMPLES, tiny_encoder
 from torch import nn
 from writing_study import MODELS, plan_and_worker, study, topic_rows, train
 
-from peftsearch.search.estimate import QUANTIZED_BYTES, frozen_bytes, model_shapes
+from peftsearch.methods import BYTES_PER_WEIGHT
+from peftsearch.search.estimate import frozen_bytes, model_shapes
 from peftsearch.spec import StudyFile
 from peftsearch.training.base_model import FrozenBase
 from peftsearch.training.quantised import quantised_layers
@@ -136,7 +138,7 @@ def test_what_is_no_trial_takes_a_form_that_trials_need(methods: dict[str, Any],
 def test_a_head_of_its_own_is_estimated_as_it_is_loaded(tmp_path: Path) -> None:
     file = summaries(tmp_path)
     plan, worker = plan_and_worker(file, tmp_path)
-    (shape,) = model_shapes(plan.models, plan.model_facts).values()
+    (shape,) = model_shapes(plan.models, plan.model_facts, plan.counter).values()
     assert not shape.tied
     ((key, template),) = _loaded(worker.base(next(iter(plan.models))), worker.domain(next(iter(plan.models)), "d"))
     held = sum(parameter.numel() * parameter.element_size() for parameter in template.model.parameters())
@@ -146,8 +148,28 @@ def test_a_head_of_its_own_is_estimated_as_it_is_loaded(tmp_path: Path) -> None:
     # The estimate counts the scales of four-bit weights too, and vectors as if they were quantised.
     vectors = sum(parameter.numel() * 4 for parameter in template.model.parameters() if parameter.ndim == 1)
     found = frozen_bytes(shape, "nf4", with_head=True)
-    assert held - vectors <= found <= held + packed * (QUANTIZED_BYTES["nf4"] - 0.5) * 2 + vectors
+    assert held - vectors <= found <= held + packed * (BYTES_PER_WEIGHT["nf4"] - 0.5) * 2 + vectors
     assert key[-1] == "nf4"
+
+
+def test_what_transformers_never_quantises_is_estimated_as_it_is(tmp_path: Path) -> None:
+    file = study(
+        tmp_path / "study",
+        KINDS["encoder-decoder"](tmp_path / "model"),
+        {"task": "classification"},
+        LABELLED,
+        methods={"qlora": {}},
+    )
+    plan, worker = plan_and_worker(file, tmp_path)
+    ((path, shape),) = model_shapes(plan.models, plan.model_facts, plan.counter).items()
+    ((_, template),) = _loaded(worker.base(path), worker.domain(path, "d"))
+    parameters = dict(template.model.named_parameters())
+    outputs = sum(parameter.numel() for name, parameter in parameters.items() if name.endswith(".wo.weight"))
+    assert shape.never_quantised == outputs > 0
+    whole = replace(shape, never_quantised=0)
+    more = frozen_bytes(shape, "nf4") - frozen_bytes(whole, "nf4")
+    assert more == pytest.approx(outputs * (4 - BYTES_PER_WEIGHT["nf4"]), abs=1)
+    assert frozen_bytes(shape, None) == frozen_bytes(whole, None)
 
 
 def _loaded(base: FrozenBase, domain: Any) -> list[Any]:

@@ -74,9 +74,10 @@ def test_a_limit_without_room_for_a_text_is_refused(write_study: Make, tmp_path:
 def test_the_estimate_of_memory_knows_the_limit(write_study: Make, tmp_path: Path) -> None:
     def memory(**training: Any) -> int:
         plan = planned(write_study, tmp_path, TRAINING | training)
-        shapes = model_shapes(plan.models, plan.model_facts)
+        shapes = model_shapes(plan.models, plan.model_facts, plan.counter)
         scored = dict.fromkeys(plan.prepared)
-        costs = MemoryCosts(plan.spec, [item.cell for item in plan.cells], shapes, {"topics": 16}, scored)
+        lengths = dict.fromkeys(plan.prepared, 16)
+        costs = MemoryCosts(plan.spec, [item.cell for item in plan.cells], shapes, lengths, scored)
         return costs(plan.cells[0].cell, plan.cells[0].largest)
 
     assert memory() < memory(tokens_per_batch=1024) == memory(tokens_per_batch=None)

@@ -27,6 +27,7 @@ from peftsearch.domains.tasks.base import (
     pad,
     text_batch,
 )
+from peftsearch.domains.tasks.classification import BETWEEN
 from peftsearch.domains.tasks.columns import find, texts
 from peftsearch.spec import DataSpec, StudyError
 from peftsearch.spec.yaml_file import Loc
@@ -310,11 +311,14 @@ class QuestionAnswering(Task):
         score, begin = (start + best_end).max(dim=1)
         finish = begin + offset.gather(1, begin[:, None]).squeeze(1)
         found = []
-        for row, (first, last) in enumerate(zip(begin.tolist(), finish.tolist(), strict=True)):
+        # Numbers of a GPU are read all at once: each reading waits for it.
+        spans = torch.stack([begin, finish]).tolist()
+        scores = torch.stack([score, null]).tolist()
+        for row, (first, last, best, none) in enumerate(zip(*spans, *scores, strict=True)):
             start_at = batch["first"][row][first]
             shown = batch["passage"][row][start_at : batch["last"][row][last]]
             at = start_at + len(shown) - len(shown.lstrip())
-            found.append({"text": shown.strip(), "start": at, "score": float(score[row]), "null": float(null[row])})
+            found.append({"text": shown.strip(), "start": at, "score": best, "null": none})
         return found
 
     def references(self, rows: Mapping[str, Sequence[Any]]) -> list[Any]:
@@ -400,9 +404,9 @@ def _windows(pairs: Sequence[tuple[str, str]], how: Tokenization, stride: int) -
     closing = how.tokenizer.eos_token_id if how.tokenizer.eos_token_id is not None else how.tokenizer.pad_token_id
     for begin in range(0, len(pairs), TOKENIZE_BATCH):
         batch = pairs[begin : begin + TOKENIZE_BATCH]
-        # Few decoders' tokenizers put anything between the texts of a pair.
+        # As `classification.apart`, but the context is cut into windows, and its characters are counted.
         encoded = how.tokenizer(
-            [f"{question}\n" if decoder else question for question, _ in batch],
+            [f"{question}{BETWEEN}" if decoder else question for question, _ in batch],
             [context for _, context in batch],
             truncation="only_second",
             max_length=how.max_length - decoder,

@@ -170,7 +170,8 @@ class Similarity(Classification):
             if len(inputs) < 2:
                 raise ValueError("encoding: separate is for pairs: map columns.text_pair")
             sizes = [[len(tokens) for tokens in columns[name].to_pylist()] for name in ("first", "second")]
-            columns["length"] = pa.array([max(pair) for pair in zip(*sizes, strict=True)], pa.int32())
+            # Both are rows of one batch, as long as its longest.
+            columns["length"] = pa.array([2 * max(pair) for pair in zip(*sizes, strict=True)], pa.int32())
         return datasets.Dataset(pa.table(columns))
 
     def config_kwargs(self, labels: Sequence[str]) -> dict[str, Any]:
