@@ -45,7 +45,7 @@ def load(values: Mapping[str, Any], device: torch.device) -> Batch:
     # A decoder with a mask of its own makes the answer ambiguous; without, only its encoder's texts are padded.
     known = isinstance(mask, torch.Tensor) and "decoder_attention_mask" not in values
     full = bool(mask.numpy().all()) if known else None  # type: ignore[union-attr]
-    return Batch({name: _moved(value, device) for name, value in values.items()}, full)
+    return Batch({name: moved(value, device) for name, value in values.items()}, full)
 
 
 def padded_to(device: torch.device) -> int:
@@ -70,7 +70,8 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     }
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def moved(value: Any, device: torch.device) -> Any:
+    """What the host has made, on its way to a device, without waiting for it; other things than tensors as they are."""
     if not isinstance(value, torch.Tensor):
         return value
     if device.type != "cuda":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from peftsearch.domains import PreparedDomain
 from peftsearch.domains.tasks.base import EXAMPLE, PART, Prediction
-from peftsearch.training.batches import collated
+from peftsearch.training.batches import Batch, ahead, load, padded_to, padding_known
 from peftsearch.training.distributed import WorkerGroup
 
 
@@ -50,7 +50,8 @@ def evaluate(
 ) -> Evaluation:
     """Predict a split and score it; in the weights' own precision, unless called under autocast.
 
-    Rows are ordered by length so that little is padded; several workers take every n-th batch each.
+    Rows are ordered by length so that little is padded; several workers take every n-th batch each. On a GPU the next
+    batch is made meanwhile.
 
     Args:
         model: On ``group.device``; is put into evaluation mode and back.
@@ -62,7 +63,7 @@ def evaluate(
         between: Called before every batch; what it raises ends the evaluation.
     """
     group = group or WorkerGroup()
-    task, data = domain.task, domain.split(split)
+    task, data, device = domain.task, domain.split(split), group.device
     how = Prediction(domain.architecture, final, domain.tokenizer if task.decodes else None)
     order = np.argsort(domain.lengths(split), kind="stable").tolist()
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -72,14 +73,24 @@ def evaluate(
     predictions: list[Any] = []
     references: list[Any] = []
     rows: list[int] = []
+
+    def made(share: tuple[list[int], bool]) -> tuple[list[int], bool, dict[str, Any], Batch]:
+        indices, counts = share
+        raw = data[indices]
+        values = task.collate(raw, domain.pad_token_id, multiple_of=padded_to(device))
+        return indices, counts, raw, load(values, device)
+
     try:
         # The longest texts are one worker's: it may run out of memory alone.
-        with nullcontext() if group.sharded else group.together():
-            for indices, counts in _shares(batches, group, task.decodes):
+        with (
+            nullcontext() if group.sharded else group.together(),
+            closing(ahead(_shares(batches, group, task.decodes), made, device)) as coming,
+        ):
+            for indices, counts, raw, loaded in coming:
                 between()
-                raw = data[indices]
-                batch = collated(task, raw, domain.pad_token_id, group.device)
-                output = model(**{name: value for name, value in batch.items() if name not in task.hidden})
+                batch = loaded.values
+                with padding_known(loaded.full):
+                    output = model(**{name: value for name, value in batch.items() if name not in task.hidden})
                 if counts:
                     losses.append(task.losses(output, batch).float().cpu().numpy())
                     predictions.extend(task.predict(model, output, batch, how))
@@ -91,7 +102,7 @@ def evaluate(
         model.train(was_training)
     if group.sharded and task.decodes:
         # Every worker has done everything.
-        group = WorkerGroup(device=group.device)
+        group = WorkerGroup(device=device)
     collected = group.gather((rows, losses, predictions, references))
     order = [row for part in collected for row in part[0]]
     position = np.argsort(order, kind="stable")

@@ -15,11 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftsearch.search.plan import StudyPlan, plan_study
 from peftsearch.spec import StudyFile
+from peftsearch.training import evaluate as evaluate_module
 from peftsearch.training import session as session_module
 from peftsearch.training.batches import in_thread, load, padded_to
 from peftsearch.training.distributed import WorkerGroup
+from peftsearch.training.evaluate import evaluate
 from peftsearch.training.segment import Segment, TrialPlan
-from peftsearch.training.session import TrialSession
+from peftsearch.training.session import LeavingError, TrialSession
 from peftsearch.training.worker import Worker
 
 METHODS = ("lora", "adapter", "prompt", "prefix", "full")
@@ -147,3 +149,30 @@ def test_training_from_batches_made_ahead_gives_the_same_numbers(
     expected = new_session("lora")._train(12)
     monkeypatch.setattr(session_module, "ahead", lambda items, make, device: in_thread(items, make))
     assert new_session("lora")._train(12) == expected
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_evaluating_batches_made_ahead_gives_the_same_numbers(
+    kind: str, new_session: Callable[..., TrialSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = new_session("lora", kind)
+    session._train(2)
+    expected = evaluate(session.model, session.domain, "validation", 4)
+    monkeypatch.setattr(evaluate_module, "ahead", lambda items, make, device: in_thread(items, make))
+    found = evaluate(session.model, session.domain, "validation", 4)
+    assert (found.loss, found.scores, found.predictions) == (expected.loss, expected.scores, expected.predictions)
+
+
+def test_an_evaluation_that_is_ended_stops_making_batches(
+    new_session: Callable[..., TrialSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = new_session("lora")
+    monkeypatch.setattr(evaluate_module, "ahead", lambda items, make, device: in_thread(items, make))
+
+    def leave() -> None:
+        raise LeavingError("now")
+
+    with pytest.raises(LeavingError):
+        evaluate(session.model, session.domain, "validation", 4, between=leave)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+    assert session.model.training

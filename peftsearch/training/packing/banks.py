@@ -1,8 +1,11 @@
 """Parameters, gradients and moments of a pack's members in common buffers: a row for each member.
 
 A bank holds parameters of one kind (adapter or head, matrices or vectors, one data type), so that all of a member's row
-has one learning rate and one weight decay, and AdamW's step over it is one kernel on one tensor. Within a row every
-part has the place that the largest member's needs; the rest is zero, has gradients of zero, and stays zero under AdamW.
+has one learning rate and one weight decay. Within a row every part has the place that the largest member's needs; the
+rest is zero, has gradients of zero, and stays zero under AdamW.
+
+One AdamW steps on all rows of all banks, in a few kernels however many members there are: it finds each row's direction
+(a step at rate 1, without decay, from zero), which each member then takes at its own rate and with its own decay.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftsearch.training.batches import moved
 from peftsearch.training.packing.parts import NotPackableError
 from peftsearch.training.session import TrialSession
 
@@ -74,6 +78,8 @@ class _Bank:
     master_gradients: Tensor = field(init=False)
     average: Tensor = field(init=False)
     square: Tensor = field(init=False)
+    direction: Tensor = field(init=False)
+    """What AdamW would add at a rate of 1."""
 
     def make(self, rows: int, dtype: torch.dtype, device: torch.device) -> None:
         self.weights = torch.zeros(rows, self.size, dtype=dtype, device=device)
@@ -81,7 +87,7 @@ class _Bank:
         half = dtype in (torch.bfloat16, torch.float16)
         self.masters = self.weights.float() if half else self.weights
         self.master_gradients = self.gradients.float() if half else self.gradients
-        self.average, self.square = torch.zeros_like(self.masters), torch.zeros_like(self.masters)
+        self.average, self.square, self.direction = (torch.zeros_like(self.masters) for _ in range(3))
 
 
 @dataclass
@@ -126,7 +132,7 @@ class Banks:
         self._number_of: dict[int, int] = {}
         self._reached: set[int] = set()
         self._options = [self._take(row) for row in range(len(self.sessions))]
-        self._optimizers = [self._optimizer(row) for row in range(len(self.sessions))]
+        self._optimizer, self._steps = self._make_optimizer()
         # Last, when nothing can go wrong any more: from here on members live in the banks.
         for row in range(len(self.sessions)):
             self._move_in(row)
@@ -138,7 +144,7 @@ class Banks:
         """Give every member its parameters and moments back."""
         for row, session in enumerate(self.sessions):
             names = {id(parameter): name for name, parameter in session.parameters.items()}
-            step = next(state["step"] for state in self._optimizers[row].state.values())
+            step = self._steps[row]
             for placed in self._placed[row]:
                 part, parameter = self._parts[placed.key], placed.parameter
                 if placed.own:
@@ -184,13 +190,11 @@ class Banks:
         return float(off.sqrt()), float(size.sqrt())
 
     def step(self, factors: Sequence[float]) -> None:
-        """Clip every member's gradients by their own norm, and let its own AdamW step.
+        """Clip every member's gradients by their own norm, and take its step of AdamW.
 
         Args:
             factors: By member, the share of its peak learning rate.
         """
-        from peftsearch.training.optimizer import set_learning_rate
-
         for bank in self._banks.values():
             if bank.masters is not bank.weights:
                 bank.master_gradients.copy_(bank.gradients)
@@ -200,10 +204,11 @@ class Banks:
         shares = (self._largest_norms / (norm + 1e-6)).clamp(max=1.0)[:, None]
         for bank in self._banks.values():
             bank.master_gradients.mul_(shares)
-        for factor, optimizer in zip(factors, self._optimizers, strict=True):
-            set_learning_rate(optimizer, factor)
-            optimizer.step()
         for bank in self._banks.values():
+            bank.direction.zero_()
+        self._optimizer.step()
+        for bank, (kept, rate) in zip(self._banks.values(), self._rates(factors), strict=True):
+            bank.masters.mul_(kept).addcmul_(bank.direction, rate)
             if bank.masters is not bank.weights:
                 bank.weights.copy_(bank.masters)
 
@@ -272,24 +277,45 @@ class Banks:
             else:
                 self._number_of[id(placed.parameter)] = numbers[placed.key]
 
-    def _optimizer(self, row: int) -> torch.optim.AdamW:
-        groups, states = [], []
+    def _rates(self, factors: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
+        """By bank, of shape (members, 1): the share of the weights that decay leaves, and the learning rate."""
+        rates = []
         for bank in self._banks.values():
-            if id(bank) not in self._options[row]:
-                continue
-            options, steps = self._options[row][id(bank)]
-            weights = nn.Parameter(bank.masters[row])
-            weights.grad = bank.master_gradients[row]
-            groups.append({**options, "params": [weights]})
-            states.append((weights, bank.average[row], bank.square[row], steps))
-        optimizer = torch.optim.AdamW(groups, fused=self._device.type in ("cuda", "cpu"))
-        for weights, average, square, steps in states:
-            optimizer.state[weights] = {
-                "step": torch.zeros((), device=self._device) if steps is None else steps.clone(),
-                "exp_avg": average,
-                "exp_avg_sq": square,
-            }
-        return optimizer
+            rows = []
+            for factor, options in zip(factors, self._options, strict=True):
+                # Nothing of a member without such parameters changes.
+                own = options[id(bank)][0] if id(bank) in options else {"peak": 0.0, "weight_decay": 0.0}
+                rate = own["peak"] * factor
+                rows.append((1.0 - rate * own["weight_decay"], rate))
+            rates.append(rows)
+        # Numbers that the host has now and the device wants: copied without waiting for what was launched before.
+        found = moved(torch.tensor(rates), self._device)
+        return [(rows[:, :1], rows[:, 1:]) for rows in found]
+
+    def _make_optimizer(self) -> tuple[torch.optim.AdamW, list[Tensor]]:
+        """The optimiser of all rows, and by member how many steps it has taken."""
+        groups: dict[str, dict[str, Any]] = {}
+        states: dict[Tensor, dict[str, Tensor]] = {}
+        taken: list[Tensor] = []
+        for row, by_bank in enumerate(self._options):
+            for bank in self._banks.values():
+                if id(bank) not in by_bank:
+                    continue
+                options, steps = by_bank[id(bank)]
+                direction = nn.Parameter(bank.direction[row])
+                direction.grad = bank.master_gradients[row]
+                alike = {**options, "lr": 1.0, "weight_decay": 0.0, "peak": 1.0}
+                groups.setdefault(repr(sorted(alike.items())), {**alike, "params": []})["params"].append(direction)
+                states[direction] = {
+                    "step": torch.zeros((), device=self._device) if steps is None else steps.clone(),
+                    "exp_avg": bank.average[row],
+                    "exp_avg_sq": bank.square[row],
+                }
+                if len(taken) == row:
+                    taken.append(states[direction]["step"])
+        optimizer = torch.optim.AdamW(list(groups.values()), fused=self._device.type in ("cuda", "cpu"))
+        optimizer.state.update(states)
+        return optimizer, taken
 
 
 def head_of(session: TrialSession) -> frozenset[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,13 @@ from peftsearch.training.dropout import use_fast_dropout
 from peftsearch.training.packing.banks import Banks, Key, Placed, along_columns, along_rows, as_it_is
 from peftsearch.training.packing.layers import Change, PackedBottleneck, PackedLowRank, Range
 from peftsearch.training.packing.layout import Layout
-from peftsearch.training.packing.parts import Bottleneck, LowRank, NotPackableError, Parts
+from peftsearch.training.packing.parts import Bottleneck, LowRank, NotPackableError, Parts, read_parts
 from peftsearch.training.packing.prompts import PackedPrompts
 from peftsearch.training.recompute import enable
 
 if TYPE_CHECKING:
     from peftsearch.domains import PreparedDomain
+    from peftsearch.training.session import TrialSession
 
 
 class Host:
@@ -47,6 +49,7 @@ class Host:
         self._frozen = dict(self.model.named_parameters(remove_duplicate=False))
         self._handles: list[Any] = []
         self._recomputes = False
+        self._parts: WeakKeyDictionary[TrialSession, Parts] = WeakKeyDictionary()
         self._begins: dict[str, str] = {}
         """Where feed-forward sublayers begin, by their ends; seeking them takes milliseconds each."""
 
@@ -106,6 +109,22 @@ class Host:
         for modules in self.own.values():
             modules.of(None, ())
 
+    def parts_of(self, session: TrialSession) -> Parts:
+        """What a trial adds to this base; read once, as going through a model takes milliseconds.
+
+        Raises:
+            NotPackableError: It is not this base with what a pack can add to it; it names the trial.
+        """
+        if session not in self._parts:
+            try:
+                parts = read_parts(session.model)
+                self.check(parts)
+            except NotPackableError as error:
+                error.session = session
+                raise
+            self._parts[session] = parts
+        return self._parts[session]
+
     def check(self, parts: Parts) -> None:
         """Refuse a member that is not this base with what a pack can add to it.
 
@@ -143,13 +162,14 @@ class OwnModules(nn.Module):
         assert layout is not None
         rows = layout.members * layout.rows
 
-        def own(value: Any, member: int) -> Any:
+        def shares(value: Any) -> Sequence[Any]:
             if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != rows:
-                return value
-            return value[layout.slice(member)]
+                return [value] * layout.members
+            return layout.shares(value)
 
+        given, named = [shares(value) for value in args], {name: shares(value) for name, value in kwargs.items()}
         outputs = [
-            module(*(own(value, member) for value in args), **{k: own(v, member) for k, v in kwargs.items()})
+            module(*(own[member] for own in given), **{name: own[member] for name, own in named.items()})
             for member, module in enumerate(self._modules_of)
         ]
         if isinstance(outputs[0], Tensor):

@@ -31,9 +31,12 @@ class Layout:
         """How wide each member's texts are; a decoder that is given none reads its encoder's."""
         return self.widths.get(source, self.widths["input_ids"])
 
-    def slice(self, member: int) -> slice:
-        """A member's rows."""
-        return slice(member * self.rows, (member + 1) * self.rows)
+    def shares(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Each member's rows of a tensor (rows of all members, ...).
+
+        Their gradients are put together once; those of slices would each be a tensor of all members' size.
+        """
+        return torch.split(tensor, self.rows)
 
     def sliced(self, tensor: Tensor) -> Tensor:
         """A tensor (rows of all members, ..., width) as (members, numbers in between, width).

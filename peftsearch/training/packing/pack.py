@@ -17,7 +17,7 @@ from peftsearch.training.optimizer import learning_rate_factor
 from peftsearch.training.packing.banks import Banks
 from peftsearch.training.packing.host import Host, placed_of
 from peftsearch.training.packing.layout import Layout, filled
-from peftsearch.training.packing.parts import NotPackableError, Parts, read_parts
+from peftsearch.training.packing.parts import NotPackableError
 from peftsearch.training.precision import training_autocast
 from peftsearch.training.session import TrialSession
 
@@ -95,7 +95,7 @@ class Pack:
         self._accumulation = first.training.gradient_accumulation
         if len({(session.plan.model, session.plan.domain) for session in self.sessions}) > 1:
             raise NotPackableError("trials of several domains or models are not trained together")
-        parts = [_parts_of(session, host) for session in self.sessions]
+        parts = [host.parts_of(session) for session in self.sessions]
         self.layout = Layout(len(self.sessions))
         self.banks = Banks(self.sessions, [placed_of(own) for own in parts])
         # What one of them needs alone, all need together.
@@ -105,7 +105,7 @@ class Pack:
         except BaseException:
             self.close()
             raise
-        self._models = (host.model, *(session.model for session in self.sessions))
+        self._running = (host.model, *(module for own in parts for module in own.own.values()))
         self._trains = False
         """Whether these are in training mode, in all their parts."""
         self._counts: dict[tuple[int, ...], Tensor] = {}
@@ -169,7 +169,7 @@ class Pack:
             MemberError: As `step`.
         """
         # Heads are the members', not the host's: of those that have trained before, some would drop.
-        for model in self._models:
+        for model in (self.host.model, *(session.model for session in self.sessions)):
             model.eval()
         self._trains = False
         # In full precision, where the pack's size was measured in half: of each member a part of its batch has to do.
@@ -198,10 +198,11 @@ class Pack:
 
     def _train(self) -> None:
         # A model's own flag does not speak for its parts: PEFT puts a new one in training mode around a base in
-        # evaluation mode. And going through all parts at every step would take milliseconds.
+        # evaluation mode. And going through all parts at every step would take milliseconds. Of the members' models
+        # their own modules run here, no others.
         if not self._trains:
-            for model in self._models:
-                model.train()
+            for module in self._running:
+                module.train()
             self._trains = True
 
     def _next(self) -> _Loaded:
@@ -248,12 +249,12 @@ class Pack:
                 full = False
             with training_autocast(self._precision if autocast else "fp32", self.device), padding_known(full):
                 output = self.host.model(**part.inputs.values)
-            found = []
+            found, shares = [], self._shares(output)
             for member, batch in enumerate(part.batches):
                 if not part.learns[member]:
                     found.append(summed.new_zeros(()))
                     continue
-                own = self._output_of(member, output, batch)
+                own = self._output_of(member, type(output), shares, batch)
                 losses = self.domain.task.losses(own, batch, self.sessions[member].loss_options)
                 found.append(losses.sum() / len(indices[member]))
             self.layout.encoder_mask = None
@@ -317,31 +318,31 @@ class Pack:
                 except ValueError as error:
                     raise MemberError(self.sessions[member], error) from error
 
-    def _output_of(self, member: int, output: Any, batch: Mapping[str, Any]) -> Any:
-        """The part of the model's output that a member would have had alone."""
+    def _shares(self, output: Any) -> dict[str, tuple[Tensor, ...]]:
+        """By name of what the model gives for each text, each member's part."""
+        every = self.layout.members * self.layout.rows
+        return {
+            name: self.layout.shares(value)
+            for name, value in output.items()
+            if isinstance(value, Tensor) and value.ndim and value.shape[0] == every
+        }
+
+    def _output_of(
+        self, member: int, kind: type[Any], shares: Mapping[str, tuple[Tensor, ...]], batch: Mapping[str, Any]
+    ) -> Any:
+        """What the model would have given a member alone."""
         rows, layout = len(batch["input_ids"]), self.layout
-        first = member * layout.rows
         own = {}
-        for name, value in output.items():
-            if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != layout.members * layout.rows:
-                continue
-            value = value[first : first + rows]
+        for name, of_members in shares.items():
+            value = of_members[member]
+            if rows < layout.rows:
+                value = value[:rows]
             if value.ndim > 2 or name in _BY_TOKEN:
                 source = "decoder_input_ids" if "decoder_input_ids" in layout.widths else "input_ids"
                 if value.shape[1] == max(layout.widths[source]):
                     value = value[:, : layout.widths[source][member]]
             own[name] = value
-        return type(output)(**own)
-
-
-def _parts_of(session: TrialSession, host: Host) -> Parts:
-    try:
-        parts = read_parts(session.model)
-        host.check(parts)
-    except NotPackableError as error:
-        error.session = session
-        raise
-    return parts
+        return kind(**own)
 
 
 def _seed(sessions: Sequence[TrialSession]) -> int:

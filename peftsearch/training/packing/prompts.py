@@ -91,8 +91,8 @@ class PackedPrompts:
         widths = self.layout.widths_of(self.source)
         whole = max(widths)
         cut = [
-            hidden[self.layout.slice(member), count : count + width]
-            for member, (count, width) in enumerate(zip(self.counts, widths, strict=True))
+            own[:, count : count + width]
+            for own, count, width in zip(self.layout.shares(hidden), self.counts, widths, strict=True)
         ]
         hidden = torch.cat([F.pad(own, (0, 0, 0, whole - own.shape[1])) for own in cut])
         if isinstance(output, tuple):
@@ -116,8 +116,8 @@ class PackedPrompts:
         widths = self.layout.widths_of(self.source)
         longest = max(count + width for count, width in zip(self.counts, widths, strict=True))
         rows = []
-        for member, width in enumerate(widths):
-            text, before = tensor[self.layout.slice(member), :width], front[member]
+        for own, before, width in zip(self.layout.shares(tensor), front, widths, strict=True):
+            text = own[:, :width]
             row = text if before is None else torch.cat([before, text], dim=1)
             behind = longest - row.shape[1]
             rows.append(F.pad(row, (0, 0) * (row.ndim - 2) + (0, behind)) if behind else row)
