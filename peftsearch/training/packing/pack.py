@@ -1,4 +1,4 @@
-"""Trials of one domain in step with each other: one forward and backward pass for all, and each one's own AdamW."""
+"""Trials of one domain in step with each other: one forward and backward pass for all, and each one's own step."""
 
 from __future__ import annotations
 
