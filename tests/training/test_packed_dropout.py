@@ -11,6 +11,7 @@ import torch
 from test_packing import Trials, planned
 from tiny_models import SAMPLES
 
+from peftsearch.training.packing import Pack
 from peftsearch.training.session import TrialSession
 
 DRAWS = 200
@@ -40,6 +41,13 @@ def losses_alone(session: TrialSession) -> torch.Tensor:
     return torch.stack(found).double()
 
 
+def what_runs(pack: Pack) -> list[Any]:
+    """The base, and of each trial the modules of its own: a head each at least."""
+    heads = [module for own in pack.host.own.values() for module in own._modules_of]
+    assert len(heads) >= len(pack.sessions)
+    return [pack.host.model, *heads]
+
+
 def test_gradients_are_compared_without_dropout(tmp_path: Path) -> None:
     """A pack is checked against each member's own model, which draws other masks."""
     trials = Trials(planned(tmp_path, "encoder", "classification"), tmp_path / "out")
@@ -67,7 +75,7 @@ def test_who_joins_a_trial_that_has_stepped_is_compared_without_dropout_too(kind
     pack = trials.pack([first, second])
     pack.check()
     pack.step()
-    assert all(module.training for session in pack.sessions for module in session.model.modules())
+    assert all(module.training for running in what_runs(pack) for module in running.modules())
     pack.close()
 
 
@@ -81,9 +89,7 @@ def test_heads_drop_in_a_pack_from_its_first_step_on(checked: bool, tmp_path: Pa
     if checked:
         pack.check()
     pack.step()
-    assert all(
-        module.training for model in (pack.host.model, *(s.model for s in members)) for module in model.modules()
-    )
+    assert all(module.training for running in what_runs(pack) for module in running.modules())
     pack.close()
 
 
