@@ -26,14 +26,14 @@ def check_unchanged(study: StudyHandle) -> None:
     Raises:
         StudyError: Shows what has changed, and says what to do; or the storage cannot be used.
     """
-    _check_databases(study)
+    check_databases(study)
     check_storage(study.folder.storage)
     if study.folder.exists():
         before = specification(read_json(study.folder.spec), study.folder)
         compare(as_saved(before), as_saved(study.spec)).check(study.name)
 
 
-def _check_databases(study: StudyHandle) -> None:
+def check_databases(study: StudyHandle) -> None:
     """See that the storage can hold what is to be in it.
 
     Raises:
@@ -110,6 +110,13 @@ def check_same_data(study: StudyHandle, plan: StudyPlan) -> None:
         old_model = known.models.get(path)
         if old_model is not None and old_model.fingerprint != model.fingerprint:
             raise StudyError(f"the model {path!r} has changed since the study {study.name!r} began: {advice}")
+    for cell, steps in ({} if plan.unchecked else plan.steps).items():
+        if known.steps.get(cell, steps) != steps:
+            raise StudyError(
+                f"trials of {cell} take {known.steps[cell]:,} steps in the study {study.name!r} so far, and would take "
+                f"{steps:,} now, as the tokens of another model make other batches: leave its models as they are, "
+                "and compare the further one in a study of its own (--name)"
+            )
 
 
 def plan_facts(study: StudyHandle, plan: StudyPlan) -> StudyFacts:
@@ -126,6 +133,7 @@ def plan_facts(study: StudyHandle, plan: StudyPlan) -> StudyFacts:
         methods=tuple(study.spec.methods),
         domains={name: domain.facts() for name, domain in plan.domains.items()},
         models=dict(plan.model_facts),
+        steps=plan.steps,
         provenance=provenance(study.file.folder),
     )
     if trusted := [path for path, place in plan.models.items() if place.trust_remote_code]:

@@ -210,10 +210,10 @@ class MethodSpace:
             return generator.choice(space)
         if not isinstance(space, Range):
             return space
-        if space.log:
+        if space.values is not None:
+            value = generator.choice(space.values)
+        elif space.log:
             value = math.exp(generator.uniform(math.log(space.low), math.log(space.high)))
-        elif space.step is not None:
-            value = space.low + space.step * generator.randint(0, math.floor((space.high - space.low) / space.step))
         else:
             value = generator.uniform(space.low, space.high)
         value = min(max(value, space.low), space.high)

@@ -47,7 +47,7 @@ def study_cells(spec: StudySpec) -> list[Cell]:
     if spec.search.sampler == "grid":
         if spec.search.allocation == "joint":
             raise StudyError(
-                "sampler: grid tries every cell's whole grid: allocation: joint leaves nothing to share",
+                "sampler: grid tries every cell's own grid: allocation: joint leaves nothing to share",
                 ("search", "allocation"),
             )
         if spec.search.warm_start is not None:

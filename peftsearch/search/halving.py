@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,6 +81,11 @@ class Pruner(ABC):
         table.add(candidate, self._quality(candidate))
         return table.promotes_latest(max(1, math.floor(table.seen / self.eta)))
 
+    def failed(self, cell: str, number: int) -> None:
+        """A trial will not come to its full budget: whoever was worse may now be the best of its cell."""
+        for table in self.rungs.values():
+            table.failed(cell, number)
+
     @abstractmethod
     def table(self) -> RungTable:
         """What is kept of a rung."""
@@ -104,6 +109,10 @@ class RungTable(ABC):
     def add(self, candidate: Candidate, quality: Quality) -> None:
         """A trial has reached the rung."""
         self.seen += 1
+
+    def failed(self, cell: str, number: int) -> None:
+        """As `Pruner.failed`. It stays among those that the others are compared with."""
+        return
 
     @abstractmethod
     def promotes_latest(self, places: int) -> bool:
@@ -131,8 +140,8 @@ class ParetoHalving(Pruner):
     """Front-aware ASHA: ranks by non-dominated sorting on (metric, trainable parameters).
 
     Within a rank, trials with more room around them on the front go first, so that the survivors stay spread (crowding
-    distance, Deb et al. 2002). The best trial of each cell so far always goes on, so that every method is seen at the
-    full budget.
+    distance, Deb et al. 2002). The best trial of each cell so far (of those that have not failed since) always goes on,
+    so that every method is seen at the full budget.
     """
 
     def table(self) -> RungTable:
@@ -166,22 +175,25 @@ class _ByFront(RungTable):
         self._numbers: list[int] = []
         self._qualities: list[Quality] = []
         """All that differ, in order."""
-        self._best: dict[str, Quality] = {}
-        """By cell."""
+        self._of_cell: dict[str, list[tuple[Quality, int]]] = {}
+        """By cell, qualities and numbers of those that have not failed, best first."""
         self._best_of_cell = False
         self._rank = 0
 
     def add(self, candidate: Candidate, quality: Quality) -> None:
         super().add(candidate, quality)
-        best = self._best.setdefault(candidate.cell, quality)
-        self._best_of_cell = quality <= best
-        if self._best_of_cell:
-            self._best[candidate.cell] = quality
+        own = self._of_cell.setdefault(candidate.cell, [])
+        self._best_of_cell = not own or quality <= own[0][0]
+        insort(own, (quality, candidate.number))
         place = bisect_left(self._qualities, quality)
         if self._qualities[place : place + 1] != [quality]:
             self._qualities.insert(place, quality)
         self._rank = self._levels.add(quality, math.log(max(1, candidate.parameters)), len(self._numbers))
         self._numbers.append(candidate.number)
+
+    def failed(self, cell: str, number: int) -> None:
+        own = self._of_cell.get(cell, [])
+        own[:] = [entry for entry in own if entry[1] != number]
 
     def promotes_latest(self, places: int) -> bool:
         if self._best_of_cell:

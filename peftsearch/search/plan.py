@@ -106,6 +106,11 @@ class StudyPlan:
             return training
         return training.model_copy(update={"gradient_checkpointing": True})
 
+    @property
+    def steps(self) -> dict[str, int]:
+        """Steps of a trial's full budget, by DOMAIN/METHOD."""
+        return {f"{domain}/{method}": budget.total_steps for (domain, method), budget in self.budgets.items()}
+
     def searches(self) -> dict[str, DomainSearch]:
         """What the search needs to know of each domain."""
         return {
@@ -126,7 +131,7 @@ class StudyPlan:
             threads=threads,
             measure_threads=self.spec.resources.threads_per_worker == "auto",
             general_texts=self.general_texts,
-            pack=self.spec.resources.trials_at_once,
+            pack=self.spec.trials_at_once,
             spaces={item.cell.method: item.cell.space for item in self.cells},
             bare=frozenset(key for key, domain in self.prepared.items() if domain.head.bare),
             strategy=self.spec.resources.strategy,
@@ -283,10 +288,13 @@ def _check_limits(spec: StudySpec, cells: Iterable[CellPlan], memory: MemoryCost
 
 
 def _budget(name: str, prepared: Iterable[PreparedDomain], training: TrainingSpec) -> Budget:
-    """The steps of a domain's trials; for all models as many as for the one whose tokens make the most batches."""
+    """The steps of a domain's trials; for all models as many as for the one whose tokens make the most batches.
+
+    Where windows or blocks are counted, other models than that one pass over their rows more often.
+    """
     lengths = [domain.lengths("train") for domain in prepared if domain.name == name]
     if training.tokens_per_batch is None:
-        return Budget.of(len(lengths[0]), training.batch_size, training.epochs, training.evaluations)
+        return Budget.of(max(map(len, lengths)), training.batch_size, training.epochs, training.evaluations)
     steps = max(len(batch_sizes(each, training.batch_size, training.tokens_per_batch)) for each in lengths)
     return Budget.of_steps(steps, training.epochs, training.evaluations)
 

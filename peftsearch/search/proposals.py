@@ -156,22 +156,16 @@ class Grid:
         if isinstance(dimension, tuple):
             return dimension
         assert isinstance(dimension, Range)
-        if dimension.low == dimension.high:
-            count, step = 1, 0.0
-        elif dimension.step is None:
+        values = dimension.values
+        if values is None:
             raise StudyError(
                 f"search.sampler: grid needs a list of values for {name}, or a range with a step, not "
                 f"{dimension.low:g} .. {dimension.high:g}: write for example {name}: [{dimension.low:g}, "
                 f"{dimension.high:g}]",
                 ("methods", self.space.method.name, name),
             )
-        else:
-            step = dimension.step
-            count = math.floor((dimension.high - dimension.low) / step + 1e-9) + 1
         whole = self.space.method.hyperparameters[name].kind == "int"
-        # Added up by multiplication and rounded, as 0.1 + 2 * 0.1 is not 0.3.
-        found = (float(f"{dimension.low + index * step:.12g}") for index in range(count))
-        return tuple(int(value) if whole else value for value in found)
+        return tuple(int(value) if whole else value for value in values)
 
 
 def _grid_sampler(grid: Grid) -> optuna.samplers.BaseSampler:

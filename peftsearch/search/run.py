@@ -135,6 +135,9 @@ class StudyRun:
                 if not (running and rung is record.rungs[-1]):
                     self._pruners[record.domain].record(index, self._candidate(record, rung))
         for record in ledger.records:
+            if record.state is TrialState.FAILED:
+                self._pruners[record.domain].failed(self._key(record), record.number)
+        for record in ledger.records:
             if record.state is TrialState.RUNNING and not self._settled(record):
                 self._interrupted.append(record.number)
 
@@ -211,6 +214,9 @@ class StudyRun:
             stopped_early=result.stopped,
         )
         if final or result.stopped:
+            if len(record.rungs) > known:
+                # Its early stopping may be at a rung.
+                self._pruners[record.domain].record(len(record.rungs), self._candidate(record, rung))
             record = self.ledger.complete(number, checkpoint=f"trials/{number:05d}")
         elif len(record.rungs) > known and not self._pruners[record.domain].goes_on(
             len(record.rungs), self._candidate(record, rung)
@@ -221,7 +227,9 @@ class StudyRun:
 
     def failed(self, number: int, error: str, retries: int = 0) -> None:
         """Record that a trial cannot go on."""
-        self._tell(self.ledger.fail(number, error, retries=self.ledger.record(number).retries + retries))
+        record = self.ledger.fail(number, error, retries=self.ledger.record(number).retries + retries)
+        self._pruners[record.domain].failed(self._key(record), number)
+        self._tell(record)
 
     def _settled(self, record: TrialRecord) -> bool:
         """Take the decision that a driver died over, between recording a trial's evaluation and its consequence."""
@@ -229,6 +237,7 @@ class StudyRun:
             return False
         last = record.rungs[-1]
         if record.stopped_early or last.step >= record.total_steps:
+            self._pruners[record.domain].record(len(record.rungs), self._candidate(record, last))
             self._tell(self.ledger.complete(record.number, checkpoint=f"trials/{record.number:05d}"))
             return True
         if not self._pruners[record.domain].goes_on(len(record.rungs), self._candidate(record, last)):
@@ -316,9 +325,11 @@ class StudyRun:
         return PRUNERS[self.search.scheduler](evaluations, self.search.eta, self.search.grace, domain.direction)
 
     def _candidate(self, record: TrialRecord, rung: Rung) -> Candidate:
+        return Candidate(record.number, self._key(record), rung.value, rung.loss, record.trainable_parameters)
+
+    def _key(self, record: TrialRecord) -> str:
         cell = self._cell_of.get((record.model, record.domain, record.method))
-        key = cell.key if cell else f"{record.domain}/{record.method}/{record.model}"
-        return Candidate(record.number, key, rung.value, rung.loss, record.trainable_parameters)
+        return cell.key if cell else f"{record.domain}/{record.method}/{record.model}"
 
     def _learn(self, record: TrialRecord) -> None:
         if (joint := self._joint.get((record.model, record.domain))) is not None:

@@ -33,7 +33,7 @@ from peftsearch.spec.study import (
     check_name,
 )
 from peftsearch.spec.study_file import StudyFile, problem, suggest
-from peftsearch.spec.trial import Confirmed, Reading, Rung, TrialRecord, TrialState
+from peftsearch.spec.trial import Confirmed, Reading, Rung, TrialRecord, TrialState, deviation
 
 __all__ = [
     "ALL_BASELINES",
@@ -71,6 +71,7 @@ __all__ = [
     "TrialState",
     "UnreachableError",
     "check_name",
+    "deviation",
     "first_line",
     "hide_secrets",
     "model_location",

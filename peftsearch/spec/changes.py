@@ -17,6 +17,10 @@ from peftsearch.spec.errors import StudyError
 _FREE = (("resources",), ("description",), ("tracking", "mlflow"), ("confirm", "prompted_examples"))
 """How and where a study is run and shown, which is no part of its question; and what each reading says of itself."""
 
+_COMPUTED = frozenset({"evaluation_batch_size", "gradient_accumulation", "gradient_checkpointing", "compile"})
+"""Of ``training``: how the same batches are computed, in less memory or time. Numbers differ by rounding, and dropout
+draws other masks; so a study whose trials do not fit can go on."""
+
 _GROWING = {("search", "trials"): "trials per cell", ("confirm", "seeds"): "seeds to confirm with"}
 
 _SECTIONS = {"models": "model", "domains": "domain", "methods": "method"}
@@ -95,7 +99,7 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
     flat_old, flat_new = flat(old), flat(new)
     for key in [*flat_old, *(key for key in flat_new if key not in flat_old)]:
         change = Change(key, flat_old.get(key, _ABSENT), flat_new.get(key, _ABSENT))
-        if change.old == change.new or key[:2] in added or any(key[: len(free)] == free for free in _FREE):
+        if change.old == change.new or key[:2] in added or _free(key):
             continue
         if key in _GROWING:
             if change.new > change.old:
@@ -111,11 +115,15 @@ def unchanged_cells(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[tu
     """The (model, domain, method) whose trials would be the same under both specifications, given the same data.
 
     That is where nothing has changed that shapes them: the model, the domain, the method's space and training, the
-    study's ``training``, ``forgetting`` and ``search``, but for the number of trials.
+    study's ``training``, ``forgetting`` and ``search``, but for the number of trials and how batches are computed.
     """
     old, new = by_name(before), by_name(now)
     for side in (old, new):
         side["search"] = {key: value for key, value in side["search"].items() if key != "trials"}
+        side["training"] = _deciding(side["training"])
+        side["methods"] = {
+            name: {**method, "training": _deciding(method["training"])} for name, method in side["methods"].items()
+        }
     if any(old[section] != new[section] for section in ("search", "training", "forgetting")):
         return set()
 
@@ -125,6 +133,15 @@ def unchanged_cells(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[tu
     return {
         (model, domain, method) for model in same("models") for domain in same("domains") for method in same("methods")
     }
+
+
+def _free(key: Key) -> bool:
+    training = key[:1] == ("training",) or (key[:1] == ("methods",) and key[2:3] == ("training",))
+    return any(key[: len(free)] == free for free in _FREE) or (training and key[-1] in _COMPUTED)
+
+
+def _deciding(training: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in training.items() if key not in _COMPUTED}
 
 
 def by_name(spec: Mapping[str, Any]) -> dict[str, Any]:

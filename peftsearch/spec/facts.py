@@ -97,4 +97,8 @@ class StudyFacts(_Facts):
     methods: tuple[str, ...]
     domains: dict[FolderName, DomainFacts]
     models: dict[str, ModelFacts]
+    steps: dict[str, int] = Field(
+        default_factory=dict,
+        description="Steps of a trial's full budget, by DOMAIN/METHOD; not known of earlier versions",
+    )
     provenance: dict[str, str] = Field(description="Package versions, hardware, git commit of the study file, ...")

@@ -32,6 +32,17 @@ class Range(BaseModel):
             raise ValueError("step and log exclude each other: drop one")
         return self
 
+    @property
+    def values(self) -> tuple[float, ...] | None:
+        """All of its values, in order; None for a range without a step, which has no end of them."""
+        if self.low == self.high:
+            return (self.low,)
+        if self.step is None:
+            return None
+        count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
+        # Added up by multiplication and rounded, as 0.1 + 2 * 0.1 is not 0.3.
+        return tuple(float(f"{self.low + index * self.step:.12g}") for index in range(count))
+
 
 def _parse(value: Any) -> Any:
     """Tell the three forms apart here, so that an error names the form that the writer meant."""

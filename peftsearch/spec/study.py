@@ -212,7 +212,7 @@ class DomainSpec(_Section):
     data: DataSpec
     metric: str | None = Field(default=None, description="The objective; the task's first metric where absent")
     options: dict[str, Any] = Field(
-        default_factory=dict, description="Settings of the task, for example prompt, generation, windows"
+        default_factory=dict, description="Settings of the task, for example template, generation, stride"
     )
     max_length: int | None = Field(default=None, ge=4, description="Tokens per text; training.max_length where absent")
 
@@ -232,7 +232,7 @@ class SearchSpec(_Section):
     )
     sampler: Literal["tpe", "random", "grid"] = Field(
         default="tpe",
-        description="How configurations are proposed; grid: every combination of the listed values, in order",
+        description="How configurations are proposed; grid: combinations of the listed values in order, up to trials",
     )
     startup_trials: int | None = Field(
         default=None, ge=1, description="Random trials per cell before TPE takes over; a quarter (4 to 10) where absent"
@@ -297,6 +297,10 @@ class TrainingSpec(_Section):
         default="auto",
         description="Compute activations a second time in the backward pass instead of keeping them: a third more "
         "work, and much less memory; auto: where they would not fit",
+    )
+    compile: bool = Field(
+        default=False,
+        description="Train the transformer's layers with torch.compile, for GPUs; one trial at a time",
     )
     optimizer: Literal["adamw", "adamw_8bit"] = Field(
         default="adamw", description="adamw_8bit (bitsandbytes) keeps its moments in 8 bits"
@@ -416,13 +420,6 @@ class ResourcesSpec(_Section):
             )
         return self
 
-    @property
-    def trials_at_once(self) -> int | Literal["auto"]:
-        """How many trials a slot trains at once; auto where that is measured, as it is on a GPU alone."""
-        if self.pack == "auto" and (self.workers_per_trial > 1 or not self.gpus_per_worker):
-            return 1
-        return self.pack
-
 
 class TrackingSpec(_Section):
     """Where the study is recorded."""
@@ -498,6 +495,24 @@ class StudySpec(_Section):
         if len(set(paths)) < len(paths):
             raise ValueError("a model is listed twice")
         return self
+
+    @model_validator(mode="after")
+    def _compiled_by_one(self) -> Self:
+        if self.training.compile and self.resources.strategy == "fsdp":
+            raise ValueError("training.compile does not go with strategy: fsdp: leave one of them out")
+        if self.training.compile and self.resources.pack not in (1, "auto"):
+            raise ValueError(
+                f"training.compile trains one trial at a time, and pack: {self.resources.pack} several: write pack: "
+                "auto or 1, or leave compile out"
+            )
+        return self
+
+    @property
+    def trials_at_once(self) -> int | Literal["auto"]:
+        """How many trials a slot trains at once; auto where that is measured, as it is on a GPU alone."""
+        resources = self.resources
+        measures = resources.workers_per_trial == 1 and resources.gpus_per_worker > 0 and not self.training.compile
+        return 1 if resources.pack == "auto" and not measures else resources.pack
 
     def domain_max_length(self, domain: str) -> int:
         """Tokens per text in a domain."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from enum import StrEnum
 from statistics import fmean, stdev
@@ -96,6 +97,13 @@ class Reading(BaseModel):
     examples_per_second: float | None = Field(default=None, description="Inference on the test split")
 
 
+def deviation(values: Sequence[float]) -> float:
+    """The sample standard deviation: 0 of a single value, not a number where one of them is none or infinite."""
+    if not all(math.isfinite(value) for value in values):
+        return math.nan
+    return stdev(values) if len(values) > 1 else 0.0
+
+
 class Confirmed(BaseModel):
     """The same configuration with further seeds: mean and sample standard deviation over its readings."""
 
@@ -116,9 +124,9 @@ class Confirmed(BaseModel):
         return cls(
             seeds=len(readings),
             mean=fmean(values),
-            std=stdev(values) if len(values) > 1 else 0.0,
+            std=deviation(values),
             test_mean=fmean(tests) if tests else None,
-            test_std=(stdev(tests) if len(tests) > 1 else 0.0) if tests else None,
+            test_std=deviation(tests) if tests else None,
             readings=tuple(readings),
         )
 
@@ -142,6 +150,9 @@ class TrialRecord(BaseModel):
     train_seconds: float = 0.0
     mlflow_run_id: str | None = None
     confirmed: Confirmed | None = None
+    failed_confirmations: dict[int, str] = Field(
+        default_factory=dict, description="Re-trainings that could not go on: by seed, why"
+    )
     error: str | None = None
 
     evaluation_seconds: float = 0.0
@@ -158,6 +169,11 @@ class TrialRecord(BaseModel):
     retries: int = Field(default=0, description="Segments done again because a worker died")
     estimated_memory_bytes: int | None = Field(default=None, description="Peak expected before the trial was run")
     estimated_seconds: float | None = Field(default=None, description="Training and evaluation expected beforehand")
+
+    @property
+    def packed(self) -> bool:
+        """Whether other trials shared its steps, so that its time is a share of theirs."""
+        return any(rung.together > 1 for rung in self.rungs)
 
     @property
     def scores(self) -> dict[str, float]:

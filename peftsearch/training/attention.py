@@ -1,10 +1,12 @@
-"""Attention on the CPU, where torch's fused kernel does not help training.
+"""Which kernels compute attention.
 
-With dropout `scaled_dot_product_attention` has no fused kernel on the CPU: it computes plain products, in fp32 also
-under bf16 autocast, and draws its masks slowly. Without dropout its fused kernel is slower in bf16 than plain products
-on processors without AMX (measured: tests/benchmarks/README.md, "Steps"). So the same formula is computed here with
-plain products where that is faster, the softmax in fp32. Evaluation outside of autocast, which records a trial's score,
-is left to `transformers`.
+**On a GPU** not cuDNN's, see `leave_out_cudnn`.
+
+**On the CPU** torch's fused kernel does not help training. With dropout `scaled_dot_product_attention` has no fused
+kernel on the CPU: it computes plain products, in fp32 also under bf16 autocast, and draws its masks slowly. Without
+dropout its fused kernel is slower in bf16 than plain products on processors without AMX (measured:
+tests/benchmarks/README.md, "Steps"). So the same formula is computed here with plain products where that is faster, the
+softmax in fp32. Evaluation outside of autocast, which records a trial's score, is left to `transformers`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,16 @@ from peftsearch.training.dropout import dropout as drop
 
 _LONGEST = 512
 """Keys up to which plain products without dropout may take the memory of their scores, which a fused kernel saves."""
+
+
+def leave_out_cudnn(device: torch.device) -> None:
+    """Let this process compute attention on a GPU by torch's own kernels.
+
+    cuDNN's come first on the newest GPUs, and plan anew, for a second, whenever a batch has another shape, as batches
+    of texts have: https://github.com/modelscope/FunASR/issues/3704. What verifies a score computes as what found it.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def use_fast_attention() -> None:
@@ -91,7 +103,7 @@ def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _pays(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, dropout: float
 ) -> bool:
-    if query.device.type != "cpu" or query.ndim != 4 or query.shape[2] == 1:
+    if query.device.type != "cpu" or query.ndim != 4 or query.shape[2] == 1 or torch.compiler.is_compiling():
         return False
     if mask is not None and mask.ndim != 4:
         return False

@@ -23,8 +23,12 @@ _FAILED = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
-# Any of these makes a trial need less.
-_LOWER = "lower training.batch_size (or tokens_per_batch), training.evaluation_batch_size or training.max_length"
+# What a study may be continued with (`peftsearch.spec.changes`), and what takes a new one.
+_ADVICE = (
+    "raise training.gradient_accumulation, write training.gradient_checkpointing: true or lower "
+    "training.evaluation_batch_size, and the study goes on with that; in a new study a smaller training.batch_size (or "
+    "tokens_per_batch) or training.max_length needs less too, and search.max_memory leaves such trials out"
+)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -61,8 +65,7 @@ def describe(error: BaseException) -> str:
     """An error as a trial's own: of failed allocations how much was wanted, and what to lower."""
     if not out_of_memory(error):
         return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    others = "raise training.gradient_accumulation, write training.gradient_checkpointing: true"
-    return f"{_lacking(error)}; {_LOWER}, {others}, or set search.max_memory"
+    return f"{_lacking(error)}; {_ADVICE}"
 
 
 @contextlib.contextmanager

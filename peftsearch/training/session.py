@@ -36,6 +36,7 @@ from peftsearch.training.checkpoint import (
     trial_folder,
     write_checkpoint,
 )
+from peftsearch.training.compiled import compile_layers, uncompiled
 from peftsearch.training.data_order import DataOrder
 from peftsearch.training.distributed import WorkerGroup
 from peftsearch.training.dropout import use_fast_dropout
@@ -198,6 +199,8 @@ class TrialSession:
         tokens = tokens_of_a_pass(training.batch_size, bound, max(lengths), parts)
         self.recomputes = recompute(self.model, training.gradient_checkpointing, tokens, self.half, group)
         """Whether activations are computed twice."""
+        if training.compile:
+            compile_layers(self.model)
         self.wrapped = group.wrap(self.model, self.half)
         self.parameters = trainable(self.model)
         self.masters = master_weights(self.model)
@@ -296,26 +299,28 @@ class TrialSession:
         stopped = False
         if self.group.any(self.must_leave()):
             raise LeavingError
-        if self.training.patience is None:
-            evaluation = self._evaluate(final, self._leave_between)
-        else:
-            # Evaluations are compared on equal terms, the last one too: under autocast, and greedy where a task writes.
-            evaluation = self._evaluate(False, self._leave_between)
-            exhausted = self._note_improvement(evaluation)
-            stopped = exhausted and not final
-            if final or stopped:
-                # Otherwise the same computation, of which the numbers are there.
-                differs = self.half or self.domain.task.decodes
-                if self.best.step != self.step:
-                    # The last weights are not the best ones: what is scored and kept are those.
-                    _load_parameters(self.parameters, self.best.weights)
-                    differs = True
-                if differs:
-                    evaluation = self._evaluate(final=True)
-        scores = evaluation.scores
-        if self.general_text is not None and (final or stopped):
-            scores = {**scores, FORGETTING: self.general_text.rise(self.model)}
-        test = self._read_test() if read_test and (final or stopped) else None
+        with uncompiled() if self.training.compile else nullcontext():
+            if self.training.patience is None:
+                evaluation = self._evaluate(final, self._leave_between)
+            else:
+                # Evaluations are compared on equal terms, the last one too: under autocast, and greedy where a task
+                # writes.
+                evaluation = self._evaluate(False, self._leave_between)
+                exhausted = self._note_improvement(evaluation)
+                stopped = exhausted and not final
+                if final or stopped:
+                    # Otherwise the same computation, of which the numbers are there.
+                    differs = self.half or self.domain.task.decodes
+                    if self.best.step != self.step:
+                        # The last weights are not the best ones: what is scored and kept are those.
+                        _load_parameters(self.parameters, self.best.weights)
+                        differs = True
+                    if differs:
+                        evaluation = self._evaluate(final=True)
+            scores = evaluation.scores
+            if self.general_text is not None and (final or stopped):
+                scores = {**scores, FORGETTING: self.general_text.rise(self.model)}
+            test = self._read_test() if read_test and (final or stopped) else None
         evaluated = time.perf_counter()
         self.last = SegmentResult(
             step=self.step,

@@ -12,7 +12,9 @@ import torch
 from peftsearch.domains import PreparedDomain
 from peftsearch.files import StorageError, patiently
 from peftsearch.spec import StudyError
+from peftsearch.training.attention import leave_out_cudnn
 from peftsearch.training.base_model import FrozenBase
+from peftsearch.training.compiled import check_compiler, release_layers
 from peftsearch.training.distributed import PeerError, WorkerGroup
 from peftsearch.training.forgetting import GeneralText, measurable
 from peftsearch.training.memory import describe, out_of_memory
@@ -56,10 +58,7 @@ class Worker:
         self.tell: Callable[[str], None] = log.warning
         """Told, in a sentence, what a person should know."""
         torch.set_num_threads(plan.threads)
-        if group.device.type == "cuda":
-            # cuDNN's attention comes first on the newest GPUs, and plans anew, for a second, whenever a batch has
-            # another shape, as batches of texts have: https://github.com/modelscope/FunASR/issues/3704
-            torch.backends.cuda.enable_cudnn_sdp(False)
+        leave_out_cudnn(group.device)
         self.at_once = 1
         """Trials that are trained together."""
         self._bases: dict[str, FrozenBase] = {}
@@ -68,7 +67,13 @@ class Worker:
         self._general_texts: dict[tuple[str, str], GeneralText] = {}
 
     def warm_up(self) -> None:
-        """Load what the first segment would wait for: the first model with each domain's head, and the data."""
+        """Load what the first segment would wait for: the first model with each domain's head, and the data.
+
+        Raises:
+            ValueError: Layers are to be compiled, and cannot be here.
+        """
+        if any(training.compile for training in self.plan.training.values()):
+            check_compiler(self.group.device)
         first = next(iter(self.plan.models))
         for model, name in self.plan.domains:
             if model == first:
@@ -213,7 +218,9 @@ class Worker:
     def forget(self, keys: Iterable[str]) -> None:
         """Drop ended trials from memory."""
         for key in keys:
-            self._sessions.pop(key, None)
+            session = self._sessions.pop(key, None)
+            if session is not None and session.training.compile:
+                release_layers(session.model)
 
     def held(self) -> list[str]:
         """Keys of the trials that are in memory."""
@@ -222,7 +229,7 @@ class Worker:
     def drop(self, work: Work) -> None:
         """Forget a trial's state in memory."""
         if isinstance(work, Segment):
-            self._sessions.pop(work.trial.key, None)
+            self.forget([work.trial.key])
 
     def close(self) -> None:
         """Drop every trial from memory; before the worker's process group is destroyed.

@@ -65,7 +65,7 @@ class SlotPlan:
             trials: Of the study: more slots than these are of no use.
             threads: With which the study has computed so far; it goes on with so many where the file leaves it open, as
                 another number adds numbers in another order.
-            tell: Told, in a sentence, when memory holds fewer slots than there are cores for.
+            tell: Told, in a sentence, when memory holds fewer slots than there are cores for, or GPUs stay idle.
 
         Raises:
             StudyError: The cluster cannot hold a single slot, now or later.
@@ -75,6 +75,12 @@ class SlotPlan:
             (_cpus_beside(gpus, nodes) or _cpus_beside(gpus, to_come) or 1) if gpus else 1
         )
         plan = cls(slots=1, workers=workers, cpus=cpus, gpus=gpus, follows=auto)
+        idle = int(sum(node.get("GPU", 0) for node in [*nodes, *to_come]))
+        if not gpus and idle and tell is not None:
+            tell(
+                f"the study trains on CPUs, and {idle} GPU{'s stay' if idle > 1 else ' stays'} idle: write "
+                "resources: {gpus_per_worker: 1}, or --set resources.gpus_per_worker=1"
+            )
         if not gpus and auto and threads and resources.cpus_per_worker is None:
             cpus = min(threads, max((int(node.get("CPU", 0)) for node in [*nodes, *to_come]), default=threads))
             plan = replace(plan, cpus=max(1, cpus))

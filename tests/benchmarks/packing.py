@@ -1,7 +1,7 @@
 """How many examples a second a device trains, one trial at a time and in packs.
 
     python tests/benchmarks/packing.py [--model minilm|decoder-1b|FOLDER] [--method lora] [--sizes 1 2 4 8 16]
-                                       [--device auto] [--steps 20] [--json FILE]
+                                       [--device auto] [--steps 20] [--compile] [--json FILE]
 
 Models are built from their configurations, with random weights: nothing is downloaded. Every trial classifies texts of
 just the length asked for, in batches of its own. "Alone" is a trial as `pack: 1` trains it, one segment from the first
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on a CPU")
+    parser.add_argument("--compile", action="store_true", help="also one trial whose layers torch.compile compiles")
     parser.add_argument("--json", type=Path, help="also write the figures to a file")
     options = parser.parse_args()
     device = torch.device(
@@ -86,6 +87,7 @@ def measure(folder: Path, options: argparse.Namespace, device: torch.device) -> 
     """The table: a trial alone, and packs of every size."""
     from peftsearch.search.plan import plan_study
     from peftsearch.spec import StudyFile
+    from peftsearch.training.compiled import compile_layers
     from peftsearch.training.distributed import WorkerGroup
     from peftsearch.training.packing import Pack
     from peftsearch.training.packing.host import Host
@@ -122,6 +124,10 @@ def measure(folder: Path, options: argparse.Namespace, device: torch.device) -> 
 
     alone = session(0)
     rows = [timed(lambda count: alone.catch_up(alone.step + count), 1, "alone")]
+    if options.compile:
+        compiled = session(0)
+        compile_layers(compiled.model)
+        rows.append(timed(lambda count: compiled.catch_up(compiled.step + count), 1, "compiled"))
     host = Host(base, domain, None)
     for size in options.sizes:
         pack = Pack([session(number) for number in range(size)], host)

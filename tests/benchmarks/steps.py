@@ -224,9 +224,20 @@ def states(bench: Bench) -> Iterator[tuple[str, Side, Side]]:
     yield from ()
 
 
+def compiled(bench: Bench) -> Iterator[tuple[str, Side, Side]]:
+    """torch.compile of the layers, once they are compiled; what that takes is printed."""
+    for precision in ("bf16", "fp32"):
+        plain, faster = bench.session(precision=precision), bench.session(precision=precision, compile=True)
+        step, began = _step(faster), time.process_time()
+        step()
+        print(f"{f'compiling, {precision}':>52}  {time.process_time() - began:9.2f} s of this process")
+        yield f"step, {precision}: layers compiled", _step(plain), step
+
+
 PIECES: dict[str, Callable[[Bench], Iterator[tuple[str, Side, Side]]]] = {
     "attention": attention,
     "batches": batches,
+    "compiled": compiled,
     "padding": padding,
     "states": states,
 }

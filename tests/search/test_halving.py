@@ -85,6 +85,20 @@ def test_the_best_of_each_cell_goes_on() -> None:
     assert pareto.goes_on(1, candidate(11, 0.3, 1_000_000, cell="weak"))
 
 
+def test_a_leader_that_fails_gives_its_place_to_the_next_of_its_cell() -> None:
+    pareto = pruner("pareto_asha")
+    for number in range(9):
+        pareto.record(1, candidate(number, 0.9, 10, loss=number, cell="strong"))
+    assert pareto.goes_on(1, candidate(9, 0.3, 1_000_000, cell="weak"))
+    assert not pareto.goes_on(1, candidate(10, 0.2, 1_000_000, cell="weak"))
+    pareto.failed("weak", 9)
+    assert pareto.goes_on(1, candidate(11, 0.2, 1_000_000, cell="weak"))
+    assert not pareto.goes_on(1, candidate(12, 0.1, 1_000_000, cell="weak"))
+    # Of which nothing was seen.
+    pareto.failed("weak", 99)
+    pareto.failed("new", 100)
+
+
 def test_minimised_metrics_rank_the_other_way() -> None:
     asha = PRUNERS["asha"](9, 3.0, 1, "minimize")
     for number in range(9):

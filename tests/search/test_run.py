@@ -6,6 +6,7 @@ import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -285,6 +286,55 @@ def test_a_trial_that_early_stopping_ended_is_complete(dies: bool, tmp_path: Pat
     assert (ended.state, ended.stopped_early, ended.rungs[-1].step) == (TrialState.COMPLETE, True, 20)
     assert ended.total_steps == 40
     assert ended.checkpoint == f"trials/{record.number:05d}"
+
+
+def test_a_study_with_early_stopping_is_continued_to_the_same_ledger(tmp_path: Path) -> None:
+    """Early stopping may end a trial at a rung, where the others are compared with it."""
+
+    def evaluate(record: TrialRecord, index: int) -> SegmentResult:
+        value = Random(10 * record.number + index).random()
+        found = (stopped if index == 1 and record.number % 2 else result)(record, index)
+        return replace(found, scores={"accuracy": value}, loss=1 - value)
+
+    whole = open_ledger(tmp_path)
+    drive(open_run(whole, trials=12, scheduler="asha", eta=2), evaluate)
+    assert {(r.state, r.stopped_early) for r in whole.records} >= {
+        (TrialState.COMPLETE, True),
+        (TrialState.PRUNED, False),
+    }
+    for interrupted_after in (11, 17, 23):
+        folder = tmp_path / str(interrupted_after)
+        folder.mkdir()
+        drive(open_run(open_ledger(folder), trials=12, scheduler="asha", eta=2), evaluate, stop_after=interrupted_after)
+        again = open_ledger(folder)
+        drive(open_run(again, trials=12, scheduler="asha", eta=2), evaluate)
+        assert states(again) == states(whole)
+
+
+def test_a_method_whose_leader_diverged_is_seen_at_the_full_budget(tmp_path: Path) -> None:
+    def evaluate(record: TrialRecord, index: int) -> SegmentResult:
+        # The first trial of full fine-tuning leads its cell, whose trials are all behind those of the other methods.
+        value = 0.9 if record.method != "full" else 0.5 if record.number < 3 else 0.4 - record.number / 1000
+        return replace(result(record, index), scores={"accuracy": value}, loss=1 - value)
+
+    def drive_with_failure(run: StudyRun, stop_after: int | None = None) -> None:
+        while (stop_after is None or len(run.ledger.records) < stop_after) and (record := run.next_trial()) is not None:
+            for index in range(len(record.rungs), 4):
+                if record.number < 3 and record.method == "full" and index == 1:
+                    run.failed(record.number, "the training loss became nan")
+                    break
+                if not run.evaluated(record.number, evaluate(record, index), 0, final=index == 3):
+                    break
+
+    whole = open_ledger(tmp_path)
+    drive_with_failure(open_run(whole))
+    mine = [record.state for record in whole.records if record.method == "full"]
+    assert mine[:2] == [TrialState.FAILED, TrialState.COMPLETE]
+    (tmp_path / "again").mkdir()
+    drive_with_failure(open_run(open_ledger(tmp_path / "again")), stop_after=4)
+    resumed = open_ledger(tmp_path / "again")
+    drive_with_failure(open_run(resumed))
+    assert states(resumed) == states(whole)
 
 
 def test_rungs_compare_methods_after_the_same_share_of_their_own_budgets(tmp_path: Path) -> None:

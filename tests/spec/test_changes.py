@@ -47,6 +47,11 @@ def put(place: str, value: Any) -> Edit:
         (put("resources.slots", 3), ()),
         (put("tracking.mlflow", "off"), ()),
         (put("confirm.prompted_examples", 20), ()),
+        # The same batches, in less memory.
+        (put("training.evaluation_batch_size", 8), ()),
+        (put("training.gradient_accumulation", 4), ()),
+        (put("training.gradient_checkpointing", True), ()),
+        (put("methods.full.training", {"gradient_accumulation": 2, "gradient_checkpointing": True}), ()),
         (put("search.trials", 5), ("trials per cell: 5 instead of 4",)),
         (put("confirm.seeds", 3), ("seeds to confirm with: 3 instead of 2",)),
         (put("domains.news", {"data": {"source": "c.csv"}}), ("the domain news",)),

@@ -92,9 +92,9 @@ def test_what_was_given_back_on_a_gpu_is_free_again() -> None:
 def test_what_counts_as_out_of_memory() -> None:
     on_gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of")
     assert out_of_memory(on_gpu)
-    assert describe(on_gpu).startswith("out of GPU memory: 20.00 MiB more were wanted; lower training.batch_size")
+    assert describe(on_gpu).startswith("out of GPU memory: 20.00 MiB more were wanted; raise training.gradient_acc")
     assert out_of_memory(MemoryError())
-    assert describe(MemoryError()).startswith("out of memory; lower")
+    assert describe(MemoryError()).startswith("out of memory; raise")
     assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 

@@ -139,3 +139,23 @@ def test_gpus_of_several_machines_make_no_worker() -> None:
 def test_what_does_not_fit_is_refused(resources: dict[str, object], sentence: str) -> None:
     with pytest.raises(StudyError, match=sentence):
         fit([{"CPU": 2}], **resources)
+
+
+@pytest.mark.parametrize(
+    ("gpus_per_worker", "nodes", "told"),
+    [
+        (0, [{"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 2}], ["4 GPUs stay idle"]),
+        (0, [{"CPU": 8, "GPU": 1}], ["1 GPU stays idle"]),
+        (0, [{"CPU": 8}], []),
+        (1, [{"CPU": 8, "GPU": 2}], []),
+    ],
+)
+def test_gpus_that_a_study_does_not_ask_for_are_named(
+    gpus_per_worker: int, nodes: list[dict[str, float]], told: list[str]
+) -> None:
+    said: list[str] = []
+    SlotPlan.fit(ResourcesSpec(gpus_per_worker=gpus_per_worker), nodes, tell=said.append)
+    assert len(said) == len(told)
+    for sentence, words in zip(said, told, strict=True):
+        assert words in sentence
+        assert "resources: {gpus_per_worker: 1}" in sentence
