@@ -395,9 +395,11 @@ def _confirmation(card: CardFacts) -> list[str]:
     if found.test_mean is not None:
         test = f" and {found.test_mean:.4f} ± {found.test_std or 0.0:.4f} on the test split"
     seeds = f"{found.seeds} further seed{'s' if found.seeds > 1 else ''}"
+    lost = len(card.record.failed_confirmations)
+    failed = f" {lost} further re-training{'s' if lost > 1 else ''} failed." if lost else ""
     return [
         f"The configuration, trained again with {seeds}: {metric} {found.mean:.4f} ± {found.std:.4f} on the "
-        f"{SPLIT} split{test} (mean and standard deviation)."
+        f"{SPLIT} split{test} (mean and standard deviation).{failed}"
     ]
 
 

@@ -151,15 +151,16 @@ def export_trials(
         to = to.expanduser().absolute()
     repo = HubRepo(push) if push is not None else None
     limits: dict[str, Any] = {"max_parameters": max_parameters, "min_metric": min_metric}
-    chosen = _choose(study, domain, pick, miss, **limits)
+    chosen, refused = _by_form(_choose(study, domain, pick, miss, **limits), form)
+    if chosen or max_latency is not None:
+        for error in refused:
+            miss(error.message)
     if max_latency is not None:
-        # What is fast enough is known later. Nobody asked for all of these: of those that cannot have the form, those
-        # that would be picked whatever they take are missed.
-        _with_form(chosen, form, miss, needed=False)
-        chosen = _choose(study, domain, "frontier", lambda _: None, **limits)
-        chosen = _with_form(chosen, form, lambda _: None)
-    else:
-        chosen = _with_form(chosen, form, miss)
+        # What is fast enough is known later. Nobody asked for all of these: missed are, of those that cannot have the
+        # form, the ones above, which would be picked whatever they take.
+        chosen, refused = _by_form(_choose(study, domain, "frontier", lambda _: None, **limits), form)
+    if not chosen:
+        raise refused[0]
     records = [choice.record for choice in chosen]
     if repo is not None:
         # A latency may leave one of several.
@@ -187,6 +188,10 @@ def export_trials(
         scores = score_folders(jobs, lambda index, score: told(_account(records[index], study, score)))
         kept = list(range(len(records)))
         if max_latency is not None:
+            for record, score in zip(records, scores, strict=True):
+                # It has no latency, and would be passed over without a word.
+                if score.error is not None:
+                    miss(_unloadable(record, score.error))
             latencies = {
                 record.number: score.measured["latency_ms"]
                 for record, score in zip(records, scores, strict=True)
@@ -269,27 +274,17 @@ def _name_of(record: TrialRecord, form: Form) -> str:
     return f"{record.number:05d}-{record.method}{_ENDINGS[form]}"
 
 
-def _with_form(
-    chosen: Sequence[Choice], form: Form, miss: Callable[[str], None], *, needed: bool = True
-) -> list[Choice]:
-    """The trials that can have that form; the others are missed.
-
-    Raises:
-        StudyError: None can, and one is needed.
-    """
-    left: list[Choice] = []
+def _by_form(chosen: Sequence[Choice], form: Form) -> tuple[list[Choice], list[StudyError]]:
+    """The trials that can have that form, and why others cannot."""
+    able: list[Choice] = []
     refused: list[StudyError] = []
     for choice in chosen:
         try:
             check_form(form, choice.record)
-            left.append(choice)
+            able.append(choice)
         except StudyError as error:
             refused.append(error)
-    if not left and needed:
-        raise refused[0]
-    for reason_why in refused:
-        miss(reason_why.message)
-    return left
+    return able, refused
 
 
 def _choose(
@@ -323,10 +318,15 @@ def _account(record: TrialRecord, study: StudyToExport, score: Score) -> str:
     return f"{named}: {metric} {score.scores[metric]:.4f} from disk{speed}"
 
 
+def _unloadable(record: TrialRecord, error: str) -> str:
+    trial = f"trial {record.number} ({record.domain}, {record.method})"
+    return f"{trial} is not exported, as a fresh process could not load its folder: {error}"
+
+
 def _check_score(record: TrialRecord, metric: str, score: Score, tolerance: float) -> None:
     trial = f"trial {record.number} ({record.domain}, {record.method})"
     if score.error is not None:
-        raise StudyError(f"{trial} is not exported, as a fresh process could not load its folder: {score.error}")
+        raise StudyError(_unloadable(record, score.error))
     assert record.value is not None
     found = score.scores[metric]
     advice = (

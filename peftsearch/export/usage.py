@@ -273,6 +273,7 @@ def _joined(template: str) -> str:
 def _question_answering(use: Use) -> list[str]:
     if use.architecture != "encoder":
         return []
+    task: Any = use.task
     return [
         "def answer(question, context):  # of a context that fits into one window",
         "    inputs = tokenizer([question], [context], truncation='only_second', "
@@ -283,9 +284,9 @@ def _question_answering(use: Use) -> list[str]:
         "    first, last = (x[0, -len(offsets):] for x in (output.start_logits, output.end_logits))",
         "    passage = [n for n, part in enumerate(inputs.sequence_ids()) if part == 1]",
         f"    spans = [(first[i] + last[j], i, j) for i in passage for j in passage if i <= j < i + "
-        f"{use.task.options.max_answer_length}]",
+        f"{task.options.max_answer_length}]",
         "    score, i, j = max(spans)",
-        f"    if first[0] + last[0] > score + {use.task.options.null_threshold:g}:",
+        f"    if first[0] + last[0] > score + {task.threshold:g}:",
         '        return ""  # no answer',
         "    return context[offsets[i][0] : offsets[j][1]]",
         "",

@@ -128,12 +128,14 @@ def _score(job: Job) -> Score:
 
     from peftsearch.domains import PreparedDomain
     from peftsearch.export.folder import ExportedFolder
+    from peftsearch.training.attention import leave_out_cudnn
     from peftsearch.training.distributed import WorkerGroup
     from peftsearch.training.evaluate import evaluate
 
     exported = ExportedFolder.read(Path(job.folder))
     domain = PreparedDomain.load(Path(job.data))
     device = torch.device(job.device)
+    leave_out_cudnn(device)
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     model = exported.load(domain, device, trust_remote_code=job.trust_remote_code)

@@ -218,6 +218,20 @@ def test_windows_are_merged_as_berts_script_does() -> None:
     assert task(null_threshold=-2.0).merge([{"text": "y", "score": 6.0, "null": 5.0}]) == ""
 
 
+def test_windows_without_an_answer_that_were_left_out_are_made_up_for() -> None:
+    """Of ten such windows one was seen: each distribution takes an answer for ten times as likely as it is."""
+
+    def merged(above: float, **options: float) -> str:
+        return str(task(**options).merge([{"text": "y", "score": above, "null": 0.0}]))
+
+    assert 2 * math.log(10) == pytest.approx(4.605, abs=1e-3)
+    assert [merged(above, empty_windows=0.1) for above in (4.6, 4.7)] == ["", "y"]
+    assert [merged(above, empty_windows=0.1, null_threshold=1.0) for above in (3.6, 3.7)] == ["", "y"]
+    # All were seen, or none: there is nothing to make up for, or no telling what.
+    for share in (1.0, 0.0):
+        assert [merged(above, empty_windows=share) for above in (-0.1, 0.1)] == ["", "y"]
+
+
 def test_the_loss_is_over_context_and_null() -> None:
     batch = window()
     start, end = [[1.0, 50.0, 0.0, 2.0, 5.0, 90.0, 90.0, 90.0]], [[1.5, 50.0, 7.0, 3.0, 0.5, 90.0, 90.0, 90.0]]

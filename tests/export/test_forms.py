@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from trained_study import CONFIGURATIONS, document, lively_base, train_study
 from peftsearch.cli.app import run_app
 from peftsearch.export import ExportedAdapter, Predictor, predict_file
 from peftsearch.export.convert import check_form
+from peftsearch.export.verify import Job, Score, score_folders
 from peftsearch.files import names, place, write_bytes
 from peftsearch.methods import METHODS
 from peftsearch.spec import StudyError, TrialRecord, TrialState
@@ -249,6 +251,20 @@ def test_a_latency_is_a_limit(study: Study, tmp_path: Path) -> None:
         study.export(tmp_path / "out", pick="bets", max_latency=1e6)
     with pytest.raises(StudyError, match="must be above 0 ms"):
         study.export(tmp_path / "out", max_latency=0.0)
+
+
+def test_a_folder_that_does_not_load_is_not_passed_over_as_slow(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(jobs: Sequence[Job], told: Any) -> list[Score]:
+        first, *others = score_folders(jobs, told)
+        return [replace(first, error="cannot load the model", measured=None), *others]
+
+    monkeypatch.setattr("peftsearch.export.trials.score_folders", broken)
+    left_out: list[str] = []
+    study.export(tmp_path / "out", max_latency=1e6, left_out=left_out.append)
+    (sentence,) = (text for text in left_out if "could not load its folder: cannot load the model" in text)
+    assert re.match(r"trial \d+ \(\w+, \w+\) is not exported", sentence)
 
 
 def test_the_command_prints_what_it_exported(study: Study, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,8 @@ class QuestionAnsweringOptions(TaskOptions):
         ge=0,
         le=1,
         description="Share of the training windows without an answer that is kept; the others teach to say 'no answer' "
-        "and outnumber those with one where contexts are long",
+        "and outnumber those with one where contexts are long. What a model says of 'no answer' is corrected for those "
+        "that were left out",
     )
     max_answer_length: int = Field(default=30, ge=1, description="Tokens that a predicted answer has at most")
     null_threshold: float = Field(
@@ -325,14 +327,25 @@ class QuestionAnswering(Task):
         """The right answers of each row's question; none where it has no answer."""
         return [list(answers) for answers in rows["answers"]]
 
+    @property
+    def threshold(self) -> float:
+        """ "No answer" is predicted where its score exceeds the best answer's by more than this.
+
+        With a share p of the windows without an answer, a model learns odds of "no answer" that are p times those of
+        all windows. The log-odds of its two distributions, of first and last token, are each put right by ln(1 / p):
+        prior correction (King and Zeng 2001, doi:10.1093/oxfordjournals.pan.a004868). With p = 0 nothing is known.
+        """
+        kept = self.options.empty_windows
+        return float(self.options.null_threshold) + (2 * math.log(kept) if 0 < kept < 1 else 0.0)
+
     def merge(self, predictions: list[Any]) -> Any:
-        """The best answer of all windows, or the empty text.
+        """The best answer of all windows, or the empty text (`threshold`).
 
         As in BERT's script, "no answer" has the lowest of its scores in the windows.
         """
         best = max(predictions, key=lambda window: window["score"])
         null = min(window["null"] for window in predictions)
-        return "" if null - best["score"] > self.options.null_threshold else best["text"]
+        return "" if null - best["score"] > self.threshold else best["text"]
 
     def score(self, predictions: Sequence[Any], references: Sequence[Any], labels: Sequence[str]) -> dict[str, float]:
         """`squad_v2_scores`, as shares from 0 to 1.
