@@ -81,6 +81,8 @@ def shared_cells(origin: Origin, spec: Mapping[str, Any], facts: StudyFacts) -> 
         for model, domain, method in unchanged_cells(origin.spec, spec)
         if same(facts.models[model], origin.facts.models.get(model))
         and same(facts.domains[domain], origin.facts.domains.get(domain))
+        # Beside other models it may take other steps.
+        and facts.steps.get(key := f"{domain}/{method}") in (origin.facts.steps.get(key), None)
     }
     if not found:
         changed = ", ".join(written(change.key) for change in compare(origin.spec, spec).refused)
@@ -122,11 +124,12 @@ def take_over(
             key = f"{domain}/{method}/{model}"
             numbers = source.finished(key)[:trials]
             for number in numbers:
-                name = f"{number:05d}"
-                if name in weights:
-                    # Gone where the other study was run on meanwhile, and found a better trial.
-                    with suppress(FileNotFoundError):
-                        copy_tree(origin.folder / "trials" / name, folder / "trials" / name)
+                # With its re-trainings' predictions, on which comparisons rest.
+                for name in (f"{number:05d}", *(f"{number:05d}-seed{seed}" for seed in seeds)):
+                    if name in weights:
+                        # Gone where the other study was run on meanwhile, and found a better trial.
+                        with suppress(FileNotFoundError):
+                            copy_tree(origin.folder / "trials" / name, folder / "trials" / name)
             ledger.take_over(key, source, numbers, seeds)
             taken += numbers
     return sorted(taken)

@@ -31,7 +31,10 @@ def export(
     max_parameters: Annotated[
         int | None, typer.Option(help="Only trials with at most so many trainable parameters")
     ] = None,
-    min_metric: Annotated[float | None, typer.Option(help="Only trials with at least this metric")] = None,
+    min_metric: Annotated[
+        float | None,
+        typer.Option(help="Only trials whose metric is at least so good: of errors and perplexity, at most so much"),
+    ] = None,
     max_latency: Annotated[
         float | None,
         typer.Option(help="Only trials that take at most so many milliseconds for one example, measured here"),

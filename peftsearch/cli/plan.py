@@ -86,6 +86,16 @@ def totals(plan: StudyPlan, estimated: Estimate | None) -> list[str]:
             f"The {grids.format(', '.join(small))} fewer combinations than search.trials ({spec.search.trials}): "
             "those cells are done when their grid is."
         )
+    if spec.search.sampler == "grid":
+        from peftsearch.search.proposals import Grid
+
+        sizes = {item.cell.method: Grid(item.cell.space).size for item in plan.cells}
+        large = [f"{method} {count:,}" for method, count in sizes.items() if count > spec.search.trials]
+        if large:
+            lines.append(
+                f"Of these grids only the first {spec.search.trials:,} combinations are run (search.trials): "
+                f"{', '.join(large)}."
+            )
     if spec.search.allocation == "joint":
         shared = spec.search.trials * len(spec.methods)
         lines.append(
@@ -109,12 +119,12 @@ def totals(plan: StudyPlan, estimated: Estimate | None) -> list[str]:
     if estimated.assumed:
         lines.append(
             f"Rough estimate: about {_hours(estimated.seconds)} GPU hours {what} on an "
-            f"{estimated.device}; this machine has no GPU to measure."
+            f"{estimated.device}, the baselines apart; this machine has no GPU to measure."
         )
     else:
         lines.append(
             f"Rough estimate: about {duration(estimated.seconds, rough=True)} {what} on this machine "
-            f"({estimated.device}), and the start of the workers."
+            f"({estimated.device}); the start of the workers and the baselines come on top."
         )
     return lines
 

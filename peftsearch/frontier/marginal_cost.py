@@ -69,7 +69,8 @@ class MarginalCost:
             f"({times(dearer.trainable_parameters, cheaper.trainable_parameters)}), "
             f"{self.parameters_per_point:,.0f} for each {self.point:g}"
         )
-        if cheaper.train_seconds and dearer.train_seconds:
+        # A share of a pack's time is no measure for who trains alone.
+        if cheaper.train_seconds and dearer.train_seconds and cheaper.packed == dearer.packed:
             longer = times(dearer.train_seconds, cheaper.train_seconds)
             text += "; training takes as long" if longer == "1 times" else f"; training takes {longer} the time"
         if self.seeds is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftsearch.frontier.front import DomainFront, choose, domain_fronts
 from peftsearch.frontier.marginal_cost import costs_between_picks
-from peftsearch.spec import StudyError, StudyFacts, TrialRecord, TrialState, suggest
+from peftsearch.spec import DomainFacts, StudyError, StudyFacts, TrialRecord, TrialState, suggest
 from peftsearch.tracking.names import configuration_text
 
 if TYPE_CHECKING:
@@ -207,8 +207,8 @@ class Verdict:
 def verdict(front: DomainFront) -> Verdict:
     """The best trial against the majority class and the linear probe on the same model's frozen embeddings.
 
-    A difference below two standard errors (`_noise`, on the validation split's rows) is called noise; that is a
-    cautious test, as both are scored on the same texts. Of metrics without bounds (perplexity) none is known.
+    A difference below two standard errors (`sampling_noise`, on the validation split's rows) is called noise; that is a
+    cautious test, as both are scored on the same texts. Where less than that is known, the sentence says so.
     """
     best = front.best
     metric = front.facts.metric
@@ -232,14 +232,19 @@ def verdict(front: DomainFront) -> Verdict:
     gain = _oriented(front, best.value, hardest.value)
     rows = hardest.examples or front.facts.rows.get("validation", 0)
     texts = f"{rows:,} validation texts"
-    noise = _noise(front, best.value, hardest.value, rows)
+    noise = sampling_noise(front.facts, best.value, hardest.value, rows)
     if gain <= 0:
         lead = f"Tuning did not pay: nothing beats the {hardest.title} ({best.value - hardest.value:+.3f})"
         return Verdict(False, f"{lead}; {comparison}.")
     if gain < noise:
         lead = f"It is open whether tuning paid: {best.value - hardest.value:+.3f} is within the noise of {texts}"
         return Verdict(None, f"{lead}; {comparison}.")
-    return Verdict(True, f"Tuning paid: {best.value - hardest.value:+.3f} over the {hardest.title}; {comparison}.")
+    lead = f"Tuning paid: {best.value - hardest.value:+.3f} over the {hardest.title}"
+    if noise == 0.0:
+        lead += f" (how much of that is chance is not known of {metric})"
+    elif by_label(metric):
+        lead += f" (chance: ±{noise:.3f} with {texts}, and more where labels are rare)"
+    return Verdict(True, f"{lead}; {comparison}.")
 
 
 def delta(front: DomainFront, record: TrialRecord) -> float | None:
@@ -465,19 +470,31 @@ def _oriented(front: DomainFront, value: float, reference: float) -> float:
 _CORRELATIONS = ("pearson", "spearman", "mcc")
 
 
-def _noise(front: DomainFront, one: float, other: float, rows: int) -> float:
+def by_label(metric: str) -> bool:
+    """Whether a metric averages over labels or is one label's, and so rests on fewer texts where labels are rare."""
+    return "/" in metric or "macro" in metric or metric == "balanced_accuracy"
+
+
+def sampling_noise(facts: DomainFacts, one: float, other: float, rows: int) -> float:
     """Two standard errors of the difference of two values that rest on so many texts; 0.0 where none is known.
 
     Of an accuracy, the binomial's; of any other mean of numbers from 0 to 1 that is the most it can be, and for a micro
-    F1 the right size. What goes by label rests on fewer texts, nobody knows here how many. Of a correlation,
-    ``(1 - r²) / sqrt(rows)`` (Fisher, 1915).
+    F1 the right size. Of what goes by label (`by_label`) it is the least that it can be: it is right where labels are
+    equally frequent. Of a correlation, ``(1 - r²) / sqrt(rows)`` (Fisher, 1915). Of metrics without bounds (perplexity)
+    none is known.
+
+    Args:
+        facts: The domain, for its metric.
+        one: A value of the metric.
+        other: Another one.
+        rows: How many texts both rest on.
     """
     values = (one, other)
-    if rows == 0 or "/" in front.facts.metric or front.facts.metric.startswith("macro"):
+    if rows == 0:
         return 0.0
-    if front.facts.metric in _CORRELATIONS:
+    if facts.metric in _CORRELATIONS:
         variances = [(1 - min(1.0, value * value)) ** 2 for value in values]
-    elif front.facts.direction == "maximize" and all(0 <= value <= 1 for value in values):
+    elif facts.direction == "maximize" and all(0 <= value <= 1 for value in values):
         variances = [value * (1 - value) for value in values]
     else:
         return 0.0

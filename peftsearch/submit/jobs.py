@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from peftsearch.preparing import check_databases
 from peftsearch.saved import SUBMITTED_FROM
 from peftsearch.spec import StudyError, StudyFile
 from peftsearch.study import Study
@@ -45,11 +46,13 @@ def run_as_job(
         The exit status of the study; 0 where it is not followed.
 
     Raises:
-        StudyError: The cluster cannot be reached or refuses us, or the study cannot be sent or holds a password.
+        StudyError: The cluster cannot be reached or refuses us, the study cannot be sent or holds a password, or its
+            storage cannot hold its databases.
         KeyboardInterrupt: Ctrl-C while following; the job goes on.
     """
     assert study.file is not None
     refuse_passwords(study.file, overrides)
+    check_databases(study)
     server = JobServer(address, told)
     try:
         job, before = submit(study, overrides, server, told)

@@ -329,6 +329,8 @@ class Ledger:
             error = hide_secrets(error)
             self._note(number, _UNCONFIRMED, seed, error)
             known[seed] = error
+            entry = self._trials[number]
+            entry.record = entry.record.model_copy(update={"failed_confirmations": dict(sorted(known.items()))})
 
     def failed_confirmations(self, number: int) -> Mapping[int, str]:
         """The errors of a trial's re-trainings that could not go on, by seed."""
@@ -471,6 +473,7 @@ class Ledger:
                 if trial.state is not optuna.trial.TrialState.RUNNING:
                     fields |= attributes.get(_ENDED, {})
                 fields["confirmed"] = _confirmed(self._readings.get(fields["number"], {}))
+                fields["failed_confirmations"] = dict(sorted(self._unconfirmed.get(fields["number"], {}).items()))
                 fields["mlflow_run_id"] = late.get(f"{_RUN_ID}:{fields['number']}")
                 record = TrialRecord(**{**fields, "state": states[trial.state]})
                 entries[record.number] = _Entry(cell, trial._trial_id, record)

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 from cli_study import Result, rows, small_study, tree, write_rows, write_study
+from tiny_models import tiny_encoder
 
 from peftsearch.holder import hold
+from peftsearch.preparing import plan_facts, save_facts, write_files
 from peftsearch.study import Study
 
 Cli = Callable[..., Result]
@@ -496,6 +498,31 @@ def test_data_that_has_changed(peftsearch: Cli, base: Path, project: Path, stora
         wanted = "the data of domain 'clinical' (notes.csv) has changed since the study 'small' began; other numbers of"
         check(result, wanted, "--name")
     assert tree(storage / "studies" / "small") == before
+
+
+def test_a_further_model_that_would_change_the_steps_of_those_there(
+    peftsearch: Cli, base: Path, project: Path, storage: Path, tmp_path: Path
+) -> None:
+    """Its tokenizer cuts words into pieces, which fill batches of so many tokens sooner."""
+    other = tiny_encoder(tmp_path / "pieces")
+    training = {"epochs": 1, "evaluations": 2, "batch_size": 16, "tokens_per_batch": 64, "max_length": 16}
+    document = {**small_study(base), "training": training}
+    study = Study.from_file(write_study(project, document), storage=storage)
+    plan = study.validate()
+    study.folder.create()
+    write_files(study)
+    save_facts(study, plan_facts(study, plan))
+    before = tree(storage / "studies")
+    del document["model"]
+    path = write_study(project, {**document, "models": [str(base), str(other)]})
+    for command in ("run", "validate"):
+        check(peftsearch(command, path, "--storage", storage), "trials of legal/lora take", "--name")
+    assert tree(storage / "studies") == before
+    # Nor are trials of other steps taken over.
+    check(
+        peftsearch("run", path, "--storage", storage, "--name", "new", "--fork", "small"),
+        "no cell of the study 'small' can be taken over",
+    )
 
 
 def test_study_that_is_running(peftsearch: Cli, base: Path, project: Path, storage: Path, started: Study) -> None:

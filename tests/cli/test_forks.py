@@ -60,6 +60,18 @@ def test_trials_of_unchanged_cells_are_there_with_their_weights(fork: Fork, star
     assert study.id != started.id
 
 
+def test_what_retrainings_predicted_comes_along(fork: Fork, started: Study) -> None:
+    """Comparisons between methods rest on it."""
+    for name in ("00000-seed1", "00000-seed9", "00009-seed1"):
+        (started.folder.path / "trials" / name).mkdir()
+        (started.folder.path / "trials" / name / "test.jsonl").write_text(name)
+    study, take_over = fork(confirm={"seeds": 2})
+    take_over()
+    trials = study.folder.path / "trials"
+    assert sorted(path.name for path in trials.iterdir()) == ["00000", "00000-seed1"]
+    assert (trials / "00000-seed1" / "test.jsonl").read_text() == "00000-seed1"
+
+
 def test_once_taken_over_a_fork_is_a_study_like_others(fork: Fork, started: Study) -> None:
     study, take_over = fork()
     saved = study.folder.spec

@@ -193,6 +193,7 @@ def test_the_plan_says_what_limits_grids_and_confirmations_do(base: Path, projec
     lines = totals(plan, Estimate(3 * 2**30, "full", 4000.0, "2 CPU cores"))
     assert lines[0].startswith("8 trials in 4 cells, ")
     assert any(line.startswith("The grid of full has fewer combinations than search.trials (3)") for line in lines)
+    assert "Of these grids only the first 3 combinations are run (search.trials): lora 4." in lines
     assert "Configurations with more than 100,000 parameters are not run." in lines
     assert "Configurations with more than 4.0 GiB of memory per worker are not run." in lines
     sentence = (

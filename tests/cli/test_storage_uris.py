@@ -30,7 +30,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "own-cache"
 
 
-@pytest.mark.parametrize("command", ["validate", "run"])
+@pytest.mark.parametrize("command", ["validate", "run", "submit"])
 @pytest.mark.parametrize(
     ("tracking", "parts"),
     [
@@ -48,7 +48,9 @@ def test_databases_cannot_be_in_an_object_store(
     cache: Path,
 ) -> None:
     path = write_study(project, {**small_study(base), "tracking": tracking})
-    refused(peftsearch(command, path, "--storage", "s3://bucket/a?region=us-east-1"), "study.yaml", *parts)
+    # The cluster is not asked before.
+    cluster = ["--address", "http://192.0.2.1:8265"] if command == "submit" else []
+    refused(peftsearch(command, path, "--storage", "s3://bucket/a?region=us-east-1", *cluster), "study.yaml", *parts)
     assert tree(cache) == {}
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftsearch.frontier import choose, domain_fronts, front, hypervolume, pick
-from peftsearch.frontier.front import finalists
+from peftsearch.frontier.front import CONSTANT, finalists, seed_noise
 from peftsearch.spec import Confirmed, ConfirmSpec, Direction, Reading, StudyError, StudyFacts, TrialRecord, TrialState
 
 VALUES = st.one_of(st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.floats(0, 1))
@@ -204,6 +204,19 @@ def test_ties_within_the_error_bars_prefer_the_cheaper_and_say_so() -> None:
     worse = confirmed(losses[1], 0.20, 0.21, 0.22)
     assert numbers(pick([losses[0], worse, confirmed(losses[2], 0.15, 0.16, 0.17)], "best", "minimize")) == [9]
     assert numbers(pick([losses[0], worse, confirmed(losses[2], 0.19, 0.20, 0.22)], "best", "minimize")) == [5]
+
+
+def test_error_bars_are_welchs_confidence_interval() -> None:
+    """Against the quantiles of Student's distribution that statistics books print."""
+    one, other = (0.8, 0.03, 3), (0.7, 0.03, 3)
+    assert seed_noise(one, other) == pytest.approx(2.776 * 0.03 * math.sqrt(2 / 3), rel=1e-3)
+    # With unequal deviations the larger one's degrees of freedom count.
+    assert seed_noise((0.8, 0.03, 3), (0.7, 1e-9, 30)) == pytest.approx(4.303 * 0.03 / math.sqrt(3), rel=1e-3)
+    # A constant has no chance in it; a single seed varies as the others do.
+    assert seed_noise(one, (0.7, 0.0, CONSTANT)) == pytest.approx(4.303 * 0.03 / math.sqrt(3), rel=1e-3)
+    assert seed_noise(one, (0.7, 0.0, 1)) == pytest.approx(4.303 * 0.03 * math.sqrt(1 / 3 + 1), rel=1e-3)
+    assert seed_noise((0.7, 0.0, 1), one) == seed_noise(one, (0.7, 0.0, 1))
+    assert seed_noise((0.8, 0.0, 1), (0.7, 0.0, 1)) == seed_noise((0.8, 0.0, 3), (0.7, 0.0, 3)) == 0.0
 
 
 def test_without_error_bars_nothing_is_tied() -> None:

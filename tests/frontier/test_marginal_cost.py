@@ -7,7 +7,7 @@ from frontier_study import make_facts, make_record
 
 from peftsearch.frontier.front import domain_fronts
 from peftsearch.frontier.marginal_cost import MarginalCost, costs_between_picks, marginal_costs
-from peftsearch.spec import Confirmed, TrialRecord
+from peftsearch.spec import Confirmed, Rung, TrialRecord
 
 
 def confirmed(record: TrialRecord, mean: float, std: float, seeds: int = 4) -> TrialRecord:
@@ -37,6 +37,16 @@ def test_as_long_is_said_of_equal_times() -> None:
     assert MarginalCost(cheaper, dearer, "maximize").sentence("accuracy").endswith("; training takes as long.")
 
 
+def test_times_in_packs_and_alone_are_not_compared() -> None:
+    shared = [Rung(step=10, epoch=1.0, value=0.7, loss=0.5, train_loss=0.5, train_seconds=10.0, together=7.5)]
+    packed = SMALL.model_copy(update={"rungs": shared})
+    assert packed.packed
+    assert not KNEE.packed
+    assert "training" not in MarginalCost(packed, KNEE, "maximize").sentence("accuracy")
+    other = KNEE.model_copy(update={"rungs": shared})
+    assert "; training takes 1.5 times the time" in MarginalCost(packed, other, "maximize").sentence("accuracy")
+
+
 def test_equals_cost_nothing_and_are_no_step() -> None:
     twin = SMALL.model_copy(update={"number": 4})
     assert [cost.dearer.number for cost in marginal_costs([SMALL, twin, KNEE], "maximize")] == [5]
@@ -53,10 +63,10 @@ def test_a_point_of_a_perplexity_is_one_and_less_is_better() -> None:
 @pytest.mark.parametrize(
     ("means", "direction", "words"),
     [
-        ((0.70, 0.80), "maximize", "over seeds +0.100 ± 0.014, beyond the error bars"),
-        ((0.79, 0.80), "maximize", "over seeds +0.010 ± 0.014, within the error bars, so perhaps nothing"),
-        ((0.81, 0.80), "maximize", "over seeds -0.010 ± 0.014, within the error bars, so perhaps nothing"),
-        ((0.30, 0.20), "minimize", "over seeds -0.100 ± 0.014, beyond the error bars"),
+        ((0.70, 0.80), "maximize", "over seeds +0.100 ± 0.017, beyond the error bars"),
+        ((0.79, 0.80), "maximize", "over seeds +0.010 ± 0.017, within the error bars, so perhaps nothing"),
+        ((0.81, 0.80), "maximize", "over seeds -0.010 ± 0.017, within the error bars, so perhaps nothing"),
+        ((0.30, 0.20), "minimize", "over seeds -0.100 ± 0.017, beyond the error bars"),
     ],
 )
 def test_error_bars_say_whether_the_gain_is_one(means: tuple[float, float], direction: str, words: str) -> None:

@@ -210,6 +210,76 @@ def test_baselines_of_the_test_split_stand_beside_the_methods(probe: float, sent
     assert rows(tmp_path / "report" / "baselines.csv")[1]["test"] == str(probe)
 
 
+def test_a_gain_on_a_handful_of_test_examples_is_open(tmp_path: Path) -> None:
+    """However equal the seeds are."""
+    facts = make_facts()
+    facts.domains["clinical"].rows["test"] = 20
+    known = facts.domains["clinical"].baselines["package:tiny/model"]
+    for name, value in (("majority", 0.2), ("linear_probe", 0.7)):
+        known[name] = known[name].model_copy(update={"test_value": value, "test_scores": {"accuracy": value}})
+    (record,) = [confirm(make_record(0, 0.8, 1000), facts, tmp_path, 0.8)]
+    assert record.confirmed is not None
+    same = [reading.model_copy(update={"test": 0.75}) for reading in record.confirmed.readings]
+    write_report(
+        tmp_path / "report",
+        [record.model_copy(update={"confirmed": Confirmed.of(same)})],
+        facts,
+        make_spec(facts),
+        tmp_path,
+    )
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert re.search(r"open whether tuning paid: the gain of 0.050 .* noise of 3 seeds and 20 test examples", text)
+
+
+def test_retrainings_that_failed_are_counted_and_do_not_make_the_best(tmp_path: Path) -> None:
+    facts = make_facts()
+    lost = {1: "the training loss became nan", 2: "the training loss became nan"}
+    lucky = confirm(make_record(0, 0.9, 1000), facts, tmp_path, 0.95, seeds=1)
+    records = [
+        lucky.model_copy(update={"failed_confirmations": lost}),
+        confirm(make_record(1, 0.85, 2000), facts, tmp_path, 0.8),
+    ]
+    (own,) = (r for r in results(records, facts, make_spec(facts))["clinical"] if r.method == "lora" and r.chosen)
+    assert own.chosen is not None
+    assert own.chosen.number == 1
+    # It stands for its method where there is no other.
+    write_report(tmp_path / "report", records[:1], facts, make_spec(facts), tmp_path)
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "2 of its 3 re-trainings failed" in text
+    assert "(seed 1: the training loss became nan; seed 2: the training loss became nan)" in text
+    row = next(row for row in rows(tmp_path / "report" / "results.csv") if row["trial"] == "0")
+    assert (row["confirmation_seeds"], row["failed_confirmations"]) == ("1", "2")
+
+
+def test_without_a_test_split_seeds_compare_on_validation(tmp_path: Path) -> None:
+    facts = make_facts()
+    facts.domains["clinical"].rows["test"] = 0
+
+    def untested(number: int, method: str, accuracy: float) -> TrialRecord:
+        record = confirm(
+            make_record(number, accuracy, 1000, method=method, hyperparameters={}), facts, tmp_path, accuracy
+        )
+        assert record.confirmed is not None
+        update = {"test": None, "test_loss": None, "test_scores": {}, "predictions": None}
+        readings = [
+            reading.model_copy(update=update | {"value": accuracy + 0.001 * reading.seed})
+            for reading in record.confirmed.readings
+        ]
+        return record.model_copy(update={"confirmed": Confirmed.of(readings)})
+
+    records = [untested(0, "lora", 0.8), untested(1, "adapter", 0.799), untested(2, "prompt", 0.6)]
+    found = results(records, facts, make_spec(facts))["clinical"]
+    compared = compare_domain(found, facts.domains["clinical"], tmp_path)
+    noise = {
+        other.result.method: (other.within_noise, other.why_not) for other in compared.others if other.result.chosen
+    }
+    assert noise == {"adapter": (True, "no test split"), "prompt": (False, "no test split")}
+    write_report(tmp_path / "report", records, facts, make_spec(facts), tmp_path)
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "3 configurations were trained again with further seeds and scored on the validation split" in text
+    assert "The difference to adapter is within the noise." in text
+
+
 def test_readings_of_baselines_and_failed_baselines_are_reported(tmp_path: Path) -> None:
     facts = make_facts()
     domain = facts.domains["clinical"]
@@ -679,6 +749,17 @@ def test_every_numeric_hyperparameter_has_its_panel(records: list[TrialRecord], 
     assert found["rank"].log
     assert len(found["rank"].points) == sum(record.state is TrialState.COMPLETE for record in mine)
     assert len(found["rank"].pruned) == sum(record.state is TrialState.PRUNED for record in mine)
+
+
+def test_a_list_with_a_zero_that_only_pruned_trials_had_is_drawn(facts: StudyFacts, tmp_path: Path) -> None:
+    trials = [make_record(n, 0.5, 1000, hyperparameters={"dropout": rate}) for n, rate in enumerate((0.01, 0.1) * 3)]
+    given_up = make_record(9, 0.4, 1000, hyperparameters={"dropout": 0.0}).model_copy(
+        update={"state": TrialState.PRUNED}
+    )
+    (found,) = sensitivities([*trials, given_up], "lora", make_spec(facts))
+    assert not found.log
+    assert found.pruned == [(0.0, 0.4)]
+    assert sensitivities(trials, "lora", make_spec(facts))[0].log
 
 
 def test_importance_finds_what_decides_and_admits_what_it_cannot_know(facts: StudyFacts) -> None:

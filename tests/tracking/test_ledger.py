@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -166,6 +167,25 @@ def reading(seed: int, value: float = 0.6) -> Reading:
     return Reading(seed=seed, value=value, loss=1.0, test=value - 0.1, read_at="2026-01-01T12:00:00.000+00:00")
 
 
+def test_a_score_that_is_no_number_is_a_reading_like_others(url: str) -> None:
+    """A model may give the same score to every pair of the test split: then there is no correlation."""
+    ledger = open_ledger(url)
+    number = ask(ledger).number
+    ledger.add_rung(number, rung(1, 0.5))
+    ledger.complete(number)
+    for seed, test in enumerate((0.5, math.nan, math.inf), start=1):
+        ledger.add_reading(number, reading(seed).model_copy(update={"test": test}))
+    ledger.close()
+    confirmed = Ledger(url, "s").record(number).confirmed
+    assert confirmed is not None
+    assert confirmed.mean == pytest.approx(0.6)
+    assert confirmed.std == 0.0
+    assert confirmed.test_mean is not None
+    assert not math.isfinite(confirmed.test_mean)
+    assert confirmed.test_std is not None
+    assert math.isnan(confirmed.test_std)
+
+
 def test_readings_are_recorded_after_the_trials_end_and_only_once(url: str) -> None:
     ledger = open_ledger(url)
     number = ask(ledger).number
@@ -180,6 +200,8 @@ def test_readings_are_recorded_after_the_trials_end_and_only_once(url: str) -> N
     assert record.confirmed.test_mean == pytest.approx(0.55)
     ledger.set_confirming(number, 3, {"step": 4, "train_seconds": 1.5})
     ledger.fail_confirmation(number, 4, "the training loss became nan")
+    record = ledger.record(number)
+    assert record.failed_confirmations == {4: "the training loss became nan"}
     ledger.close()
 
     again = Ledger(url, "s")

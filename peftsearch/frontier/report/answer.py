@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from peftsearch.frontier.front import complete, seed_noise
+from peftsearch.frontier.front import CONSTANT, complete, seed_noise
 from peftsearch.frontier.report import words
 from peftsearch.frontier.report.document import Document, Heading, Points, Table, Text
 from peftsearch.frontier.report.material import LESS, VALIDATION, Material, metric_words
@@ -19,7 +19,7 @@ from peftsearch.frontier.report.results import (
     tested,
     validated,
 )
-from peftsearch.frontier.tables import verdict
+from peftsearch.frontier.tables import sampling_noise, verdict
 from peftsearch.spec import Baseline, DomainFacts, TrialRecord, TrialState
 from peftsearch.tracking.names import configuration_text
 
@@ -37,10 +37,16 @@ def summary(document: Document, study: Material, state: str | None, planned: int
     lines = [f"{ended:,} of {planned:,} planned trials have ended, {finished:,} of them at the full budget."]
     if state in ("running", "interrupted"):
         lines.insert(0, f"The study is {state}: this is what the ledger holds so far.")
+    read = sum(tested(record) is not None for record in records)
     if confirmed:
-        lines.append(
-            f"{confirmed:,} configurations were trained again with further seeds and scored on the test split."
+        scored = (
+            "scored on the test split"
+            if read == confirmed
+            else "scored on the validation split: there is no test split"
+            if not read
+            else f"{read:,} of them scored on the test split"
         )
+        lines.append(f"{confirmed:,} configurations were trained again with further seeds and {scored}.")
     elif study.spec.confirm.seeds:
         lines.append("No configuration is confirmed with further seeds yet, so nothing here is on the test split.")
     else:
@@ -70,7 +76,9 @@ def _headline(study: Material, name: str) -> Iterator[str]:
     value = f"{words.number(shown[0])} ± {words.number(shown[1])}" if shown[2] > 1 else words.number(shown[0])
     lead = "is best" if len(comparison.others) else "is the only method with a result,"
     yield f"{study.called(best.model, best.method)} {lead} with {metric} {value} on {where}{seeds}, training {size}."
-    if not best.test:
+    if lost := len(best.chosen.failed_confirmations):
+        yield f"{lost} of its {lost + best.seeds} re-trainings failed, and are not in that."
+    if not best.test and facts.rows.get("test"):
         yield "It is not confirmed on the test split."
     ties = [study.called(o.result.model, o.result.method) for o in comparison.others if o.within_noise]
     if ties:
@@ -89,7 +97,7 @@ def _headline(study: Material, name: str) -> Iterator[str]:
             f"parameters, {100 * fraction:.3g} % of the best one's, and {metric} "
             f"{words.number(value_of[0])} ± {words.number(value_of[1])}."
         )
-    elif comparison.others or best.seeds < 2:
+    elif (comparison.others or best.seeds < 2) and all(o.within_noise is None for o in comparison.others):
         yield "What is within the noise cannot be said without confirmations of several methods with several seeds."
     own = facts.baselines.get(best.model, {})
     failed = facts.failed_baselines.get(best.model, {})
@@ -97,7 +105,7 @@ def _headline(study: Material, name: str) -> Iterator[str]:
     # Without the one that is hardest to beat, the others say nothing.
     hardest = max(own.values(), key=lambda baseline: better(baseline.value, 0.0, best.direction), default=None)
     if best.test and tested_all and hardest is not None and hardest.test_value is not None:
-        yield _against_baselines(best, own.values())
+        yield _against_baselines(best, own.values(), facts)
         return
     yield verdict(study.fronts[name]).sentence
     if best.seeds > 1 and best.validation and own:
@@ -111,23 +119,33 @@ def _headline(study: Material, name: str) -> Iterator[str]:
         yield f"Further baselines (validation): {', '.join(rest)}."
 
 
-def _against_baselines(best: Result, baselines: Iterable[Baseline]) -> str:
-    """Whether tuning paid, on the test split: against the baseline that is hardest to beat there."""
+def _against_baselines(best: Result, baselines: Iterable[Baseline], facts: DomainFacts) -> str:
+    """Whether tuning paid, on the test split: against the baseline that is hardest to beat there.
+
+    There is chance in the seeds and in which texts are in the split; the two add up as independent errors do.
+    """
     assert best.test is not None
     mean, _, seeds = best.test
-    known = {baseline.title: baseline.test_value for baseline in baselines if baseline.test_value is not None}
-    known = {title: value for title, value in known.items() if math.isfinite(value)}
+    known, rows = {}, {}
+    for baseline in baselines:
+        if baseline.test_value is not None and math.isfinite(baseline.test_value):
+            known[baseline.title] = baseline.test_value
+            rows[baseline.title] = baseline.test_examples or facts.rows.get("test", 0)
     if not known:
         return "No baseline has a score on the test split."
     hardest = max(known, key=lambda title: better(known[title], 0.0, best.direction))
     gain = better(mean, known[hardest], best.direction)
+    texts = sampling_noise(facts, mean, known[hardest], rows[hardest])
     listed = ", ".join(f"{title} {words.number(value)}" for title, value in known.items())
     if gain <= 0:
         lead = f"Tuning did not pay: nothing beats the {hardest} on the test split"
     elif seeds < 2:
         lead = f"It is open whether tuning paid: one seed alone is {words.number(gain)} better than the {hardest}"
-    elif gain < seed_noise(best.test, (known[hardest], 0.0, 1)):
-        lead = f"It is open whether tuning paid: the gain over the {hardest} is within the noise of {seeds} seeds"
+    elif gain < math.hypot(texts, seed_noise(best.test, (known[hardest], 0.0, CONSTANT))):
+        lead = (
+            f"It is open whether tuning paid: the gain of {words.number(gain)} over the {hardest} is within the noise "
+            f"of {seeds} seeds and {rows[hardest]:,} test examples"
+        )
     else:
         lead = f"Tuning paid: {words.number(gain)} better than the {hardest} on the test split"
     return f"{lead} ({listed})."
@@ -221,6 +239,7 @@ def methods_by_domains(document: Document, study: Material) -> None:
                 else "."
             )
         )
+    notes += list(_failed_confirmations(study))
     notes += list(_failed_baselines(document, study))
     caption = "Every method in every domain, baselines below"
     document.add(Table(caption, head, rows, left, frozenset(bold), notes, source="results.csv"))
@@ -234,6 +253,19 @@ def _averages(study: Material) -> bool:
 
 def _task_types(tasks: Sequence[str]) -> bool:
     return 1 < len(set(tasks)) < len(tasks)
+
+
+def _failed_confirmations(study: Material) -> Iterator[str]:
+    """A sentence for each method that stands here by the seeds that survived."""
+    for name, own in study.results.items():
+        for result in own:
+            failed = result.chosen.failed_confirmations if result.chosen else {}
+            if failed:
+                why = "; ".join(f"seed {seed}: {error}" for seed, error in failed.items())
+                yield (
+                    f"Of {study.called(result.model, result.method)} in {name}, {len(failed)} of "
+                    f"{len(failed) + result.seeds} re-trainings failed, and are not in its mean ({why})."
+                )
 
 
 def _failed_baselines(document: Document, study: Material) -> Iterator[str]:
@@ -308,6 +340,7 @@ def _result_row(study: Material, result: Result) -> dict[str, Any]:
         "validation_mean": validation[0] if validation else None,
         "validation_std": validation[1] if validation and validation[2] > 1 else None,
         "confirmation_seeds": result.seeds,
+        "failed_confirmations": len(chosen.failed_confirmations) if chosen else 0,
         "trainable_parameters": chosen.trainable_parameters if chosen else None,
         "exported_parameters": chosen.exported_parameters if chosen else None,
         "model_parameters": total,

@@ -83,8 +83,12 @@ def compare_domain(
     best = order[0]
     rest = order[1:] + [result for result in found if result.chosen and result not in order]
     if not best.test or best.chosen is None:
-        why = "not confirmed"
-        return DomainComparison(best, tuple(Other(result, None, why, None) for result in rest), None)
+        # Of a domain without a test split, seeds alone tell on validation.
+        others = [
+            Other(result, None, "no test split" if result.seeds else "not confirmed", _by_seeds(best, result))
+            for result in rest
+        ]
+        return DomainComparison(best, tuple(others), None)
     answers = _Answers(facts, folder, options)
     compared, why_not = answers.compare(best.chosen, [result.chosen for result in rest if result.chosen])
     corrected = holm({number: comparison.p for number, comparison in compared.items()})
@@ -105,7 +109,7 @@ def within_noise(
 ) -> bool | None:
     """Whether the difference of two confirmed trials on the test split may be chance.
 
-    It may where it is smaller than twice its standard error over the seeds, or where the paired bootstrap over the
+    It may where it is smaller than its error bars over the seeds (`seed_noise`), or where the paired bootstrap over the
     test examples gives a (corrected) p of at least 0.05. None where there is neither.
     """
     one, two = tested(best), tested(other)
@@ -117,6 +121,16 @@ def within_noise(
     if comparison is not None:
         return (comparison.p if comparison.adjusted is None else comparison.adjusted) >= LEVEL
     return False if several else None
+
+
+def _by_seeds(best: Result, other: Result) -> bool | None:
+    """Whether a difference on the validation split is within the error bars of several seeds each."""
+    if best.test or other.test or best.seeds < 2 or other.seeds < 2:
+        return None
+    assert best.validation is not None
+    assert other.validation is not None
+    difference = better(best.validation[0], other.validation[0], best.direction)
+    return difference <= seed_noise(best.validation, other.validation)
 
 
 class _Answers:

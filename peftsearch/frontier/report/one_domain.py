@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 
 from peftsearch.frontier.front import complete
 from peftsearch.frontier.report import figures, words
@@ -11,7 +11,7 @@ from peftsearch.frontier.report.document import Document, Figure, Heading, Table
 from peftsearch.frontier.report.hyperparameters import hyperparameters
 from peftsearch.frontier.report.material import LESS, VALIDATION, Material, metric_words
 from peftsearch.frontier.tables import front_columns, front_rows, key_hyperparameters
-from peftsearch.spec import TrialState
+from peftsearch.spec import TrialState, deviation
 from peftsearch.tracking.names import configuration_text
 
 
@@ -74,6 +74,11 @@ def _costs(document: Document, study: Material, name: str) -> None:
         "the full budget, inference is examples per second on the test split; where confirmed, means over the seeds. "
         "Trials: complete/pruned/failed."
     ]
+    if packed := [study.called(r.model, r.method) for r in found if r.chosen and r.chosen.packed]:
+        notes.append(
+            f"Trained in packs: {', '.join(packed)}. Their time is their share of a pack's; that of the others is a "
+            "worker's whole time, and not to be compared with it."
+        )
     if forgetting:
         notes.append("Forgetting: the rise of the loss on general text, of the configuration's trial.")
     left = 3 if study.several_models else 2
@@ -95,9 +100,9 @@ def _parts(document: Document, study: Material, name: str) -> None:
             last = result.chosen.scores.get(key) if result.chosen else None
             values = on_test or ([last] if last is not None else [])
             mean = fmean(values) if values else None
-            deviation = stdev(values) if len(values) > 1 else None
+            spread = deviation(values) if len(values) > 1 else None
             if on_test:
-                cells.append(words.spread(mean, deviation, len(values)))
+                cells.append(words.spread(mean, spread, len(values)))
             else:
                 cells.append(words.number(mean) + (VALIDATION if values else ""))
             document.record(
@@ -109,7 +114,7 @@ def _parts(document: Document, study: Material, name: str) -> None:
                 metric=metric,
                 split="test" if on_test else "validation",
                 mean=mean,
-                std=deviation,
+                std=spread,
                 seeds=len(on_test),
             )
         rows.append([study.called(result.model, result.method), *cells])
@@ -172,7 +177,7 @@ def _significance(document: Document, study: Material, name: str) -> None:
         "Paired bootstrap over the test examples (Koehn 2004, W04-3250), scores averaged over the seeds"
         + (f", {_range(resamples)} resamples" if resamples else "")
         + ": two-sided p values, Holm's correction over the methods of this domain. Within the noise: a corrected p of "
-        "0.05 or more, or a difference below twice its standard error over the seeds."
+        "0.05 or more, or a difference within its 95 % confidence interval over the seeds (Welch)."
     ]
     if resamples and min(resamples) < 1000:
         notes.append(

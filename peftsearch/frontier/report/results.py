@@ -121,8 +121,10 @@ def _chosen(records: Sequence[TrialRecord], direction: Direction) -> TrialRecord
     finished = complete(records)
     sign = 1 if direction == "maximize" else -1
     confirmed = [record for record in finished if record.confirmed and math.isfinite(record.confirmed.mean)]
-    # Where some have been scored on the test split, one of them stands for the method.
+    # Where some have been scored on the test split, one of them stands for the method; and one that could be trained
+    # again with every seed, where there is one: the mean over the seeds that survived flatters.
     confirmed = [record for record in confirmed if tested(record)] or confirmed
+    confirmed = [record for record in confirmed if not record.failed_confirmations] or confirmed
     if confirmed:
         return min(
             confirmed,

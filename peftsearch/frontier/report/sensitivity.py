@@ -64,8 +64,9 @@ def sensitivities(records: Sequence[TrialRecord], method: str, spec: StudySpec) 
         points = _points(finished, name)
         if len({value for value, _ in points}) < 2:
             continue
-        log = is_log(space_of(spec, method, name), [value for value, _ in points])
-        found.append(Sensitivity(name, log, points, _points(pruned, name), bins(points, log)))
+        given_up = _points(pruned, name)
+        log = is_log(space_of(spec, method, name), [value for value, _ in (*points, *given_up)])
+        found.append(Sensitivity(name, log, points, given_up, bins(points, log)))
     return found
 
 
