@@ -30,7 +30,7 @@ pinned=()
 if [ -n "$constraints" ] && [ -s "$constraints" ]; then
   pinned=(--constraint "$constraints")
 fi
-"$environment/bin/pip" install --quiet --disable-pip-version-check "${pinned[@]}" "${wheel}[cluster,postgres]"
+"$environment/bin/pip" install --quiet --disable-pip-version-check "${pinned[@]}" "${wheel}[cluster,postgres,quickstart]"
 # pip takes a wheel that was built anew, with the same version, for the one that is installed.
 "$environment/bin/pip" install --quiet --disable-pip-version-check --no-deps --force-reinstall "$wheel"
 
