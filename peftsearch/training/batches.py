@@ -45,7 +45,7 @@ def load(values: Mapping[str, Any], device: torch.device) -> Batch:
     # A decoder with a mask of its own makes the answer ambiguous; without, only its encoder's texts are padded.
     known = isinstance(mask, torch.Tensor) and "decoder_attention_mask" not in values
     full = bool(mask.numpy().all()) if known else None  # type: ignore[union-attr]
-    return Batch({name: moved(value, device) for name, value in values.items()}, full)
+    return Batch(to_device(values, device), full)
 
 
 def padded_to(device: torch.device) -> int:
@@ -64,10 +64,7 @@ def collated(task: Task, rows: Mapping[str, Sequence[Any]], pad_token_id: int, d
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """A batch with its tensors on a device."""
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-    }
+    return {name: moved(value, device) for name, value in batch.items()}
 
 
 def moved(value: Any, device: torch.device) -> Any:

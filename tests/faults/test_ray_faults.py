@@ -26,8 +26,8 @@ HAPPENED = {
 
 def kill(driver: Driver, *titles: str) -> None:
     """Kill them as soon as each is there: between two trials, for example, Ray Tune has no actor for a moment."""
-    there = driver.wait_until(lambda: all(driver.processes(title) for title in titles))
-    assert there and driver.kill(*titles), [process.cmdline() for process in driver.processes()]
+    assert driver.wait_until(lambda: all(driver.processes(title) for title in titles)), driver.output[-3000:]
+    assert driver.kill(*titles), [process.cmdline() for process in driver.processes()]
 
 
 def test_parts_of_ray_die_one_after_the_other(

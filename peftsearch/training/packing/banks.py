@@ -136,9 +136,8 @@ class Banks:
         # Last, when nothing can go wrong any more: from here on members live in the banks.
         for row in range(len(self.sessions)):
             self._move_in(row)
-        self._largest_norms = torch.tensor(
-            [session.training.max_grad_norm for session in self.sessions], device=self._device
-        )
+        largest = torch.tensor([session.training.max_grad_norm for session in self.sessions])
+        self._largest_norms = moved(largest, self._device)
 
     def close(self) -> None:
         """Give every member its parameters and moments back."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftsearch.methods.bottleneck.config import ACTIVATIONS
+from peftsearch.training.batches import moved
 from peftsearch.training.packing.layout import Layout
 
 
@@ -48,7 +49,7 @@ class Dropout:
 
     def __init__(self, rates: Sequence[float], device: torch.device) -> None:
         self.rates = tuple(rates)
-        self._kept = 1.0 - torch.tensor(self.rates, device=device)[:, None, None]
+        self._kept = moved(1.0 - torch.tensor(self.rates)[:, None, None], device)
 
     def __call__(self, layout: Layout, x: Tensor) -> Tensor:
         """Of shape (members, ..., width)."""
@@ -76,7 +77,7 @@ class PackedLowRank:
     ) -> None:
         self.down, self.up, self.among = among.of(down), among.of(up), among
         # The scale goes where the numbers are fewest.
-        self._scales = among.of(torch.tensor(scales, device=down.device, dtype=torch.float32)[:, None, None])
+        self._scales = among.of(moved(torch.tensor(scales, dtype=torch.float32)[:, None, None], down.device))
         self._dropout = Dropout(dropout[among.first : among.last], down.device)
 
     def __call__(self, layout: Layout, x: Tensor, y: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ class PackedBottleneck:
         edges = [index for index in range(1, len(chosen)) if chosen[index] != chosen[index - 1]]
         # Neighbours with the same activation, so that each kernel is started once for them.
         self._runs = [(a, b, chosen[a]) for a, b in zip([0, *edges], [*edges, len(chosen)], strict=True)]
-        self._scales = among.of(torch.tensor(scales, device=device, dtype=torch.float32)[:, None, None])
+        self._scales = among.of(moved(torch.tensor(scales, dtype=torch.float32)[:, None, None], device))
         self._scaled = any(scale != 1.0 for scale in scales[among.first : among.last])
         self._dropout = Dropout(dropout[among.first : among.last], device)
         self._input: Tensor | None = None

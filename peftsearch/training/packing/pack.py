@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftsearch.training.batches import Batch, ahead, collated, load, padded_to, padding_known
+from peftsearch.training.batches import Batch, ahead, collated, load, moved, padded_to, padding_known
 from peftsearch.training.optimizer import learning_rate_factor
 from peftsearch.training.packing.banks import Banks
 from peftsearch.training.packing.host import Host, placed_of
@@ -148,7 +148,7 @@ class Pack:
         )
         counts = tuple(len(rows) for rows in indices)
         if counts not in self._counts:
-            self._counts[counts] = torch.tensor(counts, dtype=torch.float64, device=self.device)
+            self._counts[counts] = moved(torch.tensor(counts, dtype=torch.float64), self.device)
         # Kept on the device: reading it every step would make the host wait for the GPU.
         self.losses = losses.double() * self._counts[counts]
         self.total = self.total + self.losses

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftsearch.methods.soft_prompt.layer import check_length, pooled_again
+from peftsearch.training.batches import moved
 from peftsearch.training.packing.layout import Layout
 
 
@@ -41,7 +42,7 @@ class PackedPrompts:
         self.counts = [0 if own is None else len(own) for own in self.tokens]
         device = next(own.device for own in self.tokens if own is not None)
         # Made once: numbers from the host make it wait for the device.
-        self._shifts = torch.tensor(self.counts, device=device)
+        self._shifts = moved(torch.tensor(self.counts), device)
 
     def check(self, member: int, width: int) -> None:
         """Refuse a member's text that its own soft tokens leave no room for.
