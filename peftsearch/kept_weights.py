@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from peftsearch.files import Place, delete_tree
-from peftsearch.frontier.front import front, method_bests
+from peftsearch.frontier.front import exportable
 from peftsearch.spec import StudyFacts, TrialRecord, TrialState
 from peftsearch.training.checkpoint import trial_folder
 
@@ -23,9 +23,8 @@ log = logging.getLogger(__name__)
 class KeptWeights:
     """Deletes, while a study runs, files of trials that nobody will ask for again: a `peftsearch.search.run.Observer`.
 
-    What stays: running trials; of each domain and model the front, and each method's best, which may be confirmed; and
-    whatever was confirmed. Files are deleted in a thread: an object store may take its time. At the block's end those
-    that are left go: a slot may have written a state after its trial was pruned.
+    What stays: running trials, and what is `exportable`. Files are deleted in a thread: an object store may take its
+    time.
 
     Args:
         folder: The study's folder.
@@ -55,13 +54,12 @@ class KeptWeights:
             self._thread.submit(self._delete, number)
 
     def sweep(self, records: Iterable[TrialRecord]) -> None:
-        """Delete what is of no use once the search is over: of what was not confirmed, only the front stays."""
+        """Delete what is left when the search is over: a slot may have written a state after its trial was pruned."""
         records = list(records)
-        kept = {record.number for record in records if record.confirmed or record.state is TrialState.RUNNING}
+        kept = {record.number for record in records if record.state is TrialState.RUNNING}
         for name, domain in self._facts.domains.items():
-            for model in self._facts.models:
-                own = [record for record in records if (record.domain, record.model) == (name, model)]
-                kept |= {record.number for record in front(own, domain.direction)}
+            own = [record for record in records if record.domain == name]
+            kept |= {record.number for record in exportable(own, domain.direction)}
         for record in records:
             if record.number not in kept:
                 self._delete(record.number)
@@ -75,14 +73,7 @@ class KeptWeights:
         direction = self._facts.domains[record.domain].direction
         known = self._kept.setdefault((record.domain, record.model), {})
         candidates = {**known, record.number: record}
-        chosen = {
-            item.number: item
-            for item in (
-                *front(candidates.values(), direction),
-                *method_bests(candidates.values(), direction),
-                *(item for item in candidates.values() if item.confirmed),
-            )
-        }
+        chosen = {item.number: item for item in exportable(candidates.values(), direction)}
         self._kept[record.domain, record.model] = chosen
         return [number for number in candidates if number not in chosen]
 

@@ -22,6 +22,9 @@ def export(
         ),
     ] = None,
     domain: DomainOption = None,
+    method: Annotated[
+        str | None, typer.Option(help="Only trials of this method: its own front, on the study's or not")
+    ] = None,
     pick: Annotated[
         Literal["frontier", "best", "knee", "smallest"],
         typer.Option(
@@ -82,6 +85,7 @@ def export(
     exported = chosen.export(
         to,
         domain=domain,
+        method=method,
         pick=pick,
         max_parameters=max_parameters,
         min_metric=min_metric,

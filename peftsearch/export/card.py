@@ -68,6 +68,7 @@ class CardFacts:
         quantization: Arguments of `transformers.BitsAndBytesConfig` for the base, or None.
         trust_remote_code: Whether the base needs code that it brings along.
         form: What becomes of the adapter.
+        on_front: Whether it is on its domain's front, and not on that of its method's trials alone.
     """
 
     spec: StudySpec
@@ -83,6 +84,7 @@ class CardFacts:
     quantization: Mapping[str, Any] | None = None
     trust_remote_code: bool = False
     form: Form = "adapter"
+    on_front: bool = True
 
     @property
     def domain(self) -> DomainFacts:
@@ -146,7 +148,7 @@ def model_card(card: CardFacts) -> str:
         f"# {escape_markdown(record.domain)}: {title} of {base}",
         f"{kind} made by {title} ({METHODS[record.method].source}): trial {record.number} of the peftsearch study "
         f"{escape_markdown(card.facts.study)}, on the Pareto front of {escape_markdown(card.domain.metric)} against "
-        f"trainable parameters in its domain. It trains {record.trainable_parameters:,} parameters, "
+        f"trainable parameters in its domain{_among(card)}. It trains {record.trainable_parameters:,} parameters, "
         f"{100 * record.trainable_parameters / max(1, card.model.total_parameters):.3g} % of the base model's "
         f"{card.model.total_parameters:,}, the task head included.",
         *_form(card),
@@ -169,6 +171,15 @@ def model_card(card: CardFacts) -> str:
         *_limits(card),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _among(card: CardFacts) -> str:
+    if card.on_front:
+        return ""
+    return (
+        f", among the trials of {METHODS[card.record.method].title} (one of another method is no worse, with no more "
+        "parameters)"
+    )
 
 
 def loading_code(card: CardFacts) -> str:

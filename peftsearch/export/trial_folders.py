@@ -19,6 +19,7 @@ from peftsearch.export.purpose import columns_read
 from peftsearch.export.usage import Use
 from peftsearch.export.verify import Job
 from peftsearch.files import Place
+from peftsearch.frontier.front import front
 from peftsearch.methods import METHODS
 from peftsearch.spec import THREADS, StudyError, StudyFacts, StudySpec, TrialRecord, model_location
 
@@ -184,6 +185,13 @@ def _card(
     core: Any = trained.get_base_model() if isinstance(trained, PeftModel) else trained
     silent = getattr(config, "pad_token_id", None) is None
     head = prepared.head.auto_model.removeprefix("AutoModel")
+    use = Use(
+        prepared.task,
+        study.facts.domains[record.domain],
+        prepared.architecture,
+        "text_pair" in columns_read(study.spec.domains[record.domain]),
+    )
+    rivals = [other for other in study.records if other.domain == record.domain]
     return CardFacts(
         spec=study.spec,
         facts=study.facts,
@@ -193,15 +201,11 @@ def _card(
         revision=base.revision,
         trust_remote_code=base.trust_remote_code,
         auto_model=prepared.head.auto_model,
-        use=Use(
-            prepared.task,
-            study.facts.domains[record.domain],
-            prepared.architecture,
-            "text_pair" in columns_read(study.spec.domains[record.domain]),
-        ),
+        use=use,
         base_has_head=any(head in name for name in config.architectures or ()),
         pad_token_id=getattr(core.config, "pad_token_id", None) if silent else None,
         quantization=_quantization(core.config),
+        on_front=record in front(rivals, study.facts.domains[record.domain].direction),
     )
 
 

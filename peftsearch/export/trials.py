@@ -21,7 +21,7 @@ from peftsearch.export.speed import Speed
 from peftsearch.export.trial_folders import StudyToExport, weights_of, write_folders
 from peftsearch.export.verify import Score, score_folders
 from peftsearch.files import Place, exists
-from peftsearch.frontier.front import Choice, Pick, choose, domain_fronts
+from peftsearch.frontier.front import Choice, Pick, choose, domain_fronts, exportable
 from peftsearch.spec import StudyError, TrialRecord, suggest
 from peftsearch.tracking.provenance import provenance
 
@@ -83,6 +83,7 @@ def export_trials(
     to: Place | None,
     *,
     domain: str | None = None,
+    method: str | None = None,
     pick: Pick | str = "frontier",
     max_parameters: int | None = None,
     min_metric: float | None = None,
@@ -104,6 +105,8 @@ def export_trials(
         study: The study.
         to: Folder for the adapters, or a place in an object store; made where it does not exist. None with ``push``.
         domain: Only this domain.
+        method: Only trials of this method: its own front among those whose weights are kept
+            (`peftsearch.frontier.front.exportable`), its best always.
         pick: ``frontier``, ``best``, ``knee`` or ``smallest`` of each domain, see `peftsearch.frontier.choose`.
         max_parameters: Only trials with at most so many trainable parameters.
         min_metric: Only trials whose metric is at least this good.
@@ -151,14 +154,14 @@ def export_trials(
         to = to.expanduser().absolute()
     repo = HubRepo(push) if push is not None else None
     limits: dict[str, Any] = {"max_parameters": max_parameters, "min_metric": min_metric}
-    chosen, refused = _by_form(_choose(study, domain, pick, miss, **limits), form)
+    chosen, refused = _by_form(_choose(study, domain, method, pick, miss, **limits), form)
     if chosen or max_latency is not None:
         for error in refused:
             miss(error.message)
     if max_latency is not None:
         # What is fast enough is known later. Nobody asked for all of these: missed are, of those that cannot have the
         # form, the ones above, which would be picked whatever they take.
-        chosen, refused = _by_form(_choose(study, domain, "frontier", lambda _: None, **limits), form)
+        chosen, refused = _by_form(_choose(study, domain, method, "frontier", lambda _: None, **limits), form)
     if not chosen:
         raise refused[0]
     records = [choice.record for choice in chosen]
@@ -198,7 +201,7 @@ def export_trials(
                 if score.measured is not None
             }
             fast = {"max_latency": max_latency, "latencies": latencies}
-            chosen = _choose(study, domain, pick, miss, **limits, **fast)
+            chosen = _choose(study, domain, method, pick, miss, **limits, **fast)
             kept = [[record.number for record in records].index(choice.record.number) for choice in chosen]
             if repo is not None:
                 _check_one(repo, [records[index] for index in kept])
@@ -288,14 +291,25 @@ def _by_form(chosen: Sequence[Choice], form: Form) -> tuple[list[Choice], list[S
 
 
 def _choose(
-    study: StudyToExport, domain: str | None, how: str, miss: Callable[[str], None], **limits: Any
+    study: StudyToExport,
+    domain: str | None,
+    method: str | None,
+    how: str,
+    miss: Callable[[str], None],
+    **limits: Any,
 ) -> list[Choice]:
-    facts = study.facts
+    facts, records = study.facts, study.records
     if domain is not None and domain not in facts.domains:
         raise StudyError(f"the study {facts.study!r} has no domain {domain!r}{suggest(domain, facts.domains)}")
+    if method is not None:
+        known = list(dict.fromkeys(record.method for record in records))
+        if method not in known:
+            raise StudyError(f"the study {facts.study!r} has no trial of a method {method!r}{suggest(method, known)}")
+        kept = [exportable(front.records, front.facts.direction) for front in domain_fronts(records, facts).values()]
+        records = [record for of_domain in kept for record in of_domain if record.method == method]
     chosen: list[Choice] = []
     refused: list[str] = []
-    for name, front in domain_fronts(study.records, facts).items():
+    for name, front in domain_fronts(records, facts).items():
         if domain not in (None, name):
             continue
         try:

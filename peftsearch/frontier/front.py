@@ -200,6 +200,24 @@ def method_bests(records: Iterable[TrialRecord], direction: Direction) -> list[T
     return [_best(mine, direction) for mine in cells.values()]
 
 
+def exportable(records: Iterable[TrialRecord], direction: Direction) -> list[TrialRecord]:
+    """The trials whose weights are kept: of each model the front and each method's best, and whatever was confirmed.
+
+    Args:
+        records: Trials of one domain.
+        direction: Of the domain's metric.
+
+    Returns:
+        In the order of the records.
+    """
+    records = list(records)
+    kept = {record.number for record in records if record.confirmed}
+    for model in {record.model for record in records}:
+        mine = [record for record in records if record.model == model]
+        kept |= {record.number for record in (*front(mine, direction), *method_bests(mine, direction))}
+    return [record for record in records if record.number in kept]
+
+
 def _by_goodness(records: Iterable[TrialRecord], direction: Direction) -> list[TrialRecord]:
     return sorted(
         records, key=lambda record: (-goodness(record, direction), record.trainable_parameters, record.number)

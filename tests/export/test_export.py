@@ -21,6 +21,7 @@ from peftsearch.domains import load_raw
 from peftsearch.export import ExportedAdapter, evaluate_adapter
 from peftsearch.export.card import OWN_METHODS
 from peftsearch.export.contents import _without_passwords
+from peftsearch.export.folder import CARD
 from peftsearch.export.verify import Job, score_folders
 from peftsearch.frontier import escape_markdown
 from peftsearch.spec import StudyError, StudyFile, TrialState
@@ -276,6 +277,23 @@ def test_weights_that_score_otherwise_than_the_ledger_are_refused(study: Study, 
     assert f"trial {number(study, 'lora')} (lora, lora)" in str(error.value)
     assert "--tolerance" in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_methods_own_best_is_exported_though_another_beats_it(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = study.trials()
+    lora = next(record for record in records if record.method == "lora")
+    rival = lora.model_copy(update={"number": 99, "method": "adapter", "trainable_parameters": 1, "checkpoint": None})
+    monkeypatch.setattr(Study, "trials", lambda _: [*records, rival])
+    with pytest.raises(StudyError, match=r"the weights of trial 99 \(adapter\) are not there"):
+        study.export(tmp_path / "out", domain="lora")
+    (exported,) = study.export(tmp_path / "out", domain="lora", method="lora", pick="best")
+    assert exported.record.number == lora.number
+    card = (exported.folder / CARD).read_text()
+    assert ", among the trials of LoRA (one of another method is no worse, with no more parameters)." in card
+    with pytest.raises(StudyError, match=r"no trial of a method 'lorra'; did you mean 'lora'\?"):
+        study.export(tmp_path / "out", method="lorra")
 
 
 @pytest.mark.parametrize("harm", ["cut", "flipped", "missing", "other"])
