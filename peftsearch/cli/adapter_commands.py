@@ -23,7 +23,7 @@ def export(
     ] = None,
     domain: DomainOption = None,
     method: Annotated[
-        str | None, typer.Option(help="Only trials of this method: its own front, on the study's or not")
+        str | None, typer.Option(help="Only trials of this method: its own front, whatever other methods do")
     ] = None,
     pick: Annotated[
         Literal["frontier", "best", "knee", "smallest"],

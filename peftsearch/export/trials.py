@@ -21,7 +21,7 @@ from peftsearch.export.speed import Speed
 from peftsearch.export.trial_folders import StudyToExport, weights_of, write_folders
 from peftsearch.export.verify import Score, score_folders
 from peftsearch.files import Place, exists
-from peftsearch.frontier.front import Choice, Pick, choose, domain_fronts, exportable
+from peftsearch.frontier.front import Choice, Pick, choose, complete, domain_fronts
 from peftsearch.spec import StudyError, TrialRecord, suggest
 from peftsearch.tracking.provenance import provenance
 
@@ -105,8 +105,7 @@ def export_trials(
         study: The study.
         to: Folder for the adapters, or a place in an object store; made where it does not exist. None with ``push``.
         domain: Only this domain.
-        method: Only trials of this method: its own front among those whose weights are kept
-            (`peftsearch.frontier.front.exportable`), its best always.
+        method: Only trials of this method: of those whose weights are there, its own front, whatever other methods do.
         pick: ``frontier``, ``best``, ``knee`` or ``smallest`` of each domain, see `peftsearch.frontier.choose`.
         max_parameters: Only trials with at most so many trainable parameters.
         min_metric: Only trials whose metric is at least this good.
@@ -305,12 +304,20 @@ def _choose(
         known = list(dict.fromkeys(record.method for record in records))
         if method not in known:
             raise StudyError(f"the study {facts.study!r} has no trial of a method {method!r}{suggest(method, known)}")
-        kept = [exportable(front.records, front.facts.direction) for front in domain_fronts(records, facts).values()]
-        records = [record for of_domain in kept for record in of_domain if record.method == method]
+        records = [record for record in records if record.method == method]
+        gone = _without_weights(study, records)
+        for front in domain_fronts(records, facts).values():
+            for record in front.front if domain in (None, front.domain) else ():
+                if record.number in gone:
+                    miss(f"the weights of trial {record.number} ({front.domain}, {method}) are not there any more")
+        records = [record for record in records if record.number not in gone]
     chosen: list[Choice] = []
     refused: list[str] = []
     for name, front in domain_fronts(records, facts).items():
         if domain not in (None, name):
+            continue
+        if method is not None and not front.front:
+            refused.append(f"{name}: no trial of {method} that has its weights has reached the full budget")
             continue
         try:
             chosen += choose(front.front, how, front.facts.direction, **limits)
@@ -321,6 +328,12 @@ def _choose(
     for sentence in refused:
         miss(sentence)
     return chosen
+
+
+def _without_weights(study: StudyToExport, records: Sequence[TrialRecord]) -> set[int]:
+    """The finished trials whose weights are gone: earlier versions kept those of the front alone, and a fork takes over
+    what its origin had left."""
+    return {record.number for record in complete(records) if not exists(weights_of(study, record))}
 
 
 def _account(record: TrialRecord, study: StudyToExport, score: Score) -> str:

@@ -201,21 +201,20 @@ def method_bests(records: Iterable[TrialRecord], direction: Direction) -> list[T
 
 
 def exportable(records: Iterable[TrialRecord], direction: Direction) -> list[TrialRecord]:
-    """The trials whose weights are kept: of each model the front and each method's best, and whatever was confirmed.
+    """The trials whose weights are kept: the front of each method's trials for each model, and whatever was confirmed.
+
+    The front over all methods is among them, and each method's best.
 
     Args:
         records: Trials of one domain.
         direction: Of the domain's metric.
-
-    Returns:
-        In the order of the records.
     """
     records = list(records)
-    kept = {record.number for record in records if record.confirmed}
-    for model in {record.model for record in records}:
-        mine = [record for record in records if record.model == model]
-        kept |= {record.number for record in (*front(mine, direction), *method_bests(mine, direction))}
-    return [record for record in records if record.number in kept]
+    cells: dict[tuple[str, str], list[TrialRecord]] = {}
+    for record in records:
+        cells.setdefault((record.model, record.method), []).append(record)
+    kept = {record.number for mine in cells.values() for record in front(mine, direction)}
+    return [record for record in records if record.number in kept or record.confirmed]
 
 
 def _by_goodness(records: Iterable[TrialRecord], direction: Direction) -> list[TrialRecord]:

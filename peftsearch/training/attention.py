@@ -32,18 +32,6 @@ def leave_out_cudnn(device: torch.device) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def leave_out_cache(model: torch.nn.Module) -> None:
-    """Let a model's forward passes keep no keys and values for tokens that come later, where nobody asks for them.
-
-    `transformers` keeps them in training too, and for that copies all keys and values of every decoder layer. What
-    writes asks for them; keys and values that come with an input, as soft ones do, are read as before.
-    """
-    for module in model.modules():
-        config: Any = getattr(module, "config", None)
-        if getattr(config, "use_cache", False):
-            config.use_cache = False
-
-
 def use_fast_attention() -> None:
     """Let models of this process compute their "sdpa" attention by `attend`; doing so again changes nothing."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -20,7 +20,7 @@ from peftsearch.domains.tasks import LossOptions
 from peftsearch.files import Place, delete, patiently, persist, read_json, write_bytes, write_json
 from peftsearch.methods import METHODS, AttachContext
 from peftsearch.spec import TrainingSpec
-from peftsearch.training.attention import leave_out_cache, use_fast_attention
+from peftsearch.training.attention import use_fast_attention
 from peftsearch.training.base_model import FrozenBase, count_trainable, move, trainable
 from peftsearch.training.batches import Batch, ahead, load, padded_to, padding_known
 from peftsearch.training.budget import Budget, tokens_of_a_pass
@@ -190,7 +190,6 @@ class TrialSession:
         """Result of the segment that ended at `step`: given again when the answer was lost on its way."""
         with nullcontext() if group.sharded else group.together():
             self.model = build_model(base, domain, plan.method, plan.hyperparameters, plan.seed)
-        leave_out_cache(self.model)
         if group.device.type == "cpu":
             use_fast_attention()
             use_fast_dropout(self.model)

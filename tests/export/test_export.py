@@ -285,13 +285,18 @@ def test_a_methods_own_best_is_exported_though_another_beats_it(
     records = study.trials()
     lora = next(record for record in records if record.method == "lora")
     rival = lora.model_copy(update={"number": 99, "method": "adapter", "trainable_parameters": 1, "checkpoint": None})
-    monkeypatch.setattr(Study, "trials", lambda _: [*records, rival])
+    gone = lora.model_copy(update={"number": 98, "trainable_parameters": 2, "checkpoint": None})
+    monkeypatch.setattr(Study, "trials", lambda _: [*records, gone, rival])
     with pytest.raises(StudyError, match=r"the weights of trial 99 \(adapter\) are not there"):
         study.export(tmp_path / "out", domain="lora")
-    (exported,) = study.export(tmp_path / "out", domain="lora", method="lora", pick="best")
+    left_out: list[str] = []
+    (exported,) = study.export(tmp_path / "out", domain="lora", method="lora", pick="best", left_out=left_out.append)
+    assert left_out == ["the weights of trial 98 (lora, lora) are not there any more"]
     assert exported.record.number == lora.number
     card = (exported.folder / CARD).read_text()
     assert ", among the trials of LoRA (one of another method is no worse, with no more parameters)." in card
+    with pytest.raises(StudyError, match=r"lora: no trial of adapter that has its weights has reached the full budget"):
+        study.export(tmp_path / "out", domain="lora", method="adapter")
     with pytest.raises(StudyError, match=r"no trial of a method 'lorra'; did you mean 'lora'\?"):
         study.export(tmp_path / "out", method="lorra")
 

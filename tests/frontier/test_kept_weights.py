@@ -45,18 +45,21 @@ def test_files_of_no_use_go_while_the_study_runs(tmp_path: Path) -> None:
     assert storage.left() == [2, 3, 4, 7]
 
 
-def test_at_the_end_the_front_the_methods_best_and_what_was_confirmed_stay(tmp_path: Path) -> None:
+def test_at_the_end_the_methods_fronts_and_what_was_confirmed_stay(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     with KeptWeights(tmp_path, make_facts(), []) as weights:
         storage.trial(weights, 0.9, 90)
         storage.trial(weights, 0.7, 500, method="full", confirmed=Confirmed(seeds=3, mean=0.7, std=0.01))
         storage.trial(weights, 0.8, 500, method="full")
         storage.trial(weights, 0.6, 300, method="adapter")
-        # A slot has written a state after its trial was pruned.
         storage.trial(weights, None, 50, state=TrialState.PRUNED)
         storage.trial(weights, 0.5, 300, method="adapter")
+        storage.trial(weights, 0.5, 200, method="adapter")
+    # A slot has written a state after its trial was pruned.
+    (tmp_path / "trials" / "00004").mkdir()
+    with KeptWeights(tmp_path, make_facts(), storage.records) as weights:
         weights.sweep(storage.records)
-    assert storage.left() == [0, 1, 2, 3]
+    assert storage.left() == [0, 1, 2, 3, 6]
 
 
 def test_a_continued_study_knows_what_it_kept(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from tiny_models import SAMPLES
 from peftsearch.search.plan import StudyPlan
 from peftsearch.training.crew import Crew
 from peftsearch.training.distributed import WorkerGroup
+from peftsearch.training.packing import Pack
+from peftsearch.training.packing.host import Host
 from peftsearch.training.segment import Outcome, Probe, ProbeResult, Segment, SegmentResult, TrialPlan
 from peftsearch.training.worker import Worker
 
@@ -54,7 +56,10 @@ class Case:
         return "-".join((self.work, self.kind, self.task, *self.training))
 
     def run(self, folder: Path, device: torch.device, waited: Callable[[], int]) -> dict[str, Any]:
-        """Do it; its numbers, and how often the host waited in training alone."""
+        """Do it; its numbers, and how often the host waited.
+
+        That is while a segment of a trial was trained, or a pack was made and trained before a trial of it ended.
+        """
         folder.mkdir(parents=True)
         plan = planned(folder, self.kind, self.task, **self.training)
         if self.work == "baselines":
@@ -92,16 +97,23 @@ class Case:
         first = [segments(plan, number)[0] for number in range(PACKED)]
         if device == CPU:
             return {"numbers": [numbers_of(new_worker(plan, folder, device).do(segment)) for segment in first]}
-        crew = Crew(new_worker(plan, folder, device), silent)
+        worker = new_worker(plan, folder, device)
+        host = Host(worker.base(first[0].trial.model), worker.domain(first[0].trial.model, "d"), None)
+        members = [worker.new_session(segment) for segment in first]
+        before = waited()
+        made = Pack(members, host)
+        waits = waited() - before
+        made.close()
+        crew = Crew(worker, silent)
         size = crew.size(first[0])
         for number, segment in enumerate(first):
             crew.join(number, segment)
-        # Its first step makes the pack, and checks it against the trials alone.
+        # Its first step checks the pack against the trials alone.
         assert crew.advance() == {}
         before = waited()
         for _ in range(first[0].to_step - 2):
             assert crew.advance() == {}
-        waits = waited() - before
+        waits += waited() - before
         found = drain(crew)
         return {"numbers": [numbers_of(found[number]) for number in range(PACKED)], "waits": waits, "size": size}
 
@@ -160,7 +172,12 @@ def main(library: Path, folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    status = 1
     try:
         main(Path(sys.argv[1]), Path(sys.argv[2]))
-    finally:
-        os._exit(0)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -31,7 +31,10 @@ COMPILER = shutil.which("g++")
 
 _aten = torch.ops.aten
 _COPIES = (_aten._to_copy.default, _aten.copy_.default)
-_READS = (_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.masked_select.default)
+_READS = (
+    *(_aten._local_scalar_dense.default, _aten.equal.default, _aten.nonzero.default, _aten.masked_select.default),
+    *(_aten._unique2.default, _aten.unique_dim.default, _aten.bincount.default, _aten.repeat_interleave.Tensor),
+)
 _INDEXED = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default)
 _BYTES = 64 * 2**30
 
@@ -86,6 +89,8 @@ def _compute(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     there = [tensor for tensor in tensors if held(tensor) is not None]
     kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
     if func is _aten._pin_memory.default:
+        if there:
+            raise RuntimeError("cannot pin a tensor of the GPU: only dense CPU tensors can be pinned")
         pinned = args[0].clone()
         pinned.pinned = True
         return pinned
@@ -131,8 +136,9 @@ def _waited(func: Any, args: Any, kwargs: Any, there: Any, to_gpu: bool) -> bool
     if not there:
         return False
     if func in _INDEXED:
-        # A mask in brackets is looked up as the numbers of its places.
-        return any(at is not None and at.dtype == torch.bool for at in args[1])
+        # A mask in brackets is looked up as the numbers of its places, and places on the CPU are copied first.
+        places = [at for at in args[1] if at is not None]
+        return any(at.dtype == torch.bool or (held(at) is None and at.dim() > 0) for at in places)
     return func in _READS
 
 

@@ -17,7 +17,6 @@ from task_data import task_domain
 from test_batches import Waits
 from test_recompute import Kept
 from tiny_models import SAMPLES, tiny_decoder, tiny_deep_headed_encoder, tiny_encoder, tiny_encoder_decoder
-from transformers.cache_utils import DynamicLayer
 
 from peftsearch.methods import METHODS
 from peftsearch.search.plan import StudyPlan, plan_study
@@ -226,28 +225,6 @@ def test_a_pack_whose_batches_are_made_ahead_trains_the_same(tmp_path: Path, mon
     monkeypatch.setattr(pack_module, "ahead", lambda items, make, device: in_thread(items, make))
     assert losses() == expected
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
-
-
-@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder"])
-@pytest.mark.parametrize("method", ["lora", "prompt", "full"])
-def test_only_what_writes_keeps_keys_and_values(
-    method: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept = []
-    keep = DynamicLayer.lazy_initialization
-    monkeypatch.setattr(DynamicLayer, "lazy_initialization", lambda *given: (kept.append(1), keep(*given)))
-    trials = Trials(planned(tmp_path, kind, "summarization"), tmp_path / "study")
-    session = trials.session(0, method, SAMPLES[method])
-    session._train(2)
-    if method != "full":
-        pack = trials.pack([trials.session(1, method, SAMPLES[method]), trials.session(2, method, SAMPLES[method])])
-        pack.step()
-        pack.close()
-    assert kept == []
-    # The base's own configuration is what exports are written with.
-    assert trials.base.template(trials.domain).model.config.use_cache
-    session._evaluate(final=False)
-    assert kept
 
 
 MIXED = [

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from peftsearch.domains.models import positions_of
 from peftsearch.methods import Quantization
 from peftsearch.methods.sublayers import feed_forward_input
-from peftsearch.training.attention import leave_out_cache
 from peftsearch.training.base_model import FrozenBase, share_tensors
 from peftsearch.training.dropout import use_fast_dropout
 from peftsearch.training.packing.banks import Banks, Key, Placed, along_columns, along_rows, as_it_is
@@ -45,7 +44,6 @@ class Host:
             self.own[path] = OwnModules()
             parent, _, child = path.rpartition(".")
             setattr(self.model.get_submodule(parent), child, self.own[path])
-        leave_out_cache(self.model)
         if base.device.type == "cpu":
             use_fast_dropout(self.model)
         self._frozen = dict(self.model.named_parameters(remove_duplicate=False))
