@@ -283,7 +283,12 @@ def run_study(
                 save_facts(facts)
 
             def over() -> bool:
-                return stopped() or pool.lost() or run.broken is not None
+                if stopped():
+                    # At once: Tune takes seconds to wind up, and a trial that is trained to its end meanwhile has
+                    # nobody left to record it, and has dropped the state that it would go on from.
+                    pool.leave()
+                    return True
+                return pool.lost() or run.broken is not None
 
             probes.append(_start_probes(pool, plan, facts, save_facts, events, enough))
             events.planned(run)

@@ -133,6 +133,7 @@ class SlotPool:
         self._at_once = self._sizes.largest()
         self._told: set[str] = set()
         self._stop = threading.Event()
+        self._leaving = False
         self._waiting = False
         self._head_lost = ""
         self._supervisor: threading.Thread | None = None
@@ -209,6 +210,12 @@ class SlotPool:
         reasons = [run.broken for run in self._runs.values() if run.broken]
         return f"no slot can work: {(reasons or ['their Ray Train runs ended'])[-1]}"
 
+    def leave(self) -> None:
+        """Tell the slots to leave, and do not wait for them: whoever trains writes its state at its next step."""
+        if not self._leaving:
+            self._leaving = True
+            self.dispatcher.stop.remote()
+
     def stop(self, timeout: float = 30.0, state_timeout: float = LEAVE_SECONDS) -> None:
         """Tell the slots to leave, and wait for them.
 
@@ -264,7 +271,8 @@ class SlotPool:
     def _supervise(self) -> None:
         while not self._stop.wait(_LOOK_SECONDS):
             try:
-                if self._cluster.unseen_since is None:
+                # Slots that end while all leave are not to be started again.
+                if self._cluster.unseen_since is None and not self._leaving:
                     self._look()
             except Exception as error:  # a call that the cluster did not answer: looked at again
                 log.warning("the slots could not be looked at: %s", error)
@@ -316,7 +324,7 @@ class SlotPool:
         if self.slots.follows:
             # One at least: its request for room is what makes an autoscaler bring a machine.
             self._wanted = max(1, self.slots.room(list(nodes.values())))
-        if self._stop.is_set():
+        if self._stop.is_set() or self._leaving:
             return
         if time.monotonic() < self._untidy_until:
             remove_orphaned_groups()

@@ -38,7 +38,7 @@ def write_long_study(write_study: Callable[..., Path]) -> Callable[..., Path]:
             "long",
             methods={"lora": {"rank": 4}},
             search={"trials": trials, "scheduler": "none", "sampler": "random"},
-            training={"epochs": 40, "evaluations": 1, "batch_size": 4, "max_length": 16},
+            training={"epochs": 60, "evaluations": 1, "batch_size": 4, "max_length": 16},
             resources={"cpus_per_worker": 1, "slots": 1, **resources},
         )
 
@@ -68,27 +68,33 @@ def start() -> Iterator[Callable[[Path, Path], subprocess.Popen[str]]]:
 
 def wait_for_trials(process: subprocess.Popen[str], storage: Path, count: int) -> None:
     """Wait until so many trials are in training, and have trained some steps: for seconds of the workers' own time,
-    which pass as slowly as their steps do on a busy machine."""
+    which pass as slowly as their steps do on a busy machine.
+
+    A trial is in the ledger before Ray has started the actor that asks for its segment, and a slot makes the baselines
+    first: until then, there is nothing to write.
+    """
     deadline = time.monotonic() + PATIENCE
     began: float | None = None
-    while began is None or worked(process) < began + WORK_SECONDS:
+    while began is None or max(worked(process, "RayTrainWorker"), default=0.0) < began + WORK_SECONDS:
         assert process.poll() is None, process.communicate()[1][-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.5)
-        if began is None:
-            with contextlib.suppress(Exception):  # the ledger is being created
-                if len(Study.open("long", storage).trials()) == count:
-                    began = worked(process)
+        # As Ray Tune names every trainable that has resources.
+        if began is None and len(worked(process, "ResourceTrainable")) == count:
+            study = Study.open("long", storage)
+            if study.facts().domains["topics"].baselines:
+                assert len(study.trials()) == count
+                began = max(worked(process, "RayTrainWorker"), default=0.0)
 
 
-def worked(process: subprocess.Popen[str]) -> float:
-    """Seconds of processor time that the busiest worker has had so far."""
-    seconds = [0.0]
+def worked(process: subprocess.Popen[str], title: str) -> list[float]:
+    """Seconds of processor time that each of its processes of such a title has had so far."""
+    seconds = []
     for child in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if "RayTrainWorker" in " ".join(child.cmdline()):
+            if title in " ".join(child.cmdline()):
                 seconds.append(child.cpu_times().user)
-    return max(seconds)
+    return seconds
 
 
 def states(storage: Path) -> list[int]:

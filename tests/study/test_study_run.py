@@ -13,7 +13,7 @@ from forks import command
 from study_runs import run
 
 from peftsearch.holder import hold
-from peftsearch.spec import TrialState
+from peftsearch.spec import TrialRecord, TrialState
 from peftsearch.study import Study
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
@@ -129,10 +129,26 @@ def test_running_again_changes_nothing(finished: tuple[Path, Path]) -> None:
     assert Study.open("tiny", storage).status()["state"] == "finished"
 
 
-def test_weights_are_kept_for_the_front_alone(finished: tuple[Path, Path]) -> None:
+def test_weights_are_kept_for_each_methods_front_alone(finished: tuple[Path, Path]) -> None:
+    """Those of the domain's front are among them, and whatever `export --method` would ask for."""
     study = Study.open("tiny", finished[0])
-    on_front = {f"{record.number:05d}" for record in study.frontier()["topics"].front}
-    assert {item.name for item in (study.folder.path / "trials").iterdir()} == on_front
+    kept = {int(item.name) for item in (study.folder.path / "trials").iterdir()}
+    complete = [record for record in study.trials() if record.state is TrialState.COMPLETE]
+
+    def dominated(a: TrialRecord, b: TrialRecord) -> bool:
+        assert a.value is not None
+        assert b.value is not None
+        return (
+            a.method == b.method
+            and b.value >= a.value
+            and b.trainable_parameters <= a.trainable_parameters
+            and (b.value > a.value or b.trainable_parameters < a.trainable_parameters)
+        )
+
+    expected = {a.number for a in complete if not any(dominated(a, b) for b in complete)}
+    assert {record.number for record in study.frontier()["topics"].front} <= expected
+    assert kept == expected
+    assert len(expected) < len(study.trials())
 
 
 def test_the_front_is_exported_and_verified(finished: tuple[Path, Path], tmp_path: Path) -> None:
