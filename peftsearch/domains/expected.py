@@ -89,7 +89,6 @@ def expected_domain(
         options=domain.options,
         architecture=kind,
         metric=metric.name,
-        metric_title=metric.title,
         direction=metric.direction,
         labels=labels,
         parts=tuple(data.join or ()),

@@ -54,7 +54,6 @@ class PreparedDomain:
         options: The task's settings, as the study file says.
         architecture: Kind of the model that the data was tokenised for.
         metric: The objective: a key of `Task.score`.
-        metric_title: The objective's name in tables and plots.
         direction: Whether more of the metric is better.
         labels: Label names; their positions are the label ids.
         parts: Names of the data sets that were joined; () for a domain of one.
@@ -72,7 +71,6 @@ class PreparedDomain:
     options: dict[str, Any]
     architecture: Architecture
     metric: str
-    metric_title: str
     direction: Direction
     labels: tuple[str, ...]
     parts: tuple[str, ...]
@@ -224,7 +222,6 @@ class CheckedDomain:
             "options": self.options,
             "architecture": self.architecture,
             "metric": raw.metric.name,
-            "metric_title": raw.metric.title,
             "direction": raw.metric.direction,
             "labels": list(raw.labels),
             "parts": list(raw.parts),

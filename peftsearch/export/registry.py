@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftsearch.export.folder import PROVENANCE
-from peftsearch.frontier.front import domain_fronts
-from peftsearch.frontier.mlflow_report import PICKS, picks_of
+from peftsearch.frontier.front import PICKS, domain_fronts
+from peftsearch.frontier.mlflow_report import picks_of
 from peftsearch.spec import StudyError, StudyFacts, TrialRecord
 from peftsearch.tracking.mlflow_runs import DOMAIN, NUMBER, PARAM_LENGTH, STUDY, STUDY_ID, texts
 from peftsearch.tracking.mlflow_store import brief, prepare_environment, public_uri, relocate_artifacts

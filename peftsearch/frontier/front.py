@@ -27,6 +27,9 @@ from peftsearch.spec import (
 
 Pick = Literal["frontier", "best", "knee", "smallest"]
 
+PICKS: tuple[Pick, ...] = ("best", "knee", "smallest")
+"""Those of one trial."""
+
 
 @dataclass(frozen=True)
 class DomainFront:
@@ -62,6 +65,11 @@ class DomainFront:
     def best(self) -> TrialRecord | None:
         """The trial with the best metric; of several, the one with fewest parameters."""
         return _best(self.front, self.facts.direction) if self.front else None
+
+    def picks(self) -> dict[Pick, Choice]:
+        """The trial that each of `PICKS` gives where nothing else is asked for; {} for an empty front."""
+        direction = self.facts.direction
+        return {how: choose(self.front, how, direction)[0] for how in PICKS} if self.front else {}
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
         from peftsearch.frontier.notebook import display

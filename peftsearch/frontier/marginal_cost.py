@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from peftsearch.frontier.front import DomainFront, choose, seed_noise
+from peftsearch.frontier.front import DomainFront, seed_noise
 from peftsearch.spec import Direction, TrialRecord
 
 
@@ -102,10 +102,10 @@ def marginal_costs(trials: Sequence[TrialRecord], direction: Direction) -> list[
 
 def costs_between_picks(front: DomainFront) -> list[MarginalCost]:
     """From the smallest to the knee to the best, as far as these are different trials."""
-    direction = front.facts.direction
-    hows = ("smallest", "knee", "best") if front.front else ()
-    picked = {record.number: record for how in hows for record in [choose(front.front, how, direction)[0].record]}
-    return marginal_costs(sorted(picked.values(), key=lambda record: record.trainable_parameters), direction)
+    picked = {choice.record.number: choice.record for choice in front.picks().values()}
+    return marginal_costs(
+        sorted(picked.values(), key=lambda record: record.trainable_parameters), front.facts.direction
+    )
 
 
 def times(larger: float, smaller: float) -> str:

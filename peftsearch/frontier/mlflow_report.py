@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterable
 from urllib.parse import quote
 
-from peftsearch.frontier.front import DomainFront, choose, domain_fronts, method_bests
+from peftsearch.frontier.front import DomainFront, Pick, domain_fronts, method_bests
 from peftsearch.frontier.marginal_cost import costs_between_picks
 from peftsearch.frontier.page import front_html
 from peftsearch.frontier.plots import front_png
@@ -30,12 +30,11 @@ _CONFIGURATION = 200
 # MLflow shows a note's pictures in their own size (its sanitiser drops everything but their address), and one that is
 # wider than the note's column pushes whatever is beside it out of the window: 554 pixels fit into a window of 1280.
 _PICTURE_DPI = 84
-PICKS = {
+_MEANINGS: dict[Pick, str] = {
     "best": "best {metric}",
     "knee": "knee: where further parameters stop paying",
     "smallest": "smallest",
 }
-"""For what a trial can be picked, and what that means."""
 
 
 def domain_report(
@@ -86,8 +85,7 @@ def domain_report(
 def picks_of(front: DomainFront) -> dict[int, str]:
     """For what each trial would be picked, by its number: ``best``, ``knee``, ``smallest``, apart by spaces."""
     found: dict[int, list[str]] = {}
-    for how in PICKS if front.front else ():
-        (choice,) = choose(front.front, how, front.facts.direction)
+    for how, choice in front.picks().items():
         found.setdefault(choice.record.number, []).append(how)
     return {number: " ".join(names) for number, names in found.items()}
 
@@ -104,12 +102,11 @@ def _markdown(front: DomainFront, facts: StudyFacts, rows: int, storage: str | N
     lines = [f"# {escape_markdown(facts.study)}: {escape_markdown(front.domain)}", "", f"**{_text(front)}**", ""]
     if front.front:
         lines += [_picture(front), "", f"## Which configuration to use ({metric} on the validation split)", ""]
-        for how, meaning in PICKS.items():
-            (choice,) = choose(front.front, how, front.facts.direction)
-            record = choice.record
+        for how, choice in front.picks().items():
+            record, meaning = choice.record, _MEANINGS[how].format(metric=metric)
             assert record.value is not None
             lines.append(
-                f"- **{meaning.format(metric=metric)}**: {record.value:.3f} with {record.trainable_parameters:,} "
+                f"- **{meaning}**: {record.value:.3f} with {record.trainable_parameters:,} "
                 f"trainable parameters: {_linked(record)}, {escape_markdown(record.method)}, "
                 f"{escape_markdown(shorten(configuration_text(record.hyperparameters), _CONFIGURATION))}"
             )

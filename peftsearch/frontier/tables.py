@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from peftsearch.frontier.front import DomainFront, choose, domain_fronts
+from peftsearch.frontier.front import DomainFront, domain_fronts
 from peftsearch.frontier.marginal_cost import costs_between_picks
 from peftsearch.spec import DomainFacts, StudyError, StudyFacts, TrialRecord, TrialState, suggest
 from peftsearch.tracking.names import configuration_text
@@ -64,16 +64,14 @@ def domain_json(front: DomainFront) -> dict[str, Any]:
 
 def picks_json(front: DomainFront) -> dict[str, Any]:
     """The trial of each pick that gives one, and why another stood back, where one did; {} for an empty front."""
-    found = {}
-    for how in ("best", "knee", "smallest") if front.front else ():
-        (choice,) = choose(front.front, how, front.facts.direction)
-        other = choice.instead_of
-        found[how] = {
+    return {
+        how: {
             "number": choice.record.number,
-            "instead_of": other.number if other is not None else None,
+            "instead_of": choice.instead_of.number if choice.instead_of is not None else None,
             "reason": choice.reason,
         }
-    return found
+        for how, choice in front.picks().items()
+    }
 
 
 def picks_sentence(front: DomainFront) -> str:

@@ -320,9 +320,9 @@ def test_config_kwargs_build_the_head() -> None:
 
 def test_metrics_of_a_domain() -> None:
     assert get_metric(TASK, None).name == "accuracy"
-    assert get_metric(TASK, "macro_f1").title == "macro F1"
+    assert get_metric(TASK, "macro_f1").name == "macro_f1"
     metric = get_metric(TASK, "f1/yes", labels=("no", "yes"))
-    assert (metric.name, metric.direction, metric.title) == ("f1/yes", "maximize", "F1 of yes")
+    assert (metric.name, metric.direction) == ("f1/yes", "maximize")
     for name, sentence in (
         ("acuracy", "classification has no metric 'acuracy'; did you mean 'accuracy'?"),
         ("rouge", "classification has no metric 'rouge'; known: accuracy, balanced_accuracy, f1/LABEL, macro_f1, mcc"),

@@ -53,7 +53,7 @@ def test_end_to_end(tmp_path: Path, study: Make, tokenizer: str, cache: Path) ->
     file = study({"source": "a.jsonl", "limit": {"train": 24}}, domain={"metric": "macro_f1", "max_length": 5})
     prepared = prepare(file, tokenizer, cache)
     assert (prepared.name, prepared.task.name) == ("d", "classification")
-    assert (prepared.metric, prepared.direction, prepared.metric_title) == ("macro_f1", "maximize", "macro F1")
+    assert (prepared.metric, prepared.direction) == ("macro_f1", "maximize")
     assert (prepared.labels, prepared.max_length, prepared.pad_token_id) == (("c0", "c1"), 5, 0)
     assert prepared.rows == {"train": 24, "validation": 6, "test": 6}
     assert prepared.source == "a.jsonl"

@@ -42,7 +42,6 @@ def domain(labels: tuple[str, ...] = ("a", "b", "c")) -> PreparedDomain:
         options={},
         architecture="encoder",
         metric="accuracy",
-        metric_title="accuracy",
         direction="maximize",
         labels=labels,
         parts=(),

@@ -43,12 +43,10 @@ class Metric:
     Attributes:
         name: The word in the study file, and the key of its value in `Task.score`.
         direction: Whether more is better.
-        title: The name in tables and plots.
     """
 
     name: str
     direction: Direction
-    title: str
 
 
 @dataclass(frozen=True)

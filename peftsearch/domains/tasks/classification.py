@@ -46,17 +46,17 @@ class Classification(Task):
 
     name: ClassVar[str] = "classification"
     metrics: ClassVar[Mapping[str, Metric]] = {
-        "accuracy": Metric("accuracy", "maximize", "accuracy"),
-        "macro_f1": Metric("macro_f1", "maximize", "macro F1"),
-        "micro_f1": Metric("micro_f1", "maximize", "micro F1"),
-        "weighted_f1": Metric("weighted_f1", "maximize", "weighted F1"),
-        "balanced_accuracy": Metric("balanced_accuracy", "maximize", "balanced accuracy"),
-        "mcc": Metric("mcc", "maximize", "Matthews correlation"),
+        "accuracy": Metric("accuracy", "maximize"),
+        "macro_f1": Metric("macro_f1", "maximize"),
+        "micro_f1": Metric("micro_f1", "maximize"),
+        "weighted_f1": Metric("weighted_f1", "maximize"),
+        "balanced_accuracy": Metric("balanced_accuracy", "maximize"),
+        "mcc": Metric("mcc", "maximize"),
     }
     label_metrics: ClassVar[Mapping[str, Metric]] = {
-        "f1": Metric("f1", "maximize", "F1"),
-        "precision": Metric("precision", "maximize", "precision"),
-        "recall": Metric("recall", "maximize", "recall"),
+        "f1": Metric("f1", "maximize"),
+        "precision": Metric("precision", "maximize"),
+        "recall": Metric("recall", "maximize"),
     }
     heads = dict.fromkeys(
         ("encoder", "encoder-decoder", "decoder"), Head("AutoModelForSequenceClassification", "SEQ_CLS")

@@ -17,7 +17,7 @@ from peftsearch.domains.tasks.generation import Generating, GeneratingOptions
 from peftsearch.spec import DataSpec
 from peftsearch.spec.yaml_file import Loc
 
-LABEL_ACCURACY = Metric("label_accuracy", "maximize", "label accuracy")
+LABEL_ACCURACY = Metric("label_accuracy", "maximize")
 
 
 class InstructionOptions(GeneratingOptions):
@@ -40,10 +40,10 @@ class Instruction(Generating):
 
     name: ClassVar[str] = "instruction"
     metrics: Mapping[str, Metric] = {  # type: ignore[misc]  # an instance with labels has one more
-        "rougeL": Metric("rougeL", "maximize", "ROUGE-L"),
-        "rouge1": Metric("rouge1", "maximize", "ROUGE-1"),
-        "rouge2": Metric("rouge2", "maximize", "ROUGE-2"),
-        "exact_match": Metric("exact_match", "maximize", "exact match"),
+        "rougeL": Metric("rougeL", "maximize"),
+        "rouge1": Metric("rouge1", "maximize"),
+        "rouge2": Metric("rouge2", "maximize"),
+        "exact_match": Metric("exact_match", "maximize"),
     }
     optional_metrics: ClassVar[Mapping[str, str]] = {LABEL_ACCURACY.name: "labels"}
     Options = InstructionOptions

@@ -80,8 +80,8 @@ class LanguageModeling(Task):
 
     name: ClassVar[str] = "language_modeling"
     metrics: ClassVar[Mapping[str, Metric]] = {
-        "perplexity": Metric("perplexity", "minimize", "perplexity"),
-        "bits_per_byte": Metric("bits_per_byte", "minimize", "bits per byte"),
+        "perplexity": Metric("perplexity", "minimize"),
+        "bits_per_byte": Metric("bits_per_byte", "minimize"),
     }
     Options = LanguageModelingOptions
     loss_options: ClassVar[frozenset[str]] = frozenset({"label_smoothing"})

@@ -49,10 +49,10 @@ class MultiLabel(Classification):
 
     name: ClassVar[str] = "multi_label"
     metrics: ClassVar[Mapping[str, Metric]] = {
-        "micro_f1": Metric("micro_f1", "maximize", "micro F1"),
-        "macro_f1": Metric("macro_f1", "maximize", "macro F1"),
-        "example_f1": Metric("example_f1", "maximize", "example-based F1"),
-        "subset_accuracy": Metric("subset_accuracy", "maximize", "subset accuracy"),
+        "micro_f1": Metric("micro_f1", "maximize"),
+        "macro_f1": Metric("macro_f1", "maximize"),
+        "example_f1": Metric("example_f1", "maximize"),
+        "subset_accuracy": Metric("subset_accuracy", "maximize"),
     }
     Options = MultiLabelOptions
     loss_options: ClassVar[frozenset[str]] = frozenset({"label_smoothing", "class_weights"})

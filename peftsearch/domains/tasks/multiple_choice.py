@@ -56,8 +56,8 @@ class MultipleChoice(Task):
 
     name: ClassVar[str] = "multiple_choice"
     metrics: ClassVar[Mapping[str, Metric]] = {
-        "accuracy": Metric("accuracy", "maximize", "accuracy"),
-        "macro_f1": Metric("macro_f1", "maximize", "macro F1 over positions"),
+        "accuracy": Metric("accuracy", "maximize"),
+        "macro_f1": Metric("macro_f1", "maximize"),
     }
     Options = MultipleChoiceOptions
     loss_options: ClassVar[frozenset[str]] = frozenset({"label_smoothing"})

@@ -81,12 +81,12 @@ class QuestionAnswering(Task):
 
     name: ClassVar[str] = "question_answering"
     metrics: ClassVar[Mapping[str, Metric]] = {
-        "f1": Metric("f1", "maximize", "token F1"),
-        "exact_match": Metric("exact_match", "maximize", "exact match"),
-        "has_answer_f1": Metric("has_answer_f1", "maximize", "token F1 (answerable)"),
-        "has_answer_exact_match": Metric("has_answer_exact_match", "maximize", "exact match (answerable)"),
-        "no_answer_f1": Metric("no_answer_f1", "maximize", "token F1 (unanswerable)"),
-        "no_answer_exact_match": Metric("no_answer_exact_match", "maximize", "exact match (unanswerable)"),
+        "f1": Metric("f1", "maximize"),
+        "exact_match": Metric("exact_match", "maximize"),
+        "has_answer_f1": Metric("has_answer_f1", "maximize"),
+        "has_answer_exact_match": Metric("has_answer_exact_match", "maximize"),
+        "no_answer_f1": Metric("no_answer_f1", "maximize"),
+        "no_answer_exact_match": Metric("no_answer_exact_match", "maximize"),
     }
     Options = QuestionAnsweringOptions
     probe = "span"

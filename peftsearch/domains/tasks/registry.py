@@ -89,7 +89,7 @@ def get_metric(task: Task, name: str | None, loc: Loc = (), labels: Sequence[str
                 f"metric {name!r} is about the label {label!r}, which the data lacks{suggest(label, known_labels)}", loc
             )
         metric = task.label_metrics[kind]
-        return Metric(name, metric.direction, f"{metric.title} of {label}")
+        return Metric(name, metric.direction)
     if name in task.optional_metrics:
         needed = task.optional_metrics[name]
         raise StudyError(f"{task.name} has no metric {name!r} without the option {needed!r}: set options.{needed}", loc)

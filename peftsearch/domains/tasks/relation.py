@@ -39,7 +39,7 @@ class Relation(Classification):
 
     name: ClassVar[str] = "relation"
     metrics: ClassVar[Mapping[str, Metric]] = {
-        "micro_f1": Metric("micro_f1", "maximize", "micro F1"),
+        "micro_f1": Metric("micro_f1", "maximize"),
         **{name: metric for name, metric in Classification.metrics.items() if name != "micro_f1"},
     }
     Options = RelationOptions

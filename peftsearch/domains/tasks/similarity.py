@@ -77,10 +77,10 @@ class Similarity(Classification):
 
     name: ClassVar[str] = "similarity"
     metrics: ClassVar[Mapping[str, Metric]] = {
-        "pearson": Metric("pearson", "maximize", "Pearson correlation"),
-        "spearman": Metric("spearman", "maximize", "Spearman correlation"),
-        "mse": Metric("mse", "minimize", "mean squared error"),
-        "rmse": Metric("rmse", "minimize", "root mean squared error"),
+        "pearson": Metric("pearson", "maximize"),
+        "spearman": Metric("spearman", "maximize"),
+        "mse": Metric("mse", "minimize"),
+        "rmse": Metric("rmse", "minimize"),
     }
     label_metrics: ClassVar[Mapping[str, Metric]] = {}
     Options = SimilarityOptions

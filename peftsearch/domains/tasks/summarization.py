@@ -36,10 +36,10 @@ class Summarization(Generating):
 
     name: ClassVar[str] = "summarization"
     metrics: ClassVar[Mapping[str, Metric]] = {
-        "rouge1": Metric("rouge1", "maximize", "ROUGE-1"),
-        "rouge2": Metric("rouge2", "maximize", "ROUGE-2"),
-        "rougeL": Metric("rougeL", "maximize", "ROUGE-L"),
-        "rougeLsum": Metric("rougeLsum", "maximize", "ROUGE-Lsum"),
+        "rouge1": Metric("rouge1", "maximize"),
+        "rouge2": Metric("rouge2", "maximize"),
+        "rougeL": Metric("rougeL", "maximize"),
+        "rougeLsum": Metric("rougeLsum", "maximize"),
     }
     Options = SummarizationOptions
     options: SummarizationOptions

@@ -67,18 +67,18 @@ class TokenClassification(Task):
 
     name: ClassVar[str] = "token_classification"
     metrics: ClassVar[Mapping[str, Metric]] = {
-        "entity_f1": Metric("entity_f1", "maximize", "entity F1"),
-        "precision": Metric("precision", "maximize", "entity precision"),
-        "recall": Metric("recall", "maximize", "entity recall"),
-        "entity_macro_f1": Metric("entity_macro_f1", "maximize", "entity F1, mean over types"),
-        "strict_f1": Metric("strict_f1", "maximize", "entity F1, valid IOB2 only"),
-        "word_macro_f1": Metric("word_macro_f1", "maximize", "word-level F1, mean over types"),
-        "token_accuracy": Metric("token_accuracy", "maximize", "accuracy over words"),
+        "entity_f1": Metric("entity_f1", "maximize"),
+        "precision": Metric("precision", "maximize"),
+        "recall": Metric("recall", "maximize"),
+        "entity_macro_f1": Metric("entity_macro_f1", "maximize"),
+        "strict_f1": Metric("strict_f1", "maximize"),
+        "word_macro_f1": Metric("word_macro_f1", "maximize"),
+        "token_accuracy": Metric("token_accuracy", "maximize"),
     }
     label_metrics: ClassVar[Mapping[str, Metric]] = {
-        "f1": Metric("f1", "maximize", "entity F1"),
-        "precision": Metric("precision", "maximize", "entity precision"),
-        "recall": Metric("recall", "maximize", "entity recall"),
+        "f1": Metric("f1", "maximize"),
+        "precision": Metric("precision", "maximize"),
+        "recall": Metric("recall", "maximize"),
     }
     Options = TokenClassificationOptions
     loss_options: ClassVar[frozenset[str]] = frozenset({"label_smoothing", "class_weights"})

@@ -13,7 +13,7 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from statistics import fmean
 from typing import Any
 
-from peftsearch.frontier.front import DomainFront, choose, domain_fronts, pick
+from peftsearch.frontier.front import DomainFront, domain_fronts, pick
 from peftsearch.frontier.history import hypervolume_history, seconds_spent
 from peftsearch.frontier.marginal_cost import costs_between_picks, marginal_costs
 from peftsearch.frontier.plots import baseline_lines, is_log, method_colour, method_symbol, methods_in_order
@@ -89,8 +89,8 @@ def export_command(front: DomainFront, record: TrialRecord, study: str, storage:
 
 def _selection(front: DomainFront, record: TrialRecord) -> list[str]:
     direction = front.facts.direction
-    for how in ("best", "knee", "smallest"):
-        if [item.number for item in pick(front.front, how, direction)] == [record.number]:
+    for how, choice in front.picks().items():
+        if choice.record.number == record.number:
             return ["--pick", how]
     # On a front the metric rises with the parameters, so that both limits together leave one point.
     assert record.value is not None
@@ -124,9 +124,8 @@ def batch_milliseconds(record: TrialRecord) -> float | None:
 
 def _domain(front: DomainFront, facts: StudyFacts, total: int, storage: str | None) -> dict[str, Any]:
     found, said = front.facts, verdict(front)
-    hows = ("best", "knee", "smallest") if front.front else ()
     history = hypervolume_history(front.records, found.direction, total)
-    choices = {how: choose(front.front, how, found.direction)[0] for how in hows}
+    choices = front.picks()
     return {
         "name": front.domain,
         "task": found.task,
