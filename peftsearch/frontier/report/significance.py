@@ -172,7 +172,7 @@ def _slow(
 ) -> dict[str, Numbers]:
     drawn: dict[str, list[float]] = {name: [] for name in runs}
     # With fewer, no p value could stay below 0.05 after Holm's correction, however clear the difference.
-    enough = max(FEWEST, 80 * (len(runs) - 1))
+    enough = max(FEWEST, 40 * len(runs) * (len(runs) - 1))
     began = time.monotonic()
     for done in range(resamples):
         spent = time.monotonic() - began
@@ -187,12 +187,18 @@ def _slow(
     return {name: np.array(values) for name, values in drawn.items()}
 
 
-def holm(p: Mapping[Key, float]) -> dict[Key, float]:
-    """Holm's step-down correction (Holm 1979): the p values, so adjusted that each may be held against 0.05."""
+def holm(p: Mapping[Key, float], family: int | None = None) -> dict[Key, float]:
+    """Holm's step-down correction (Holm 1979): the p values, so adjusted that each may be held against 0.05.
+
+    Args:
+        p: By comparison.
+        family: How many comparisons these are the smallest ones of, at worst: of k methods k (k - 1) / 2 where the one
+            that the others are held against was chosen by the same scores. Those in ``p`` where absent.
+    """
     adjusted: dict[Key, float] = {}
     highest = 0.0
     for rank, name in enumerate(sorted(p, key=lambda name: p[name])):
-        highest = max(highest, min(1.0, p[name] * (len(p) - rank)))
+        highest = max(highest, min(1.0, p[name] * ((family or len(p)) - rank)))
         adjusted[name] = highest
     return adjusted
 
