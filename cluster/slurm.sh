@@ -24,14 +24,28 @@ environment=${PEFTSEARCH_ENVIRONMENT:-$HOME/peftsearch-env}
 # Ray's ports runs code as you.
 token=$HOME/.peftsearch/token-$SLURM_JOB_ID
 ended=$token-ended
-trap 'rm -f "$token" "$ended"' EXIT
+driver=$token-driver
+trap 'rm -f "$token" "$ended" "$driver"' EXIT
 mkdir -p "$HOME/.peftsearch"
 (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$token")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token
 export PATH=$environment/bin:$PATH
 
-# Slurm's own --requeue is for lost nodes; two minutes before time runs out, --signal says so to this script.
-trap 'out_of_time=yes; scontrol requeue "$SLURM_JOB_ID"' USR1
+# Slurm's own --requeue is for lost nodes; two minutes before time runs out, --signal says so to this script. The study
+# stops first, and writes what it trains: a job that goes back into the queue is ended at once, Ray with it.
+# shellcheck disable=SC2329 # the trap calls it
+requeue() {
+  out_of_time=yes
+  if [ -s "$driver" ]; then
+    kill -TERM "$(cat "$driver")" 2>/dev/null || true
+    for _ in $(seq 90); do
+      kill -0 "$(cat "$driver")" 2>/dev/null || break
+      sleep 1
+    done
+  fi
+  [ -e "$ended" ] || scontrol requeue "$SLURM_JOB_ID"
+}
+trap requeue USR1
 
 # Many nodes that import Ray from a cold network file system take longer than the 30 seconds that Ray would wait.
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600
@@ -48,7 +62,8 @@ fi
 srun --kill-on-bad-exit=1 ray symmetric-run \
   --address "$address:$((20000 + SLURM_JOB_ID % 10000))" --min-nodes "$SLURM_JOB_NUM_NODES" \
   --dashboard-host=127.0.0.1 --disable-usage-stats \
-  -- bash -c '"$@" && touch "$0"' "$ended" peftsearch run "$study" --address auto --storage "$storage" "$@" &
+  -- bash -c '"${@:2}" & echo $! >"$1"; wait $! && touch "$0"' "$ended" "$driver" \
+  peftsearch run "$study" --address auto --storage "$storage" "$@" &
 running=$!
 
 # A signal ends the first wait.

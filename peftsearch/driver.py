@@ -39,8 +39,11 @@ from peftsearch.workers import LEAVE_SECONDS, SlotPlan, SlotPool, live_nodes, no
 
 log = logging.getLogger(__name__)
 
-_PROBES_SECONDS = 5.0
-"""Who collects the baselines has so long to notice that nobody waits for them any more."""
+_THREADS_SECONDS = 5.0
+"""The threads beside the search have so long to notice that nobody needs them any more."""
+
+_TELL_SECONDS = 1.0
+"""How often it is looked whether somebody has asked to stop."""
 
 
 @contextlib.contextmanager
@@ -274,6 +277,8 @@ def run_study(
         state_seconds = LEAVE_SECONDS
         probes: list[threading.Thread] = []
         enough = threading.Event()
+        telling = threading.Thread(target=_tell_slots, args=(pool, stopped, enough), name="stop", daemon=True)
+        telling.start()
         try:
             from peftsearch.search.tune import run_trials
 
@@ -283,12 +288,7 @@ def run_study(
                 save_facts(facts)
 
             def over() -> bool:
-                if stopped():
-                    # At once: Tune takes seconds to wind up, and a trial that is trained to its end meanwhile has
-                    # nobody left to record it, and has dropped the state that it would go on from.
-                    pool.leave()
-                    return True
-                return pool.lost() or run.broken is not None
+                return stopped() or pool.lost() or run.broken is not None
 
             probes.append(_start_probes(pool, plan, facts, save_facts, events, enough))
             events.planned(run)
@@ -313,8 +313,8 @@ def run_study(
         finally:
             enough.set()
             try:
-                deadline = time.monotonic() + _PROBES_SECONDS
-                for thread in probes:
+                deadline = time.monotonic() + _THREADS_SECONDS
+                for thread in (*probes, telling):
                     thread.join(max(0.0, deadline - time.monotonic()))
             finally:
                 # Who is asked to stop waits for the states of what is being trained, and for nothing else.
@@ -396,6 +396,17 @@ def _confirm(confirmations: Confirmations, pool: SlotPool, over: Callable[[], bo
                 tell()
     for unanswered in pending:
         ray.cancel(unanswered)
+
+
+def _tell_slots(pool: SlotPool, stopped: Callable[[], bool], enough: threading.Event) -> None:
+    """Have the slots write what they train as soon as somebody asks to stop.
+
+    Ray Tune takes seconds to wind up, ten of them on a busy machine (seen); a ledger or a tracking server that does not
+    answer may hold its thread for longer. Said again and again: a dispatcher that was started anew has not heard it.
+    """
+    while not enough.wait(_TELL_SECONDS):
+        if stopped():
+            pool.leave()
 
 
 def _start_probes(

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+TWICE_SECONDS = 2.0
+"""So soon after another signal SIGTERM is the same wish, heard twice."""
 
 
 def interrupt() -> None:
@@ -36,13 +41,23 @@ def stop_on_signals(
 ) -> Iterator[None]:
     """Turn SIGINT, SIGTERM and SIGHUP into a request to stop, and a further SIGINT or SIGTERM into a call of `at_once`.
 
+    A SIGTERM that follows another signal within `TWICE_SECONDS` is not a further one: ``timeout`` sends it to its
+    command and then to the whole group, and schedulers to a step and then to its processes.
+
     Only possible in the main thread. SIGHUP stays ignored where it is, which is what ``nohup`` means.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    asked = -math.inf
+
     def handle(number: int, frame: Any) -> None:
+        nonlocal asked
+        now = time.monotonic()
+        if number == signal.SIGTERM and now - asked < TWICE_SECONDS:
+            return
+        asked = now
         if number == signal.SIGHUP:
             _leave_terminal()
         elif request():

@@ -23,7 +23,7 @@ from peftsearch.training.probe import probe
 from peftsearch.training.segment import Failure, HandedBack, Outcome, Probe, Segment, SegmentResult, Work, WorkerPlan
 from peftsearch.training.session import DivergedError, LeavingError, TrialSession, finished_result
 from peftsearch.training.shared_data import fetch
-from peftsearch.training.state_writer import wait_for_state
+from peftsearch.training.state_writer import WRITER, wait_for_state
 from peftsearch.training.threads import counts_up_to, fastest, keep_threads, kept_threads, training_step
 
 log = logging.getLogger(__name__)
@@ -232,12 +232,19 @@ class Worker:
             self.forget([work.trial.key])
 
     def close(self) -> None:
-        """Drop every trial from memory; before the worker's process group is destroyed.
+        """Drop every trial from memory, once the last state is in its storage; before the worker's process group is
+        destroyed.
+
+        Ray Train kills a worker whose train loop has ended, whatever threads it has.
 
         A DDP reducer that outlives `destroy_process_group` has the group's last reference: its destructor then waits,
         with the GIL held, for gloo's threads, which may wait for the GIL to drop a tensor, and the process hangs
         (https://github.com/pytorch/pytorch/issues/56297).
         """
+        try:
+            WRITER.wait()
+        except StorageError as error:  # its trial goes on from the state before, and says so where it cannot
+            log.warning("%s", error)
         self._sessions.clear()
         # Models and what wraps them refer to one another.
         gc.collect()

@@ -212,16 +212,15 @@ class SlotPool:
 
     def leave(self) -> None:
         """Tell the slots to leave, and do not wait for them: whoever trains writes its state at its next step."""
-        if not self._leaving:
-            self._leaving = True
-            self.dispatcher.stop.remote()
+        self._leaving = True
+        self.dispatcher.stop.remote()
 
     def stop(self, timeout: float = 30.0, state_timeout: float = LEAVE_SECONDS) -> None:
         """Tell the slots to leave, and wait for them.
 
         Args:
-            timeout: Seconds for those that train nothing.
-            state_timeout: Seconds for those that train, and write the states of their trials first.
+            timeout: Seconds for those that are not warm yet, and for each question to the cluster.
+            state_timeout: Seconds for those that are, and may have the states of trials to write first.
         """
         import ray
 
@@ -238,20 +237,24 @@ class SlotPool:
             # Nothing that is asked of the cluster is sure to return; its processes end themselves in a while.
             self.dispatcher.stop.remote()
             return
-        patience: dict[int, float] = {}
+        # One that waits for room hears of nothing; it ends with the driver, or when it gives up.
+        patience = {number: state_timeout if run.warm else 0.0 for number, run in self._runs.items()}
         ending: list[psutil.Process] = []
         try:
             ending = controllers()
-            status = ray.get(self.dispatcher.status.remote(), timeout=timeout)
-            patience = dict.fromkeys(status["slots"], timeout) | dict.fromkeys(status["training"], state_timeout)
+        except Exception as error:  # the cluster is busy, or going down
+            log.warning("the cluster did not say what runs on it: %s", error)
+        try:
             ray.get(self.dispatcher.stop.remote(), timeout=timeout)
+            status = ray.get(self.dispatcher.status.remote(), timeout=timeout)
+            # A slot that trains nothing any more may still write its last state.
+            patience |= {number: state_timeout if info else timeout for number, info in status["slots"].items()}
         except Exception as error:  # the dispatcher may be gone; then the slots fail and leave by themselves
             log.warning("the dispatcher did not answer: %s", error)
         told = time.monotonic()
         for number, run in self._runs.items():
-            # One that waits for room hears of nothing; it ends with the driver, or when it gives up.
-            if run.thread is not None and number in patience:
-                run.thread.join(max(0.0, told + patience[number] - time.monotonic()))
+            if run.thread is not None:
+                run.thread.join(max(0.0, told + patience.get(number, 0.0) - time.monotonic()))
         late = [run.thread for run in self._runs.values() if run.thread is not None and run.thread.is_alive()]
         for tidy in (
             # A thread that still waits for its controller while Ray is shut down may take the process with it.

@@ -177,18 +177,35 @@ def test_a_study_finishes_as_a_slurm_job(tmp_path: Path, write_study: Any) -> No
     assert not list((home / ".peftsearch").iterdir()), "the job's token is left behind"
 
 
-def test_a_slurm_job_that_runs_out_of_time_goes_back_into_the_queue(tmp_path: Path) -> None:
-    home, programs = tmp_path / "home", tmp_path / "bin"
+# In place of Ray: runs what follows "--", as symmetric-run does on the first node.
+RAY = """#!/bin/bash
+while [[ $1 != -- ]]; do shift; done
+shift
+"$@"
+"""
+# In place of a study: asked to stop, it takes a second for its states.
+PEFTSEARCH = """#!/bin/bash
+trap 'sleep 1; echo states >>{events}; exit 130' TERM
+echo running >>{events}
+while true; do sleep 0.05; done
+"""
+SCONTROL = """#!/bin/bash
+if [ $1 = requeue ]; then echo "requeued $2" >>{events}; fi
+echo localhost
+"""
+
+
+@pytest.mark.parametrize("driver", [PEFTSEARCH, None], ids=["study", "Ray still starts"])
+def test_a_slurm_job_that_runs_out_of_time_stops_the_study_and_goes_back_into_the_queue(
+    driver: str | None, tmp_path: Path
+) -> None:
+    home, programs, events = tmp_path / "home", tmp_path / "bin", tmp_path / "events"
     home.mkdir()
     programs.mkdir()
-    scripts = {
-        "srun": SRUN,
-        "scontrol": f"#!/bin/bash\nif [ $1 = requeue ]; then echo $2 >{tmp_path}/requeued; fi; echo localhost\n",
-        # In place of Ray and the study: what runs until it is ended.
-        "ray": f"#!/bin/bash\necho $$ >{tmp_path}/running\nexec sleep 2\n",
-    }
+    waits = "#!/bin/bash\necho running >>{events}\nexec sleep 2\n"
+    scripts = {"srun": SRUN, "scontrol": SCONTROL, "ray": RAY if driver else waits, "peftsearch": driver or waits}
     for name, text in scripts.items():
-        (programs / name).write_text(text)
+        (programs / name).write_text(text.replace("{events}", str(events)))
         (programs / name).chmod(0o755)
     (programs / "python").symlink_to(sys.executable)
     process = subprocess.Popen(
@@ -204,13 +221,14 @@ def test_a_slurm_job_that_runs_out_of_time_goes_back_into_the_queue(tmp_path: Pa
         stdout=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 30
-    while not (tmp_path / "running").exists():
+    while not events.exists() or (driver and not list(home.glob(".peftsearch/*-driver"))):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGUSR1)
     process.wait(30)
-    assert (tmp_path / "requeued").read_text() == "7\n"
+    assert events.read_text().splitlines() == ["running", *(["states"] if driver else []), "requeued 7"]
     assert re.search(r"^#SBATCH --signal=B:USR1@\d+$", (CLUSTER / "slurm.sh").read_text(), re.MULTILINE)
+    assert not list((home / ".peftsearch").iterdir()), "the job's token is left behind"
 
 
 # Passwords, databases, MLflow

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from injections import WARDEN, Terminal
 
+from peftsearch.stopping import TWICE_SECONDS
+
 SCRIPT = """
 import sys, time
 from pathlib import Path
@@ -56,9 +58,23 @@ def test_the_first_asks_and_the_second_interrupts(number: signal.Signals, tmp_pa
     wait_for(notes, "ready")
     process.send_signal(number)
     wait_for(notes, "stopping")
+    if number == signal.SIGTERM:
+        time.sleep(TWICE_SECONDS)
     process.send_signal(number)
     assert process.wait(60) == 0
     assert notes.read_text().split("\n") == ["ready", "told", "stopping", "at once", ""]
+
+
+def test_one_wish_of_timeout_is_heard_once(tmp_path: Path) -> None:
+    """It signals its command and then the group that it is in; a scheduler may do so a moment apart."""
+    notes = tmp_path / "notes"
+    process = subprocess.Popen([*script(seconds=0.5), str(notes)], stdout=subprocess.DEVNULL)
+    wait_for(notes, "ready")
+    process.terminate()
+    wait_for(notes, "stopping")
+    process.terminate()
+    assert process.wait(60) == 0
+    assert notes.read_text().split() == ["ready", "told", "stopping", "stopped"]
 
 
 def test_a_lost_terminal_asks_to_stop_and_breaks_no_output(tmp_path: Path) -> None:

@@ -190,6 +190,39 @@ def test_a_worker_that_dies_before_its_state_is_written_loses_no_answer(plan: St
     assert [file.name for file in trial_folder(folder, "00000").iterdir()] == [WEIGHTS]
 
 
+def test_a_worker_leaves_when_its_last_state_is_in_its_storage(
+    plan: StudyPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has been answered is written in a thread, and Ray Train kills the process of a train loop that has ended."""
+    written = state_writer.write_state
+
+    def slowly(*args: Any) -> None:
+        time.sleep(1)
+        written(*args)
+
+    monkeypatch.setattr(state_writer, "write_state", slowly)
+    worker = Worker(plan.for_workers(tmp_path / "study", threads=1), WorkerGroup())
+    first = segments(plan)[0]
+    worker.do(first)
+    folder = trial_folder(tmp_path / "study", "00000")
+    assert saved_steps(folder) == []
+    worker.close()
+    assert saved_steps(folder) == [first.to_step]
+
+
+def test_a_worker_leaves_also_where_its_last_state_cannot_be_written(
+    plan: StudyPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any) -> None:
+        raise StorageError("the disk is full")
+
+    monkeypatch.setattr(state_writer, "write_state", fails)
+    worker = Worker(plan.for_workers(tmp_path / "study", threads=1), WorkerGroup())
+    worker.do(segments(plan)[0])
+    worker.close()
+    assert saved_steps(trial_folder(tmp_path / "study", "00000")) == []
+
+
 def test_a_trial_goes_on_elsewhere_from_the_state_that_is_still_being_written(
     plan: StudyPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

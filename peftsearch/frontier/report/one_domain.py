@@ -176,9 +176,9 @@ def _significance(document: Document, study: Material, name: str) -> None:
     notes = [
         "Paired bootstrap over the test examples (Koehn 2004, W04-3250), scores averaged over the seeds"
         + (f", {_range(resamples)} resamples" if resamples else "")
-        + ": two-sided p values, Holm's correction over all pairs of this domain's methods, since the best one was found "
-        "by these scores. Within the noise: a corrected p of 0.05 or more, or a difference within its 95 % confidence "
-        "interval over the seeds (Welch)."
+        + ": two-sided p values, Holm's correction over all pairs of this domain's methods, since the best one was "
+        "found by these scores. Within the noise: a corrected p of 0.05 or more, or a difference within its 95 % "
+        "confidence interval over the seeds (Welch)."
     ]
     if resamples and min(resamples) < 1000:
         notes.append(
