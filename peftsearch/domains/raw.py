@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pyarrow as pa
 from peftsearch.domains.sources import RawSplit, describe_source, read_source
 from peftsearch.domains.splits import cut_by_stratum, limit, shared, take
 from peftsearch.domains.tasks import Metric, Task, get_metric, get_task
-from peftsearch.domains.tasks.base import GROUP, PART
+from peftsearch.domains.tasks.base import GROUP, PART, LabelOptions
 from peftsearch.spec import DataSpec, StudyError, StudySpec, suggest
 from peftsearch.spec.yaml_file import Loc
 
@@ -72,6 +73,8 @@ def load_domain(name: str, spec: StudySpec, folder: Path) -> RawDomain:
     read = _read_splits(task, data, folder, loc) if joined is None else _join(task, joined, folder, (*loc, "join"))
     # Before limits: a study on a few rows of each split keeps the labels of the whole.
     labels = task.check(read.tables, data, loc, cut=read.cuts)
+    if isinstance(task.options, LabelOptions):
+        _check_names(task.options.names, task.metric_labels(labels), (*place, "options", "names"))
     metric = get_metric(task, domain.metric, (*place, "metric"), labels)
     splits = _limit(task, read.tables, data)
     _check_metric(task, metric, splits, (*place, "metric"))
@@ -80,6 +83,16 @@ def load_domain(name: str, spec: StudySpec, folder: Path) -> RawDomain:
     fingerprint = digest([split, *row] for split, table in splits.items() for row in ((), *task.content(table)))
     source = describe_source(data, read.commits)
     return RawDomain(task, metric, labels, splits, fingerprint, source, tuple(warnings), tuple(joined or ()))
+
+
+def _check_names(names: Mapping[str, str], labels: Sequence[str], loc: Loc) -> None:
+    """Refuse names of labels that the data lacks, and two labels of one name, between which no answer decides."""
+    for label in names:
+        if label not in labels:
+            raise StudyError(f"the data has no label {label!r} to name{suggest(label, labels)}", (*loc, label))
+    for said, count in Counter(names.get(label, label) for label in labels).items():
+        if count > 1:
+            raise StudyError(f"{count} labels are called {said!r}: give each a name of its own", loc)
 
 
 def _check_metric(task: Task, metric: Metric, splits: Mapping[str, pa.Table], loc: Loc) -> None:

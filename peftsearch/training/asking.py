@@ -47,7 +47,7 @@ def _ask_label(
     domain: PreparedDomain, tokenizer: Any, asked_about: Mapping[str, Any], limit: int, shots: int
 ) -> Asked | None:
     """A question for each text, its answers the labels; None where no shot fits."""
-    labels = domain.labels
+    labels = [domain.task.options.said(label) for label in domain.labels]
     head = f"Classify the text as one of: {', '.join(labels)}.\n\n" if len(labels) <= LISTED else ""
     train = domain.split("train")["labels"]
     examples = [(row, 0, train[row]) for row in balanced(train, shots)]
@@ -59,7 +59,8 @@ def _ask_labels(
     domain: PreparedDomain, tokenizer: Any, asked_about: Mapping[str, Any], limit: int, shots: int
 ) -> Asked | None:
     """For each text a question for each label, answered by yes or no; None where no shot fits."""
-    labels, train = domain.labels, domain.split("train")["labels"]
+    labels = [domain.task.options.said(label) for label in domain.labels]
+    train = domain.split("train")["labels"]
     forms = [_Form(f"Does the label {label} apply, yes or no?\nAnswer:", _YES_NO) for label in labels]
     examples = []
     for place, row in enumerate(balanced([tuple(numbers) for numbers in train], shots)):

@@ -118,17 +118,16 @@ def _ask_entities(
     domain: PreparedDomain, tokenizer: Any, asked_about: Mapping[str, Any], limit: int, shots: int
 ) -> Extraction | None:
     """For each sentence and each type of entity: which there are; None where no shot fits."""
-    labels, train = domain.labels, domain.split("train")
+    labels, train, said = domain.labels, domain.split("train"), domain.task.options.said
     types = list(domain.task.metric_labels(labels))
     tags = list(train["tags"])
 
     def head(kind: str) -> str:
-        return (
-            f"List what the text names of the type {kind}, separated by semicolons; write {NONE} if there is none.\n\n"
-        )
+        wanted = f"List what the text names of the type {said(kind)}, separated by semicolons"
+        return f"{wanted}; write {NONE} if there is none.\n\n"
 
     def example(kind: str, words: Sequence[str], answer: str = "") -> str:
-        return f"Text: {' '.join(words)}\n{kind}:{answer}"
+        return f"Text: {' '.join(words)}\n{said(kind)}:{answer}"
 
     def shot(row: int, kind: str) -> str:
         words = train[row]["words"]
@@ -143,7 +142,7 @@ def _ask_entities(
     longest = max(_size(example(types[0], words), tokenizer) for words in sentences)
     shown: dict[str, list[str]] = {}
     for kind in types:
-        room = limit - longest - _size(head(kind) + kind, tokenizer) - ENTITY_TOKENS
+        room = limit - longest - _size(head(kind) + said(kind), tokenizer) - ENTITY_TOKENS
         number = labels.index(f"B-{kind}")
         order = balanced([number in row for row in tags], len(tags))
         shown[kind] = _shown(functools.partial(shot, kind=kind), order, shots, room, tokenizer)

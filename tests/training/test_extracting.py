@@ -190,6 +190,22 @@ def test_entities_that_a_model_lists_are_scored(
     assert json.dumps(predicted)
 
 
+def test_types_are_called_by_the_names_that_the_study_gives_them(places: dict[str, Path], tmp_path: Path) -> None:
+    kind = "decoder"
+    rows = {"train": sentences(24), "validation": sentences(16)}
+    spec = {"task": "token_classification", "options": {"names": {"Place": "location"}}}
+    _, _, domain = probe(study(tmp_path / "study", places[kind], spec, rows), tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(places[kind])
+    asked = EXTRACTED["token_classification"](domain, tokenizer, domain.split("validation")[:], 400, 2)
+    assert asked is not None
+    assert "of the type Animal, separated by semicolons" in asked.prompts[0]
+    assert "of the type location, separated by semicolons" in asked.prompts[1]
+    assert "Place" not in asked.prompts[1]
+    assert asked.prompts[1].endswith("location:")
+    predicted = asked.decide(["dog", "none", "cat; the", "house"] * 8)[:2]
+    assert [domain.labels[number] for number in predicted[1]] == ["B-Animal", "B-Animal", "O", "O", "O", "B-Place"]
+
+
 def test_a_line_ends_where_a_token_says_so(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

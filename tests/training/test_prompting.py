@@ -130,6 +130,30 @@ def test_each_of_several_labels_is_asked_about_by_itself(
 
 
 @pytest.mark.parametrize("kind", MODELS)
+def test_labels_are_called_by_the_names_that_the_study_gives_them(
+    kind: str, places: dict[str, Path], tmp_path: Path
+) -> None:
+    """Codes say nothing to a model that has never seen them; of a trained one the labels stay what they are."""
+    rows = {
+        split: [{"text": row["text"], "label": "01"["dog" in row["text"]]} for row in topic_rows(n)]
+        for split, n in (("train", 16), ("validation", 8))
+    }
+    domain_spec = {"task": "classification", "options": {"names": {"1": "house", "0": "river"}}}
+    # A model that would rather write this word than any other.
+    folder = rigged(kind, places[kind], ("house", "river"), tmp_path / "model")
+    found, (plan, worker) = baselines(study(tmp_path / "study", folder, domain_spec, rows), tmp_path)
+    domain, tokenizer = worker.domain(next(iter(plan.models)), "d"), AutoTokenizer.from_pretrained(places[kind])
+    assert domain.labels == ("0", "1")
+    truth = [row["label"] for row in rows["validation"]]
+    assert found.scores["zero_shot"]["accuracy"] == pytest.approx(truth.count("1") / len(truth))
+    asked = asking.ASKED["classification"](domain, tokenizer, domain.split("validation")[:], 512, 2)
+    assert asked is not None
+    prompt = tokenizer.decode(asked.questions[0].prompt)
+    assert "as one of : river, house." in prompt
+    assert prompt.count("label : river") == prompt.count("label : house") == 1
+
+
+@pytest.mark.parametrize("kind", MODELS)
 def test_a_score_is_the_mean_of_the_scales_numbers(kind: str, places: dict[str, Path], tmp_path: Path) -> None:
     pairs = [{"text": f"dog {n}", "text_pair": "red house", "label": float(n % 5)} for n in range(24)]
     rows = {"train": pairs[:16], "validation": pairs[16:]}

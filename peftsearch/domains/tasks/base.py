@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from peftsearch.domains.models import Architecture
 from peftsearch.spec import DataSpec, Direction
@@ -71,6 +71,20 @@ class TaskOptions(BaseModel):
     """The settings that a task takes from a domain's ``options``; by default none."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class LabelOptions(TaskOptions):
+    """Settings of tasks with labels."""
+
+    names: dict[str, str] = Field(
+        default={},
+        description="What prompts call the labels (types of entities) where the data's own names say little: "
+        "{'0': no relation}. Of baselines by prompting; a trained model never reads a label's name",
+    )
+
+    def said(self, label: str) -> str:
+        """What prompts call a label."""
+        return self.names.get(label, label)
 
 
 @dataclass

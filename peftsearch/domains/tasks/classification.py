@@ -16,10 +16,12 @@ from peftsearch.domains.splits import normalise
 from peftsearch.domains.tasks.base import (
     Guess,
     Head,
+    LabelOptions,
     LossOptions,
     Metric,
     Prediction,
     Task,
+    TaskOptions,
     Tokenization,
     check_counts,
     text_batch,
@@ -61,6 +63,7 @@ class Classification(Task):
     heads = dict.fromkeys(
         ("encoder", "encoder-decoder", "decoder"), Head("AutoModelForSequenceClassification", "SEQ_CLS")
     )
+    Options: ClassVar[type[TaskOptions]] = LabelOptions
     loss_options: ClassVar[frozenset[str]] = frozenset({"label_smoothing", "class_weights"})
     probe: ClassVar[Literal["text", "token", "pair"] | None] = "text"
 

@@ -14,10 +14,10 @@ from pydantic import Field
 from peftsearch.domains.tasks.base import (
     HEAVIEST,
     Guess,
+    LabelOptions,
     LossOptions,
     Metric,
     Prediction,
-    TaskOptions,
     Tokenization,
     check_counts,
 )
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class MultiLabelOptions(TaskOptions):
+class MultiLabelOptions(LabelOptions):
     """Settings of multi-label classification."""
 
     separator: str | None = Field(

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from peftsearch.domains.tasks.base import Metric, TaskOptions, Tokenization
+from peftsearch.domains.tasks.base import LabelOptions, Metric, Tokenization
 from peftsearch.domains.tasks.classification import Classification, apart, text_columns
 from peftsearch.spec import DataSpec, StudyError, suggest
 from peftsearch.spec.yaml_file import Loc
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import datasets
 
 
-class RelationOptions(TaskOptions):
+class RelationOptions(LabelOptions):
     """Settings of relation classification."""
 
     negative: str | None = Field(

@@ -15,11 +15,11 @@ from peftsearch.domains.splits import normalise
 from peftsearch.domains.tasks.base import (
     Guess,
     Head,
+    LabelOptions,
     LossOptions,
     Metric,
     Prediction,
     Task,
-    TaskOptions,
     Tokenization,
     check_counts,
     text_batch,
@@ -43,7 +43,7 @@ OUTSIDE = 0
 """The number of the tag ``O``."""
 
 
-class TokenClassificationOptions(TaskOptions):
+class TokenClassificationOptions(LabelOptions):
     """Settings of token classification."""
 
     repair: bool = Field(
