@@ -22,6 +22,7 @@ _WANTED = {
     "front": "the trials of each domain's front",
     "methods": "each method's best trials",
     "both": "each method's best trials and those of each domain's front",
+    "all": "all trials of the full budget",
 }
 
 
@@ -115,7 +116,8 @@ def totals(plan: StudyPlan, estimated: Estimate | None) -> list[str]:
         return lines
     what = "without pruning"
     if spec.confirm.seeds and spec.confirm.finalists != "front":
-        what += ", the confirmation of each method's best included,"
+        included = "all trials" if spec.confirm.finalists == "all" else "each method's best"
+        what += f", the confirmation of {included} included,"
     if estimated.assumed:
         lines.append(
             f"Rough estimate: about {_hours(estimated.seconds)} GPU hours {what} on an "

@@ -174,11 +174,11 @@ def finalists(records: Iterable[TrialRecord], facts: StudyFacts, confirm: Confir
     Args:
         records: All trials of the study.
         facts: The study's facts.
-        confirm: Which of the two, and how many per domain.
+        confirm: Which of the two, or all trials of the full budget, and how many per domain.
 
     Returns:
         Domain by domain; within a domain the methods' best (the best of them first), then the front from its most
-        accurate trial on. None twice; what is beyond ``max_finalists`` is left out.
+        accurate trial on, then the others. None twice; what is beyond ``max_finalists`` is left out.
     """
     records = list(records)
     chosen: list[TrialRecord] = []
@@ -187,9 +187,12 @@ def finalists(records: Iterable[TrialRecord], facts: StudyFacts, confirm: Confir
         mine = [record for record in records if record.domain == domain]
         methods = _by_goodness(method_bests(mine, direction), direction)
         over_all = _by_goodness(front(mine, direction), direction)
-        wanted = (methods if confirm.finalists != "front" else []) + (
-            over_all if confirm.finalists != "methods" else []
-        )
+        wanted = {
+            "front": over_all,
+            "methods": methods,
+            "both": methods + over_all,
+            "all": methods + over_all + _by_goodness(complete(mine), direction),
+        }[confirm.finalists]
         distinct = {record.number: record for record in wanted}
         chosen += list(distinct.values())[: confirm.max_finalists]
     return chosen

@@ -247,8 +247,14 @@ def estimate(plan: StudyPlan) -> Estimate | None:
     costs = TrialCosts(plan, assumed if measured is None else measured)
     worker_bytes, largest = costs.largest()
     confirm = plan.spec.confirm
-    again = 0 if confirm.finalists == "front" else confirm.seeds
-    seconds = sum((plan.trials(item.cell) + again) * (costs.seconds(item.cell) or 0.0) for item in plan.cells)
+
+    def trainings(cell: Cell) -> int:
+        trials = plan.trials(cell)
+        # How many trials a front will have is not known before.
+        again = {"front": 0, "all": trials}.get(confirm.finalists, 1)
+        return trials + again * confirm.seeds
+
+    seconds = sum(trainings(item.cell) * (costs.seconds(item.cell) or 0.0) for item in plan.cells)
     if measured is None:
         reached = f"{assumed['bf16'] / 1e12:.0f} TFLOP/s in bf16 are assumed, {EFFICIENCY['bf16']:.0%} of its peak"
         reached += "; small models reach less"

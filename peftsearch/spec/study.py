@@ -348,12 +348,15 @@ class ConfirmSpec(_Section):
     """Re-training the finalists with further seeds; the test split is read only then."""
 
     seeds: int = Field(default=0, ge=0, le=100, description="Seeds per finalist; 0 leaves the front unconfirmed")
-    finalists: Literal["front", "methods", "both"] = Field(
+    finalists: Literal["front", "methods", "both", "all"] = Field(
         default="both",
-        description="front: each domain's front; methods: each method's best trial per model; both: their union",
+        description="front: each domain's front; methods: each method's best trial per model; both: their union; "
+        "all: every trial of the full budget, for grids whose every cell shall have error bars",
     )
     max_finalists: int | None = Field(
-        default=None, ge=1, description="Per domain at most so many; each method's best first, then the front"
+        default=None,
+        ge=1,
+        description="Per domain at most so many; each method's best first, then the front, then others",
     )
     prompted_examples: int | None = Field(
         default=500,

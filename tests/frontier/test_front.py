@@ -273,6 +273,8 @@ def test_nothing_to_pick_from() -> None:
         ({"finalists": "both"}, [1, 5, 3, 0, 4]),
         ({"finalists": "both", "max_finalists": 4}, [1, 5, 3, 0]),
         ({"finalists": "methods", "max_finalists": 2}, [1, 5]),
+        ({"finalists": "all"}, [1, 5, 3, 0, 4, 7]),
+        ({"finalists": "all", "max_finalists": 5}, [1, 5, 3, 0, 4]),
     ],
 )
 def test_finalists(settings_: dict[str, object], chosen: list[int]) -> None:
@@ -284,6 +286,7 @@ def test_finalists(settings_: dict[str, object], chosen: list[int]) -> None:
         make_record(4, 0.5, 40, method="prompt"),
         make_record(5, 0.8, 1000, method="adapter"),
         make_record(6, 0.3, 40, method="adapter", domain="legal", state=TrialState.FAILED),
+        make_record(7, 0.75, 2000, method="adapter"),
     ]
     found = finalists(records, make_facts(), ConfirmSpec.model_validate({"seeds": 2} | settings_))
     assert [record.number for record in found] == chosen
