@@ -49,7 +49,16 @@ def few_shot(document: Document, study: Material) -> None:
         order = {called: index for index, called in enumerate(labels)}
         rows.sort(key=lambda row: order[row[0]])
         document.add(Heading(3, stem))
-        table = Table(f"{metric}, {where}", ["method", "training examples", metric], rows, source="few_shot.csv")
+        table = Table(
+            f"{metric}, {where}",
+            ["method", "training examples", metric],
+            rows,
+            notes=[
+                "All seeds train on the same examples: the deviation is of initialisation, dropout and order, and not "
+                "of which examples were drawn. Studies with another data.split.seed draw others."
+            ],
+            source="few_shot.csv",
+        )
         if not curves:
             document.add(Text("No trial has reached the full budget yet."))
             continue

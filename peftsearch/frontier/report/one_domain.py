@@ -71,8 +71,8 @@ def _costs(document: Document, study: Material, name: str) -> None:
     ]
     notes = [
         "Peak memory is the worker's: of the GPU, or resident in main memory. Training is the time of one training at "
-        "the full budget, inference is examples per second on the test split; where confirmed, means over the seeds. "
-        "Trials: complete/pruned/failed."
+        "the full budget, inference is examples per second on the test split, both beside whatever else the machine "
+        "did; where confirmed, means over the seeds. Trials: complete/pruned/failed."
     ]
     if packed := [study.called(r.model, r.method) for r in found if r.chosen and r.chosen.packed]:
         notes.append(
