@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from peftsearch.search.plan import StudyPlan, plan_study
 from peftsearch.spec import THREADS, Rung, StudyError, StudyFile, TrialRecord, TrialState
 from peftsearch.storage import study_folder
 from peftsearch.study import Study
-from peftsearch.training.base_model import count_exported, count_trainable
+from peftsearch.training.base_model import count_exported, count_trainable, trainable
+from peftsearch.training.checkpoint import WEIGHTS, read_checkpoint, trial_folder
 from peftsearch.training.distributed import WorkerGroup
 from peftsearch.training.segment import Segment, SegmentResult, TrialPlan
 from peftsearch.training.session import build_model
@@ -113,6 +114,8 @@ class Outcome:
     built: ParameterCount
     score: Score | None = None
     error: str | None = None
+    still: list[str] = field(default_factory=list)
+    """Trainable tensors that training has left as they were."""
 
 
 class Battery:
@@ -145,6 +148,7 @@ class Battery:
                 [], plan.count(cell, hyperparameters), ParameterCount(count_trainable(built), count_exported(built))
             )
             self.outcomes[name, task] = outcome
+            before = {key: value.detach().clone() for key, value in trainable(built).items()}
             steps = plan.budgets["d", method].evaluation_steps
             for step in steps:
                 found = worker.do(
@@ -156,6 +160,9 @@ class Battery:
                 outcome.results.append(found)
             else:
                 records[name] = _record(number, model, method, hyperparameters, outcome, domain.metric)
+                after, _ = read_checkpoint(trial_folder(study.folder.path, f"{number:05d}") / WEIGHTS)
+                assert after.keys() == before.keys()
+                outcome.still = [key for key, value in before.items() if torch.equal(value, after[key])]
         self._check_base(plan, worker, model, task)
         self._export(study, plan, records, task, folder / "out")
 
@@ -262,6 +269,7 @@ def test_method_and_task(base: str, task: str, name: str, battery: Callable[[str
     assert outcome.counted == outcome.built, "what is counted on the meta device is what is trained and exported"
     first, last = outcome.results
     assert last.train_loss != first.train_loss
+    assert outcome.still == []
     assert outcome.score is not None
     assert outcome.score.error is None, outcome.score.error
     same = "what a fresh process reads from the folder scores the same"
