@@ -281,15 +281,13 @@ class Crew:
     def _evaluated(self, member: Member) -> Outcome:
         session, segment, done = member.session, member.segment, member.done
         stop = member.stops[0]
-        loss = done.loss / max(1, done.examples)
-        session.check_loss(loss, stop)
+        session.check_loss(done.loss / max(1, done.examples), stop)
         last = stop == segment.to_step
         if last or session.training.patience is not None:
             # Early stopping goes by every evaluation.
             try:
                 result = session.conclude(
-                    loss,
-                    done.seconds,
+                    done,
                     final=segment.final and last,
                     read_test=segment.read_test and last,
                     peak_memory=member.peak_memory or None,

@@ -264,10 +264,10 @@ class TrialSession:
         """
         _forget_peak(self.group.device)
         _set_random_state(self._random_state, self.group.device)
-        train_loss = self._train(to_step)
+        self._train(to_step)
         self._random_state = _random_state(self.group.device)
         try:
-            return self.conclude(train_loss, self._done.seconds, final=final, read_test=read_test)
+            return self.conclude(self._done, final=final, read_test=read_test)
         except LeavingError:
             self._part = self._done
             self.pause()
@@ -275,8 +275,7 @@ class TrialSession:
 
     def conclude(
         self,
-        train_loss: float,
-        train_seconds: float,
+        done: Part,
         *,
         final: bool,
         read_test: bool = False,
@@ -285,15 +284,14 @@ class TrialSession:
         """The end of `run`, for a trial whose steps are done: evaluate and write the state.
 
         Args:
-            train_loss: Mean over the segment's examples.
-            train_seconds: Time in its steps.
+            done: The segment's training.
             final: As `run`.
             read_test: As `run`.
             peak_memory: What training took, in bytes, where this process does not know it of this trial alone.
 
         Raises:
             DivergedError, StorageError: As `run`.
-            LeavingError: `must_leave` said so: nothing has been evaluated, and the state is still to be written.
+            LeavingError: `must_leave` said so: the evaluation is still to be made, and the state to be written.
         """
         trained = time.perf_counter()
         stopped = False
@@ -320,14 +318,14 @@ class TrialSession:
             scores = evaluation.scores
             if self.general_text is not None and (final or stopped):
                 scores = {**scores, FORGETTING: self.general_text.rise(self.model)}
-            test = self._read_test() if read_test and (final or stopped) else None
+            test = self._read_test(done) if read_test and (final or stopped) else None
         evaluated = time.perf_counter()
         self.last = SegmentResult(
             step=self.step,
             loss=evaluation.loss,
-            train_loss=train_loss,
+            train_loss=done.loss / max(1, done.examples),
             scores=scores,
-            train_seconds=train_seconds,
+            train_seconds=done.seconds,
             evaluation_seconds=evaluated - trained,
             peak_memory_bytes=_peak_memory(self.group.device) if peak_memory is None else peak_memory,
             usage=of_workers(self.group.gather(METER.read(self.group.device))),
@@ -407,15 +405,29 @@ class TrialSession:
         assert self.training.patience is not None
         return self.best.waited >= self.training.patience
 
-    def _read_test(self) -> TestReading | None:
-        """Score the test split, once: a worker that died before its checkpoint was written left its reading behind."""
+    def _read_test(self, done: Part) -> TestReading | None:
+        """Score the test split, once: a worker that died before its checkpoint was written left its reading behind.
+
+        It may take hours (of a whole test split, by beams): what was trained is written first, and where a worker dies
+        or leaves meanwhile, another one makes the evaluations anew, and no step.
+        """
         if "test" not in self.domain.rows:
             return None
         before = self.group.from_first(_earlier_reading(self.folder, self.plan) if self.group.rank == 0 else None)
         if before is not None:
             return before
+        self._part = done
+        self._write(final=False)
+        self._part = Part()
         began = time.perf_counter()
-        found = evaluate(self.model, self.domain, "test", self.training.evaluation_batch_size, self.group)
+        found = evaluate(
+            self.model,
+            self.domain,
+            "test",
+            self.training.evaluation_batch_size,
+            self.group,
+            between=self._leave_between,
+        )
         seconds = time.perf_counter() - began
         path = self.folder / TEST_PREDICTIONS
         if self.group.rank == 0:

@@ -18,7 +18,7 @@ from peftsearch.spec import StudyError, StudyFile
 from peftsearch.training.compiled import compile_layers
 from peftsearch.training.distributed import WorkerGroup
 from peftsearch.training.segment import Segment, TrialPlan
-from peftsearch.training.session import TrialSession
+from peftsearch.training.session import Part, TrialSession
 from peftsearch.training.worker import Worker
 
 TRAINING = {"epochs": 1, "evaluations": 2, "batch_size": 16, "max_length": 32, "precision": "fp32"}
@@ -113,7 +113,7 @@ def test_layers_and_trials_of_a_rank_share_a_graph_and_evaluations_make_none(
         trial._train(2)
         trained = graphs()
         trial._train(4)
-        trial.conclude(1.0, 1.0, final=False)
+        trial.conclude(Part(1.0, 1, 1.0), final=False)
         assert graphs() == trained
         made.append(trained - before)
     # The first layer's input needs no gradient: it has a graph of its own.
