@@ -27,6 +27,8 @@ ended=$token-ended
 driver=$token-driver
 trap 'rm -f "$token" "$ended" "$driver"' EXIT
 mkdir -p "$HOME/.peftsearch"
+# A job that lost its node kept its number, and what its script could not take away.
+rm -f "$ended" "$driver"
 (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$token")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token
 export PATH=$environment/bin:$PATH
@@ -70,6 +72,7 @@ running=$!
 status=0
 wait "$running" || status=$?
 if [ "${out_of_time:-}" ]; then
+  status=0
   wait "$running" || status=$?
 fi
 # symmetric-run (Ray 2.60) exits with 0 where Ray did not start.

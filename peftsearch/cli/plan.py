@@ -108,8 +108,9 @@ def totals(plan: StudyPlan, estimated: Estimate | None) -> list[str]:
     if spec.confirm.seeds:
         unread = [name for name, domain in plan.domains.items() if "test" not in domain.rows]
         apart = f", {', '.join(unread)} apart, which {'has' if len(unread) == 1 else 'have'} none" if unread else ""
+        most = f" (at most {spec.confirm.max_finalists} per domain)" if spec.confirm.max_finalists else ""
         lines.append(
-            f"Then {_WANTED[spec.confirm.finalists]} are trained again with {spec.confirm.seeds} further "
+            f"Then {_WANTED[spec.confirm.finalists]}{most} are trained again with {spec.confirm.seeds} further "
             f"seed{'s' if spec.confirm.seeds > 1 else ''}, and scored once on the test split{apart}."
         )
     if estimated is None:

@@ -90,6 +90,8 @@ def _check_names(names: Mapping[str, str], labels: Sequence[str], loc: Loc) -> N
     for label in names:
         if label not in labels:
             raise StudyError(f"the data has no label {label!r} to name{suggest(label, labels)}", (*loc, label))
+        if not names[label].strip():
+            raise StudyError(f"the label {label!r} is given no name", (*loc, label))
     for said, count in Counter(names.get(label, label) for label in labels).items():
         if count > 1:
             raise StudyError(f"{count} labels are called {said!r}: give each a name of its own", loc)

@@ -214,7 +214,8 @@ def method_bests(records: Iterable[TrialRecord], direction: Direction) -> list[T
 def exportable(records: Iterable[TrialRecord], direction: Direction) -> list[TrialRecord]:
     """The trials whose weights are kept: the front of each method's trials for each model, and whatever was confirmed.
 
-    The front over all methods is among them, and each method's best.
+    The front over all methods is among them, and each method's best. With ``finalists: all``, trials are confirmed
+    whose weights went when others took their place on a front.
 
     Args:
         records: Trials of one domain.

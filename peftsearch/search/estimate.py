@@ -6,6 +6,8 @@ Good to a factor of about two: enough to tell minutes from days, and a model tha
 from __future__ import annotations
 
 import functools
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -248,11 +250,17 @@ def estimate(plan: StudyPlan) -> Estimate | None:
     worker_bytes, largest = costs.largest()
     confirm = plan.spec.confirm
 
-    def trainings(cell: Cell) -> int:
-        trials = plan.trials(cell)
+    def finalists(cell: Cell) -> int:
         # How many trials a front will have is not known before.
-        again = {"front": 0, "all": trials}.get(confirm.finalists, 1)
-        return trials + again * confirm.seeds
+        return {"front": 0, "all": plan.trials(cell)}.get(confirm.finalists, 1)
+
+    wanted: Counter[str] = Counter()
+    for item in plan.cells:
+        wanted[item.cell.domain] += finalists(item.cell)
+
+    def trainings(cell: Cell) -> float:
+        kept = min(1.0, (confirm.max_finalists or math.inf) / max(1, wanted[cell.domain]))
+        return plan.trials(cell) + kept * finalists(cell) * confirm.seeds
 
     seconds = sum(trainings(item.cell) * (costs.seconds(item.cell) or 0.0) for item in plan.cells)
     if measured is None:

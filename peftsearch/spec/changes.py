@@ -23,6 +23,9 @@ draws other masks; so a study whose trials do not fit can go on."""
 
 _GROWING = {("search", "trials"): "trials per cell", ("confirm", "seeds"): "seeds to confirm with"}
 
+_WIDER = {"front": {"both", "all"}, "methods": {"both", "all"}, "both": {"all"}}
+"""Of ``confirm.finalists``: what confirms the same trials and more."""
+
 _SECTIONS = {"models": "model", "domains": "domain", "methods": "method"}
 
 _ABSENT = object()
@@ -106,6 +109,8 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
                 extending.append(f"{_GROWING[key]}: {change.new} instead of {change.old}")
             else:
                 fewer.append(change)
+        elif key == ("confirm", "finalists") and change.new in _WIDER.get(change.old, ()):
+            extending.append(f"finalists: {change.new} instead of {change.old}")
         else:
             refused.append(change)
     return Changes(tuple(extending), tuple(refused), tuple(fewer))
@@ -115,12 +120,14 @@ def unchanged_cells(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[tu
     """The (model, domain, method) whose trials would be the same under both specifications, given the same data.
 
     That is where nothing has changed that shapes them: the model, the domain, the method's space and training, the
-    study's ``training``, ``forgetting`` and ``search``, but for the number of trials and how batches are computed.
+    study's ``training``, ``forgetting`` and ``search``, but for the number of trials, how batches are computed, and
+    what prompts call the labels, which no trained model reads.
     """
     old, new = by_name(before), by_name(now)
     for side in (old, new):
         side["search"] = {key: value for key, value in side["search"].items() if key != "trials"}
         side["training"] = _deciding(side["training"])
+        side["domains"] = {name: _without_names(domain) for name, domain in side["domains"].items()}
         side["methods"] = {
             name: {**method, "training": _deciding(method["training"])} for name, method in side["methods"].items()
         }
@@ -142,6 +149,11 @@ def _free(key: Key) -> bool:
 
 def _deciding(training: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in training.items() if key not in _COMPUTED}
+
+
+def _without_names(domain: Mapping[str, Any]) -> dict[str, Any]:
+    options = {key: value for key, value in domain["options"].items() if key != "names"}
+    return {**domain, "options": options}
 
 
 def by_name(spec: Mapping[str, Any]) -> dict[str, Any]:

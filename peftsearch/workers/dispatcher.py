@@ -156,14 +156,15 @@ class Dispatcher:
             await self._wait()
 
     async def status(self) -> dict[str, Any]:
-        """The slots, by number: which are warm, which train, which cannot be used; how many are busy, and how much
-        waits for them; and what there is to tell."""
+        """The slots, by number: which are warm, which train, which may still be writing, which cannot be used; how many
+        are busy, and how much waits for them; and what there is to tell."""
         return {
             "busy": sum(bool(slot.leased) for slot in self._slots.values()),
             "queued": len(self._queue),
             "unusable": dict(self._unusable),
             "warm": sorted(number for number, slot in self._slots.items() if slot.ready),
             "slots": {number: slot.info for number, slot in self._slots.items()},
+            "writing": sorted(number for number, slot in self._slots.items() if slot.ready or slot.leaving),
             "at_once": self.sizes.largest(),
             "notes": list(self._notes),
             "training": sorted(

@@ -248,7 +248,7 @@ class SlotPool:
             ray.get(self.dispatcher.stop.remote(), timeout=timeout)
             status = ray.get(self.dispatcher.status.remote(), timeout=timeout)
             # A slot that trains nothing any more may still write its last state.
-            patience |= {number: state_timeout if info else timeout for number, info in status["slots"].items()}
+            patience |= dict.fromkeys(status["slots"], timeout) | dict.fromkeys(status["writing"], state_timeout)
         except Exception as error:  # the dispatcher may be gone; then the slots fail and leave by themselves
             log.warning("the dispatcher did not answer: %s", error)
         told = time.monotonic()

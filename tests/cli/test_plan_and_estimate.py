@@ -180,7 +180,10 @@ def test_a_methods_own_training_decides_its_budget_and_costs(base: Path, project
     assert TrialCosts(plan).memory(cell.cell, cell.largest) > TrialCosts(plain).memory(cell.cell, cell.largest)
 
 
-def test_the_plan_says_what_limits_grids_and_confirmations_do(base: Path, project: Path, storage: Path) -> None:
+def test_the_plan_says_what_limits_grids_and_confirmations_do(
+    base: Path, project: Path, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "measured_speeds", lambda formats, on_gpu: dict.fromkeys(formats, 1e9))
     document = small_study(base)
     document["methods"] = {
         "lora": {"rank": [1, 2], "targets": "attention", "learning_rate": [1e-3, 1e-2]},
@@ -201,6 +204,20 @@ def test_the_plan_says_what_limits_grids_and_confirmations_do(base: Path, projec
     )
     assert f"{sentence}." in lines
     assert "without pruning, the confirmation of each method's best included, on this machine" in lines[-1]
+    costs = {}
+    for finalists, most in (("methods", None), ("all", None), ("all", 2)):
+        document["confirm"] = {"seeds": 3, "finalists": finalists, "max_finalists": most}
+        again = Study.from_file(write_study(project, document), storage=storage).validate()
+        estimated = estimate(again)
+        assert estimated is not None
+        costs[finalists, most] = estimated.seconds
+        assert any(
+            "all trials of the full budget (at most 2 per domain) are" in line for line in totals(again, None)
+        ) == (most is not None)
+    # Per domain, LoRA's three trials and one of full fine-tuning: all of them three times more, or two of the four.
+    assert costs["all", None] > costs["methods", None]
+    assert costs["all", 2] == pytest.approx((4 + 2 * 3) / (4 + 4 * 3) * costs["all", None])
+    document["confirm"] = {"seeds": 3, "finalists": "methods"}
     document["domains"]["clinical"]["data"]["split"] = {"test": 0}
     untested = Study.from_file(write_study(project, document), storage=storage).validate()
     assert f"{sentence}, clinical apart, which has none." in totals(untested, None)

@@ -41,6 +41,7 @@ def refused(study: Make, path: Path, **options: Any) -> str:
     ("options", "sentence"),
     [
         ({"names": {"False": "none"}}, "options.names.False: the data has no label 'False' to name; did you mean"),
+        ({"names": {"false": " "}}, "options.names.false: the label 'false' is given no name"),
         ({"names": dict.fromkeys(("false", "effect"), "one")}, "options.names: 2 labels are called 'one'"),
         ({"negative": "False"}, "options.negative: the negative class 'False' is no label of the data; did you mean"),
         ({"markers": ["@A$", "@C$"]}, "options.markers: no text of train holds the marker '@C$': write it as the data"),

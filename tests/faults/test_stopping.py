@@ -14,7 +14,7 @@ from injections import WARDEN, Terminal
 from peftsearch.stopping import TWICE_SECONDS
 
 SCRIPT = """
-import sys, time
+import os, signal, sys, time
 from pathlib import Path
 from peftsearch.stopping import StopRequest, stop_on_signals
 
@@ -33,6 +33,7 @@ try:
             print("x" * 1000, flush=True)
         print("y", file=sys.stderr, flush=True)
         note("stopping")
+        MEANWHILE
         time.sleep(SECONDS)
     note("stopped")
 except KeyboardInterrupt:
@@ -40,8 +41,9 @@ except KeyboardInterrupt:
 """
 
 
-def script(preparation: str = "pass", seconds: float = 0.0) -> list[str]:
-    return [sys.executable, "-c", SCRIPT.replace("PREPARATION", preparation).replace("SECONDS", str(seconds))]
+def script(preparation: str = "pass", seconds: float = 0.0, meanwhile: str = "pass") -> list[str]:
+    code = SCRIPT.replace("PREPARATION", preparation).replace("MEANWHILE", meanwhile)
+    return [sys.executable, "-c", code.replace("SECONDS", str(seconds))]
 
 
 def wait_for(notes: Path, text: str, seconds: float = 300) -> None:
@@ -68,13 +70,10 @@ def test_the_first_asks_and_the_second_interrupts(number: signal.Signals, tmp_pa
 def test_one_wish_of_timeout_is_heard_once(tmp_path: Path) -> None:
     """It signals its command and then the group that it is in; a scheduler may do so a moment apart."""
     notes = tmp_path / "notes"
-    process = subprocess.Popen([*script(seconds=0.5), str(notes)], stdout=subprocess.DEVNULL)
-    wait_for(notes, "ready")
-    process.terminate()
-    wait_for(notes, "stopping")
-    process.terminate()
+    again = "os.kill(os.getpid(), signal.SIGTERM)"
+    process = subprocess.Popen([*script(again, meanwhile=again), str(notes)], stdout=subprocess.DEVNULL)
     assert process.wait(60) == 0
-    assert notes.read_text().split() == ["ready", "told", "stopping", "stopped"]
+    assert notes.read_text().split() == ["told", "ready", "stopping", "stopped"]
 
 
 def test_a_lost_terminal_asks_to_stop_and_breaks_no_output(tmp_path: Path) -> None:

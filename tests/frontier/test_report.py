@@ -687,6 +687,30 @@ def test_the_best_of_many_equals_is_seldom_called_better() -> None:
     assert called["the best's alone"] > 0.05 * studies
 
 
+def test_the_clear_winner_of_many_is_said_to_be_better(tmp_path: Path) -> None:
+    """Twelve are held against each other in 66 pairs; so many resamples are drawn that this can be seen at all."""
+    facts, count = make_facts(), 12
+    records = [
+        confirm(make_record(n, 0.8, 1000, model=f"m{n}"), facts, tmp_path, 0.6 if n else 0.9) for n in range(count)
+    ]
+    compared = compare_domain(
+        results(records, facts, make_spec(facts))["clinical"], facts.domains["clinical"], tmp_path
+    )
+    assert compared.best is not None
+    assert compared.best.model == "m0"
+    assert len(compared.others) == count - 1
+    for other in compared.others:
+        assert other.within_noise is False
+        found = other.comparison
+        assert found is not None
+        assert found.adjusted is not None
+        # The smallest p that there can be, times the pairs that are left of all.
+        assert found.p == pytest.approx(2 / (found.resamples + 1))
+        assert (66 - count + 2) * found.p <= found.adjusted <= 66 * found.p
+    assert compared.cheapest is not None
+    assert compared.cheapest.record.model == "m0"
+
+
 def test_missing_broken_and_foreign_predictions_are_said(tmp_path: Path) -> None:
     facts = make_facts()
     methods = ("lora", "adapter", "prompt", "full")

@@ -54,6 +54,7 @@ def put(place: str, value: Any) -> Edit:
         (put("methods.full.training", {"gradient_accumulation": 2, "gradient_checkpointing": True}), ()),
         (put("search.trials", 5), ("trials per cell: 5 instead of 4",)),
         (put("confirm.seeds", 3), ("seeds to confirm with: 3 instead of 2",)),
+        (put("confirm.finalists", "all"), ("finalists: all instead of both",)),
         (put("domains.news", {"data": {"source": "c.csv"}}), ("the domain news",)),
         (put("methods.ia3", {}), ("the method ia3",)),
         (put("models", ["n", "o", "m"]), ("the model o",)),
@@ -85,6 +86,7 @@ def test_more_of_the_same_and_other_ways_to_run_it_are_safe(edit: Edit, extendin
         ),
         (put("confirm.seeds", 0), ["confirm.seeds can grow but not shrink"]),
         (put("confirm.finalists", "front"), ["- confirm.finalists: "]),
+        (put("domains.legal.options", {"names": {"a": "b"}}), ["+ domains.legal.options.names.a: "]),
     ],
 )
 def test_another_question_is_refused_with_a_diff(edit: Edit, lines: list[str]) -> None:
@@ -135,7 +137,15 @@ def test_a_cell_is_the_same_where_nothing_that_shapes_its_trials_has_changed(edi
 
 @pytest.mark.parametrize(
     "edit",
-    [put("search.trials", 1), put("confirm.seeds", 0), put("resources.slots", 2), put("methods.ia3", {})],
+    [
+        put("search.trials", 1),
+        put("confirm.seeds", 0),
+        put("confirm.finalists", "front"),
+        put("resources.slots", 2),
+        put("methods.ia3", {}),
+        # Read by prompts alone.
+        put("domains.legal.options", {"names": {"a": "b"}}),
+    ],
 )
 def test_a_cell_does_not_change_with_what_is_beside_it(edit: Edit) -> None:
     everything = {(m, d, method) for m in "mn" for d in ("legal", "clinical") for method in ("lora", "full")}

@@ -194,10 +194,10 @@ def test_a_worker_leaves_when_its_last_state_is_in_its_storage(
     plan: StudyPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What has been answered is written in a thread, and Ray Train kills the process of a train loop that has ended."""
-    written = state_writer.write_state
+    written, go_on = state_writer.write_state, threading.Event()
 
     def slowly(*args: Any) -> None:
-        time.sleep(1)
+        assert go_on.wait(60)
         written(*args)
 
     monkeypatch.setattr(state_writer, "write_state", slowly)
@@ -206,6 +206,7 @@ def test_a_worker_leaves_when_its_last_state_is_in_its_storage(
     worker.do(first)
     folder = trial_folder(tmp_path / "study", "00000")
     assert saved_steps(folder) == []
+    threading.Timer(0.5, go_on.set).start()
     worker.close()
     assert saved_steps(folder) == [first.to_step]
 

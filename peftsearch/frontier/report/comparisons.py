@@ -92,7 +92,7 @@ def compare_domain(
     answers = _Answers(facts, folder, options)
     compared, why_not = answers.compare(best.chosen, [result.chosen for result in rest if result.chosen])
     # The best was found by the scores that are compared now: any two of the methods might have been held together.
-    pairs = (len(compared) + 1) * len(compared) // 2
+    pairs = len(order) * (len(order) - 1) // 2
     corrected = holm({number: comparison.p for number, comparison in compared.items()}, pairs)
     others = []
     for result in rest:

@@ -7,9 +7,11 @@ from statistics import fmean
 
 from peftsearch.frontier.front import complete
 from peftsearch.frontier.report import figures, words
+from peftsearch.frontier.report.comparisons import LEVEL
 from peftsearch.frontier.report.document import Document, Figure, Heading, Table, Text
 from peftsearch.frontier.report.hyperparameters import hyperparameters
 from peftsearch.frontier.report.material import LESS, VALIDATION, Material, metric_words
+from peftsearch.frontier.report.significance import RESAMPLES
 from peftsearch.frontier.tables import front_columns, front_rows, key_hyperparameters
 from peftsearch.spec import TrialState, deviation
 from peftsearch.tracking.names import configuration_text
@@ -180,9 +182,15 @@ def _significance(document: Document, study: Material, name: str) -> None:
         "found by these scores. Within the noise: a corrected p of 0.05 or more, or a difference within its 95 % "
         "confidence interval over the seeds (Welch)."
     ]
-    if resamples and min(resamples) < 1000:
+    tested = 1 + sum(other.result.test is not None for other in comparison.others)
+    if resamples and 2 / (min(resamples) + 1) * tested * (tested - 1) / 2 >= LEVEL:
         notes.append(
-            f"Scoring is slow here, so there are fewer than 1000 resamples: no p value below "
+            f"Scoring is slow here, so there are only {min(resamples)} resamples: corrected for all pairs of {tested} "
+            "methods, no difference can be seen to be more than noise."
+        )
+    elif resamples and min(resamples) < RESAMPLES:
+        notes.append(
+            f"Scoring is slow here, so there are fewer than {RESAMPLES} resamples: no p value below "
             f"{2 / (min(resamples) + 1):.2g} can be seen."
         )
     document.add(

@@ -92,13 +92,16 @@ def compare(
         score: The metric.
         labels: The domain's labels.
         whole: The metric of each run on all examples, where that is known already.
-        resamples: How many.
+        resamples: How many; more of them where many configurations are compared.
         budget: Seconds that this should take; slow metrics get fewer resamples, but as many as significance can
             need, up to three times the budget.
 
     Raises:
         ValueError: The configurations answered different examples, or scoring takes too long; one sentence.
     """
+    # With fewer, no p value could stay below 0.05 after the correction over all pairs, however clear the difference.
+    enough = 40 * len(runs) * (len(runs) - 1)
+    resamples = max(resamples, enough)
     references = runs[best][0].references
     for name, seeds in runs.items():
         if any(seed.references != references for seed in seeds):
@@ -127,7 +130,7 @@ def compare(
         statistics = {name: [next(of_runs) for _ in seeds] for name, seeds in runs.items()}
         drawn = _fast(statistics, combine, size, resamples, generator)
     else:
-        drawn = _slow(runs, references, safe, resamples, budget, generator)
+        drawn = _slow(runs, references, safe, resamples, max(FEWEST, enough), budget, generator)
     ours = drawn[best]
     found = {}
     for name in runs:
@@ -167,12 +170,11 @@ def _slow(
     references: Sequence[Any],
     score: Score,
     resamples: int,
+    enough: int,
     budget: float,
     generator: np.random.Generator,
 ) -> dict[str, Numbers]:
     drawn: dict[str, list[float]] = {name: [] for name in runs}
-    # With fewer, no p value could stay below 0.05 after Holm's correction, however clear the difference.
-    enough = max(FEWEST, 40 * len(runs) * (len(runs) - 1))
     began = time.monotonic()
     for done in range(resamples):
         spent = time.monotonic() - began
