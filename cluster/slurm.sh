@@ -40,8 +40,9 @@ requeue() {
   out_of_time=yes
   if [ -s "$driver" ]; then
     kill -TERM "$(cat "$driver")" 2>/dev/null || true
+    # Until its shell below has said how it ended.
     for _ in $(seq 90); do
-      kill -0 "$(cat "$driver")" 2>/dev/null || break
+      [ -e "$driver" ] || break
       sleep 1
     done
   fi
@@ -64,7 +65,7 @@ fi
 srun --kill-on-bad-exit=1 ray symmetric-run \
   --address "$address:$((20000 + SLURM_JOB_ID % 10000))" --min-nodes "$SLURM_JOB_NUM_NODES" \
   --dashboard-host=127.0.0.1 --disable-usage-stats \
-  -- bash -c '"${@:2}" & echo $! >"$1"; wait $! && touch "$0"' "$ended" "$driver" \
+  -- bash -c '"${@:2}" & echo $! >"$1"; wait $! && touch "$0"; status=$?; rm -f "$1"; exit $status' "$ended" "$driver" \
   peftsearch run "$study" --address auto --storage "$storage" "$@" &
 running=$!
 
