@@ -303,7 +303,8 @@ def choose(
     - ``smallest``: the fewest trainable parameters; above all with ``min_metric``.
 
     Where trials were confirmed, ``best`` and ``knee`` give way to the cheapest trial that is tied with them: whose mean
-    over the confirmation's seeds, on the validation split, is worse by no more than the error bars (`seed_noise`).
+    over the confirmation's seeds, on the validation split, is worse by no more than the error bars (`seed_noise`), and
+    of whose seeds at least one reaches one of the other's (`fall_apart`).
 
     Args:
         front: A domain's front, as `front` returns it.
@@ -394,7 +395,20 @@ def _tied(cheaper: TrialRecord, picked: TrialRecord, direction: Direction) -> bo
     if a is None or b is None or a.seeds < 2 or b.seeds < 2:
         return False
     worse = b.mean - a.mean if direction == "maximize" else a.mean - b.mean
-    return worse <= seed_noise((a.mean, a.std, a.seeds), (b.mean, b.std, b.seeds))
+    if worse > seed_noise((a.mean, a.std, a.seeds), (b.mean, b.std, b.seeds)):
+        return False
+    return not fall_apart([r.value for r in a.readings], [r.value for r in b.readings], direction)
+
+
+def fall_apart(worse: Sequence[float], better: Sequence[float], direction: Direction) -> bool:
+    """Whether every seed of the one is worse than every seed of the other, of three seeds or more each.
+
+    A configuration that diverges with some seeds has error bars in which everything is a tie; it is none that anybody
+    would want in place of another.
+    """
+    if min(len(worse), len(better)) < 3:
+        return False
+    return max(worse) < min(better) if direction == "maximize" else min(worse) > max(better)
 
 
 def _best(front: Sequence[TrialRecord], direction: Direction) -> TrialRecord:

@@ -206,6 +206,19 @@ def test_ties_within_the_error_bars_prefer_the_cheaper_and_say_so() -> None:
     assert numbers(pick([losses[0], worse, confirmed(losses[2], 0.19, 0.20, 0.22)], "best", "minimize")) == [5]
 
 
+def test_one_that_diverges_with_some_seeds_is_no_tie() -> None:
+    """As LoRA's with a high rate on DDI: its deviation is so large that Welch's interval reaches anything."""
+    full = confirmed(FRONT[3], 0.38, 0.41, 0.48)
+    wild = confirmed(FRONT[1], 0.0, 0.15, 0.28)
+    assert numbers(pick([FRONT[0], wild, full], "best")) == [9]
+    # One that reaches the other with a seed is a tie as before, and so is one of two seeds, which may be chance.
+    assert numbers(pick([FRONT[0], confirmed(FRONT[1], 0.0, 0.15, 0.39), full], "best")) == [5]
+    assert numbers(pick([FRONT[0], confirmed(FRONT[1], 0.0, 0.28), full], "best")) == [5]
+    losses = [record.model_copy(update={"value": 1 - (record.value or 0)}) for record in (*FRONT[:2], FRONT[3])]
+    wild, steady = confirmed(losses[1], 1.0, 0.85, 0.72), confirmed(losses[2], 0.62, 0.59, 0.52)
+    assert numbers(pick([losses[0], wild, steady], "best", "minimize")) == [9]
+
+
 def test_error_bars_are_welchs_confidence_interval() -> None:
     """Against the quantiles of Student's distribution that statistics books print."""
     one, other = (0.8, 0.03, 3), (0.7, 0.03, 3)

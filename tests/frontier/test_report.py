@@ -770,6 +770,25 @@ def test_the_cheapest_within_the_noise(tmp_path: Path) -> None:
     assert cheapest.record.number == 1
 
 
+def test_what_diverges_with_some_seeds_is_not_the_cheapest_within_the_noise(tmp_path: Path) -> None:
+    facts = make_facts()
+    steady = confirm(make_record(0, 0.8, 9000, method="full", hyperparameters={}), facts, tmp_path, 0.8)
+    # A third of its seeds learns, somewhat.
+    readings = []
+    for number, accuracy in ((1, 0.70), (2, 0.1), (3, 0.1)):
+        found = confirm(make_record(number, 0.7, 300), facts, tmp_path, accuracy).confirmed
+        assert found is not None
+        readings.append(found.readings[0].model_copy(update={"seed": number}))
+    wild = make_record(5, 0.7, 300).model_copy(update={"confirmed": Confirmed.of(readings)})
+    compared = compare_domain(
+        results([steady, wild], facts, make_spec(facts))["clinical"], facts.domains["clinical"], tmp_path
+    )
+    (other,) = [other for other in compared.others if other.result.chosen is not None]
+    assert other.within_noise is True, "Welch's interval reaches anything"
+    assert compared.cheapest is not None
+    assert compared.cheapest.record.number == 0
+
+
 # --- sensitivity and importance ---
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftsearch.files import Place
-from peftsearch.frontier.front import complete, seed_noise
+from peftsearch.frontier.front import complete, fall_apart, seed_noise
 from peftsearch.frontier.report.additive import Score
 from peftsearch.frontier.report.results import Result, better, ranked, tested
 from peftsearch.frontier.report.significance import (
@@ -46,7 +46,8 @@ class Other:
 
 @dataclass(frozen=True)
 class Cheapest:
-    """The confirmed trial with fewest trainable parameters whose difference to the best is within the noise."""
+    """The confirmed trial with fewest trainable parameters whose difference to the best is within the noise; none whose
+    seeds are all worse than the best one's (`peftsearch.frontier.front.fall_apart`)."""
 
     record: TrialRecord
 
@@ -218,7 +219,19 @@ def _cheapest(
     best: TrialRecord, found: Sequence[Result], others: Sequence[Other], answers: _Answers
 ) -> Cheapest | None:
     """Methods first; then the further confirmed trials that are cheaper still, from the cheapest up."""
-    near = [other.result.chosen for other in others if other.within_noise and other.result.chosen]
+
+    def far(record: TrialRecord) -> bool:
+        ours, theirs = (
+            [reading.test for reading in item.confirmed.readings if reading.test is not None] if item.confirmed else []
+            for item in (record, best)
+        )
+        return fall_apart(ours, theirs, answers.facts.direction)
+
+    near = [
+        other.result.chosen
+        for other in others
+        if other.within_noise and other.result.chosen and not far(other.result.chosen)
+    ]
     cheapest = min([best, *near], key=lambda record: (record.trainable_parameters, record.number))
     known = {best.number, *(other.result.chosen.number for other in others if other.result.chosen)}
     further = [
@@ -237,7 +250,7 @@ def _cheapest(
         comparison = answers.compare(best, [record])[0].get(record.number)
         noise = within_noise(best, record, answers.facts, comparison)
         told = told or noise is not None
-        if noise:
+        if noise and not far(record):
             return Cheapest(record)
     return Cheapest(cheapest) if told else None
 
